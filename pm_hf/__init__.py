@@ -1,0 +1,37 @@
+"""pm_hf: continual fine-tuning by merging for Transformers and PEFT (Perturb-and-Merge, arXiv 2505.22389)."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pm_hf.errors import InputError as InputError
+    from pm_hf.fisher import estimate_curvature as estimate_curvature
+    from pm_hf.learner import learn as learn
+    from pm_hf.merge import merge_adapters as merge_adapters
+    from pm_hf.merging.solve import optimal_coefficient as optimal_coefficient
+    from pm_hf.trainer import PerturbationArguments as PerturbationArguments
+    from pm_hf.trainer import PerturbationMixin as PerturbationMixin
+    from pm_hf.trainer import PMConfig as PMConfig
+    from pm_hf.trainer import PMTrainer as PMTrainer
+
+__version__ = "0.1.0"
+
+# names are imported when they are used: the mathematics needs neither transformers nor peft
+_HOME = {
+    "InputError": "pm_hf.errors",
+    "PMConfig": "pm_hf.trainer",
+    "PMTrainer": "pm_hf.trainer",
+    "PerturbationArguments": "pm_hf.trainer",
+    "PerturbationMixin": "pm_hf.trainer",
+    "estimate_curvature": "pm_hf.fisher",
+    "learn": "pm_hf.learner",
+    "merge_adapters": "pm_hf.merge",
+    "optimal_coefficient": "pm_hf.merging.solve",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pm_hf' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

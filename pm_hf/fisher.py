@@ -1,0 +1,234 @@
+"""Per-example curvature of the adapted weights, measured by hooks in batches."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from pm_hf.errors import InputError
+from pm_hf.merging.curvature import Curvature, Kind, Settings, accumulate
+from pm_hf.merging.lowrank import LowRank, add
+from pm_hf.modeling import find_head
+
+CHUNK_BYTES = 128 * 2**20  # per-example gradients of one module are formed for this many bytes at a time
+
+
+def estimate_curvature(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Tensor]],
+    *,
+    adapter: str,
+    kind: Kind = "fisher",
+    labels: Literal["empirical", "mc"] = "empirical",
+    samples: int | None = None,
+    shrinkage: float = 0.0,
+    previous: Curvature | None = None,
+    heads: Mapping[str, LowRank] | None = None,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+) -> Curvature:
+    """Curvature of the task's loss at its optimum, added to the sums of the earlier tasks.
+
+    kind="fisher": mean over examples of G∘G, G = Σ_tokens δxᵀ the gradient of one example's loss with respect to
+    the dense weight (out, in); with labels="mc" the labels are drawn from the model, otherwise they are the
+    data's (empirical Fisher, as published). kind="gram": mean over examples of Σ_tokens xxᵀ (in, in), then
+    (1−ρ)G + ρ·diag(G) with ρ = `shrinkage`; no backward pass. Padding (attention_mask 0) is excluded. Runs in eval
+    mode, unperturbed; x and δ are cast to float32 before the product (`autocast` is the dtype of the forward).
+
+    model: a PeftModel for sequence or image classification, `adapter` the task's adapter among the active ones.
+    dataloader: batches with `labels`; `samples`: number of examples used at most (None: all).
+    previous: sums of the earlier tasks. heads: {module: its weight before the task, [weight | bias]} of linear
+    heads shared by all tasks, to be inside the curvature. The model's mode and gradients are left as they were.
+    Raises InputError when samples < 1, when a module was not reached, or when there is no data.
+    """
+    if samples is not None and samples < 1:
+        raise InputError(f"samples must be at least 1, found {samples}; leave it out to use every example")
+    if not 0 <= shrinkage < 1:
+        raise InputError(f"shrinkage must be in [0, 1), found {shrinkage}")
+    if kind == "fisher" and shrinkage:
+        raise InputError("shrinkage belongs to kind='gram'; the diagonal Fisher has nothing off its diagonal")
+    layers = adapted_layers(model, adapter)
+    watched = dict(layers) | {name: find_head(model, name) for name in heads or {}}
+    with _evaluation(model):
+        pass_ = _Pass(kind, labels, torch.Generator().manual_seed(seed))
+        examples = _run(model, watched, dataloader, samples, pass_, autocast)
+    measured = {name: total / examples for name, total in pass_.sums.items()}
+    delta = {name: layer_product(layer, [adapter]) for name, layer in layers.items()}
+    optimum = {name: layer_product(layer, layer.active_adapters) for name, layer in layers.items()}
+    for name, before in (heads or {}).items():
+        optimum[name] = head_matrix(watched[name])
+        delta[name] = LowRank(optimum[name].B - before.B, before.A)
+    settings = Settings(kind, labels if kind == "fisher" else "none", shrinkage)
+    return accumulate(measured, optimum, delta, settings, examples, owner=pass_.owner, previous=previous)
+
+
+def adapted_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
+    """{module name as in the adapter's file: layer} of the layers that carry `adapter`."""
+    found = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.scaling
+    }
+    if not found:
+        raise InputError(f"the model has no LoRA adapter {adapter!r}")
+    return found
+
+
+def layer_product(layer: LoraLayer, adapters: Iterable[str]) -> LowRank:
+    """Sum of s·BA over the adapters of one layer, (out, in), float32, detached."""
+    products = []
+    for name in adapters:
+        if name in layer.scaling:
+            A, B = layer.lora_A[name].weight.detach().float(), layer.lora_B[name].weight.detach().float()
+            products.append(LowRank(B * layer.scaling[name], A))
+    return add(*products)
+
+
+def head_matrix(linear: nn.Module) -> LowRank:
+    """[weight | bias] of a Linear, (rows, in + 1), or the weight alone without a bias; float32, detached."""
+    weight = linear.weight.detach().float()
+    if linear.bias is not None:
+        weight = torch.cat([weight, linear.bias.detach().float()[:, None]], dim=1)
+    return LowRank(weight, torch.eye(weight.shape[1]))
+
+
+@dataclass
+class _Pass:
+    """Running sums over examples of one pass."""
+
+    kind: Kind
+    labels: str
+    generator: torch.Generator
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    owner: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = value if name not in self.sums else self.sums[name].add_(value)
+
+
+def _run(
+    model: nn.Module,
+    watched: Mapping[str, nn.Module],
+    dataloader: Iterable[Mapping[str, Tensor]],
+    samples: int | None,
+    pass_: _Pass,
+    autocast: torch.dtype | None,
+) -> int:
+    examples, device = 0, next(model.parameters()).device
+    for batch in dataloader:
+        if samples is not None and examples >= samples:
+            break
+        batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+        if samples is not None:
+            batch = {key: value[: samples - examples] for key, value in batch.items()}
+        seen = _watch(model, watched, batch, pass_, autocast)
+        missing = [name for name in watched if name not in seen]
+        if missing:
+            raise InputError(f"{len(missing)} adapted modules were not reached by the forward pass, first {missing[0]}")
+        (_add_gram if pass_.kind == "gram" else _add_fisher)(pass_, seen, batch)
+        examples += len(batch["labels"])
+    if not examples:
+        raise InputError("the curvature needs at least one example, found none")
+    return examples
+
+
+def _watch(
+    model: nn.Module,
+    watched: Mapping[str, nn.Module],
+    batch: Mapping[str, Tensor],
+    pass_: _Pass,
+    autocast: torch.dtype | None,
+) -> dict[str, dict[str, Any]]:
+    """Run the batch; {module: {"x": input, "d": output gradient, "bias": a trained bias to count}}."""
+    seen: dict[str, dict[str, Any]] = {}
+    keep_gradient = pass_.kind == "fisher"
+
+    def hook(name: str):
+        def capture(module: nn.Module, args: tuple, output: Tensor) -> None:
+            head = isinstance(module, nn.Linear)
+            seen[name] = {"x": args[0].detach(), "bias": head and module.bias is not None}
+            if keep_gradient:
+                output.register_hook(lambda gradient: seen[name].__setitem__("d", gradient.detach()))
+
+        return capture
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in watched.items()]
+    device = next(model.parameters()).device.type
+    precision = torch.autocast(device, autocast) if autocast else nullcontext()
+    try:
+        with torch.set_grad_enabled(keep_gradient):
+            with precision:
+                logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+            if keep_gradient:
+                _losses(logits.float(), batch["labels"], pass_).sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: found for name, found in seen.items() if "d" in found or not keep_gradient}
+
+
+def _losses(logits: Tensor, labels: Tensor, pass_: _Pass) -> Tensor:
+    """Cross-entropy of each example, (N,), for its own label or for one drawn from the model."""
+    if logits.ndim != 2:
+        raise InputError(f"expected logits of shape (examples, classes), found {tuple(logits.shape)}")
+    if pass_.labels == "mc":
+        probabilities = logits.detach().softmax(-1).cpu()
+        labels = torch.multinomial(probabilities, 1, generator=pass_.generator)[:, 0].to(logits.device)
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def _add_fisher(pass_: _Pass, seen: Mapping[str, dict[str, Any]], batch: Mapping[str, Tensor]) -> None:
+    for name, found in seen.items():
+        x, d = _tokens(name, found, batch), found["d"].float().reshape(len(batch["labels"]), -1, found["d"].shape[-1])
+        rows = max(1, CHUNK_BYTES // (4 * x.shape[-1] * d.shape[-1]))
+        for start in range(0, len(x), rows):
+            gradient = torch.bmm(d[start : start + rows].transpose(1, 2), x[start : start + rows])  # (n, out, in)
+            pass_.add(name, gradient.square_().sum(0))
+
+
+def _add_gram(pass_: _Pass, seen: Mapping[str, dict[str, Any]], batch: Mapping[str, Tensor]) -> None:
+    first: dict[tuple, str] = {}  # inputs are kept alive in `seen`, so one address is one tensor
+    for name, found in seen.items():
+        owner = first.setdefault((found["x"].data_ptr(), found["x"].shape, found["bias"]), name)
+        if pass_.owner.setdefault(name, owner) != owner:
+            raise InputError(f"{name} shares its input with other modules in some batches only; its Gram is ambiguous")
+        if owner == name:
+            x = _tokens(name, found, batch).flatten(0, 1)  # (N·T, in)
+            pass_.add(name, x.T @ x)
+
+
+def _tokens(name: str, found: Mapping[str, Any], batch: Mapping[str, Tensor]) -> Tensor:
+    """The module's input as (N, T, in) in float32, padding zeroed, a column of ones appended for a trained bias."""
+    x, examples = found["x"].float(), len(batch["labels"])
+    if x.shape[0] != examples:
+        raise InputError(f"{name} sees an input of shape {tuple(x.shape)}; expected {examples} examples in dimension 0")
+    x = x.reshape(examples, -1, x.shape[-1])
+    if found["bias"]:
+        x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+    mask = batch.get("attention_mask")
+    if mask is None or x.shape[1] == 1:  # no padding, or one pooled position
+        return x
+    if mask.shape != x.shape[:2]:
+        raise InputError(f"{name} sees {x.shape[1]} positions, the attention mask has shape {tuple(mask.shape)}")
+    return x * mask[..., None].to(x.dtype)
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients left behind."""
+    mode = model.training
+    gradients = {parameter: parameter.grad for parameter in model.parameters() if parameter.requires_grad}
+    model.eval()
+    for parameter in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        model.train(mode)
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient

@@ -1,0 +1,148 @@
+"""The analytic head: linear discriminant analysis from class means and one scatter matrix, constant in tasks."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from pm_hf.errors import InputError
+
+FORMAT = "pm_hf.head.v1"
+
+
+@dataclass
+class HeadStatistics:
+    """What the analytic head keeps of every class seen: no examples, and one d×d matrix for all of them.
+
+    labels: C names in row order. counts (C,), means (C, d), scatter (d, d) = Σ_x (x − μ_c)(x − μ_c)ᵀ, float64.
+    covariance, temperature: set once the head is frozen (strict mode), None before.
+    """
+
+    labels: list[str] = field(default_factory=list)
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    means: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+    scatter: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+    covariance: Tensor | None = None
+    temperature: float | None = None
+
+    def moved(self, drift: Tensor) -> "HeadStatistics":
+        """The statistics as seen through a feature drift W (d, d): μ ← Wμ, scatter ← W·scatter·Wᵀ."""
+        means, scatter = self.means @ drift.T, drift @ self.scatter @ drift.T
+        return HeadStatistics(self.labels, self.counts, means, scatter, self.covariance, self.temperature)
+
+    def added(self, features: Tensor, targets: Tensor, labels: list[str]) -> "HeadStatistics":
+        """Pool in one task's features (n, d); targets (n,) index `labels`. A known class is pooled by counts."""
+        features = features.double()
+        d = features.shape[1]
+        names = list(dict.fromkeys([*self.labels, *labels]))
+        counts, means = torch.zeros(len(names), dtype=torch.float64), torch.zeros(len(names), d, dtype=torch.float64)
+        scatter = self.scatter.clone() if len(self.labels) else torch.zeros(d, d, dtype=torch.float64)
+        counts[: len(self.labels)] = self.counts
+        if len(self.labels):
+            means[: len(self.labels)] = self.means
+        for index, label in enumerate(labels):
+            rows = features[targets == index]
+            if not len(rows) and label in self.labels:
+                continue
+            if not len(rows):
+                raise InputError(f"class {label!r} has no training row; the analytic head needs at least one")
+            at, mean = names.index(label), rows.mean(0)
+            gap, old = mean - means[at], counts[at].clone()
+            total = old + len(rows)
+            scatter += (rows - mean).T @ (rows - mean) + torch.outer(gap, gap) * (old * len(rows) / total)
+            means[at] += gap * (len(rows) / total)
+            counts[at] = total
+        return HeadStatistics(names, counts, means, scatter, self.covariance, self.temperature)
+
+    def frozen(self, temperature: float) -> "HeadStatistics":
+        """Fix covariance and temperature: from here on a new class only appends a row."""
+        covariance = self.pooled_covariance()
+        return HeadStatistics(self.labels, self.counts, self.means, self.scatter, covariance, temperature)
+
+    def pooled_covariance(self) -> Tensor:
+        """Σ = (1−ρ)·scatter/(N−C) + ρ·tr(·)/d·I with ρ of oracle approximating shrinkage (Chen et al. 2010, eq. 23)."""
+        freedom = max(float(self.counts.sum()) - len(self.labels), 1.0)
+        sample, d = self.scatter / freedom, self.scatter.shape[0]
+        trace, square = sample.trace(), (sample**2).sum()
+        rho = float(((1 - 2 / d) * square + trace**2) / ((freedom + 1 - 2 / d) * (square - trace**2 / d)))
+        rho = min(max(rho, 0.0), 1.0) if rho == rho else 1.0
+        return (1 - rho) * sample + rho * trace / d * torch.eye(d, dtype=torch.float64)
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """(weight (C, d), bias (C,)) with w_c = Σ⁻¹μ_c, b_c = −½μ_cᵀΣ⁻¹μ_c, equal priors, each row on its own.
+
+        In strict mode the frozen Σ and temperature are used, so rows of old classes do not change by a bit.
+        """
+        covariance = self.pooled_covariance() if self.covariance is None else self.covariance
+        if not float(covariance.trace()) > 0:
+            raise InputError("the analytic head needs features that vary within a class; found none")
+        inverse = torch.linalg.inv(covariance)
+        weight = torch.stack([inverse @ mean for mean in self.means])  # row by row: old rows stay bit-identical
+        bias = torch.stack([-0.5 * (mean @ row) for mean, row in zip(self.means, weight, strict=True)])
+        scale = self.temperature or 1.0
+        return weight / scale, bias / scale
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file, atomically."""
+        path = Path(path)
+        tensors = {"counts": self.counts, "means": self.means, "scatter": self.scatter}
+        if self.covariance is not None:
+            tensors["covariance"] = self.covariance
+        header = json.dumps({"labels": self.labels, "temperature": self.temperature})
+        temporary = path.with_name(path.name + ".tmp")
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata={"format": FORMAT, "head": header})
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "HeadStatistics":
+        """Read a file that `save` wrote; InputError when it is missing, truncated or something else."""
+        try:
+            with safe_open(path, "pt") as handle:
+                metadata = handle.metadata() or {}
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"head statistics {path} cannot be read ({error})") from error
+        if metadata.get("format") != FORMAT:
+            raise InputError(f"{path} holds no head statistics: expected format {FORMAT}")
+        return cls(**json.loads(metadata["head"]), **tensors)
+
+
+def ridge_drift(before: Tensor, after: Tensor, ridge: float) -> Tensor:
+    """W (d, d) that maps old features to new ones, from the same n examples under both models (n, d).
+
+    W = (FₙᵀFₒ + λI)(FₒᵀFₒ + λI)⁻¹ with λ = ridge·tr(FₒᵀFₒ)/d: ridge regression towards the identity.
+    """
+    old, new = before.double(), after.double()
+    d = old.shape[1]
+    gram = old.T @ old
+    damping = ridge * gram.trace() / d * torch.eye(d, dtype=torch.float64)
+    return torch.linalg.solve(gram + damping, (new.T @ old + damping).T).T
+
+
+def fit_temperature(logits: Tensor, targets: Tensor) -> float:
+    """T > 0 that minimises the mean cross-entropy of logits / T, (n, C) and (n,); two log-spaced grids."""
+    low, high = -3.0, 3.0
+    for _ in range(3):
+        grid = torch.linspace(low, high, 41, dtype=torch.float64)
+        losses = torch.stack([cross_entropy(logits.double() / 10**t, targets) for t in grid])
+        best = float(grid[int(losses.argmin())])
+        step = (high - low) / 40
+        low, high = best - step, best + step
+    return float(10**best)
+
+
+def merge_temperature(statistics: HeadStatistics, features: Tensor, targets: Tensor) -> float:
+    """Temperature of the untempered head on features (n, d) whose targets index the statistics' labels."""
+    weight, bias = HeadStatistics(
+        statistics.labels, statistics.counts, statistics.means, statistics.scatter, statistics.covariance
+    ).solve()
+    return fit_temperature(features.double() @ weight.T + bias, targets)

@@ -1,0 +1,498 @@
+"""The loop over tasks: train, measure, merge, score, write; continue, extend. The only file that knows the order."""
+
+import dataclasses
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DataCollatorWithPadding, PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from pm_hf.adapters import Adapter, open_adapter, replace_head, save_adapter
+from pm_hf.config import RunConfig, load_config, save_config
+from pm_hf.errors import InputError, raise_all
+from pm_hf.files import copy_folder, read_json, write_json
+from pm_hf.fisher import estimate_curvature, head_matrix
+from pm_hf.heads import HeadStatistics, merge_temperature, ridge_drift
+from pm_hf.merge import MergeReport, merge_adapters
+from pm_hf.merging.curvature import Curvature
+from pm_hf.merging.lowrank import LowRank
+from pm_hf.metrics import task_forgetting
+from pm_hf.modeling import (
+    TaskModel,
+    build_task_model,
+    find_head,
+    forward,
+    load_published,
+    load_tokenizer,
+    resolve_base,
+    task_tensors,
+)
+from pm_hf.report import Report
+from pm_hf.scoring import IncrementalAccuracy
+from pm_hf.tasks import Task, TaskStream, batches, encode, load_stream, sample
+from pm_hf.trainer import PMConfig, PMTrainer
+
+CONFIG, STEP, CURVATURE, STATISTICS = "config.yaml", "step.json", "curvature.safetensors", "head_statistics.safetensors"
+# what may change when a finished run is continued; the data of finished tasks is compared by its fingerprint
+FREE_KEYS = ("output_dir", "data_dir", "max_forgetting", "stream.tasks", "stream.class_groups", "stream.domain_column")
+
+
+class ForgettingError(RuntimeError):
+    """An old task lost more than `max_forgetting`; the published adapter is still the previous one."""
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass(frozen=True)
+class State:
+    """What one task leaves to the next: the running merge, the sums of curvature, the head's statistics."""
+
+    merged: Path | None = None
+    curvature: Path | None = None
+    statistics: Path | None = None
+
+
+def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> Report:
+    """Run a stream of tasks, or continue it after the last finished one, and return its report.
+
+    config: YAML file, mapping or RunConfig; overrides: dotted keys, as in `learn("c.yaml", **{"lora.r": 4}, seed=1)`.
+    All input is checked before any training. Raises InputError for bad input (a different config in the output
+    folder included) and ForgettingError when `max_forgetting` is exceeded.
+    """
+    source = config if isinstance(config, Mapping | RunConfig) else Path(config)
+    settings = load_config(source, [f"{key}={value}" for key, value in overrides.items()])
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            f"found {os.environ['WORLD_SIZE']} processes; launch with one: accelerate launch --num_processes 1"
+        )
+    run = Run(settings, load_stream(settings))
+    done = run.finished()
+    run.folder.mkdir(parents=True, exist_ok=True)
+    save_config(settings, run.folder / CONFIG)
+    run.publish(done)
+    for index in range(done, len(run.stream.tasks)):
+        run.learn_task(index)
+        run.publish(index + 1)
+    report = run.report(len(run.stream.tasks))
+    report.save()
+    return report
+
+
+def evaluate(config: RunConfig, adapter: str | os.PathLike) -> dict[str, dict[str, float]]:
+    """Scores of a merged adapter on those tasks of the config whose labels it knows: {task: {kind: accuracy}}."""
+    opened, stream = open_adapter(adapter), load_stream(config)
+    if len(opened.labels) != 1:
+        raise InputError(f"adapter {opened.path} has no labels.json with one head, so its rows have no names")
+    (head, labels), tokenizer = next(iter(opened.labels.items())), load_tokenizer(config.model)
+    known = [task for task in stream.tasks if set(task.labels) <= set(labels)]
+    if not known:
+        raise InputError(f"adapter {opened.path} knows the labels of none of the config's tasks")
+    args = training_arguments(config, Path(config.output_dir), 0)
+    scorer = Scorer(config, tokenizer, args.per_device_eval_batch_size, precision(args))
+    return dict(zip([task.name for task in known], scorer.score(opened.path, head, known), strict=True))
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Runs merged adapters, loaded as every user loads them."""
+
+    config: RunConfig
+    tokenizer: Any
+    batch_size: int
+    autocast: torch.dtype | None
+
+    def features(self, merged: Path, rows: Sequence[dict], head: str) -> torch.Tensor:
+        """Input of the head's Linear, (n, d)."""
+        model = load_published(self.config.model, merged, open_adapter(merged).labels[head])
+        return forward(model, batches(self.tokenizer, rows, self.batch_size), head, self.autocast)[0]
+
+    def logits(
+        self, model: torch.nn.Module, task: Task, labels: Sequence[str], head: str
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Logits of a task's test rows over all `labels`, (n, C), and the row index of each one's label."""
+        rows = encode(self.tokenizer, task.test, labels, self.config.stream.max_length)
+        logits = forward(model, batches(self.tokenizer, rows, self.batch_size), head, self.autocast)[1]
+        return logits, [row["labels"] for row in rows]
+
+    def score(self, merged: Path, head: str, tasks: Sequence[Task]) -> list[dict[str, float]]:
+        """Class-incremental and task-incremental accuracy of each task."""
+        labels = open_adapter(merged).labels[head]
+        model, metric, scores = (
+            load_published(self.config.model, merged, labels),
+            IncrementalAccuracy(keep_in_memory=True),
+            [],
+        )
+        for task in tasks:
+            logits, truth = self.logits(model, task, labels, head)
+            own = [labels.index(label) for label in task.labels]
+            scores.append(metric.compute(predictions=logits.numpy(), references=truth, own=own))
+        return scores
+
+
+class Run:
+    """One stream in one output folder."""
+
+    def __init__(self, config: RunConfig, stream: TaskStream) -> None:
+        self.config, self.stream = config, stream
+        self.folder = Path(config.output_dir)
+        self.args = training_arguments(config, self.folder, 0)
+        self.tokenizer = load_tokenizer(config.model)
+        self.scorer = Scorer(config, self.tokenizer, self.args.per_device_eval_batch_size, precision(self.args))
+        self.start = self._released()
+
+    def finished(self) -> int:
+        """Number of finished tasks in the folder; InputError when they contradict the config."""
+        path = self.folder / CONFIG
+        if not path.is_file():
+            if self.folder.is_dir() and any(self.folder.iterdir()):
+                raise InputError(f"output_dir {self.folder} is not empty and holds no {CONFIG}; choose another folder")
+            return 0
+        done = 0
+        while done < len(self.stream.tasks) and (self._task_folder(done) / STEP).is_file():
+            done += 1
+        problems = differing_keys(load_config(path).to_dict(), self.config.to_dict())
+        for index in range(done):
+            if self._step(index)["fingerprint"] != self.stream.tasks[index].fingerprint():
+                problems.append(f"task {index} ({self.stream.tasks[index].name}): its labels or rows differ")
+        steps = len(list(self.folder.glob(f"task-*/{STEP}")))
+        if steps > done:
+            problems.append(f"the folder has {steps} finished tasks, the config fits the first {done}")
+        raise_all(problems, f"output_dir {self.folder} holds another run; use its config or another output_dir")
+        return done
+
+    def learn_task(self, index: int) -> None:
+        """Train, measure, merge and score one task; step.json is written last."""
+        start, task, folder = time.perf_counter(), self.stream.tasks[index], self._task_folder(index)
+        state = self._state(index)
+        for stale in ("adapter", "merged"):
+            shutil.rmtree(folder / stale, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        merged = None if state.merged is None else open_adapter(state.merged)
+        built = build_task_model(
+            self.config.model,
+            self.config.lora,
+            task.labels,
+            merged,
+            self.config.seed,
+            index,
+            continue_head=self._shared_head and merged is not None,
+        )
+        if self.config.head.kind == "lda" and find_head(built.model, built.head).bias is None:
+            raise InputError(f"head.kind lda needs a head with a bias, {built.head} has none; use head.kind: linear")
+        rows = encode(self.tokenizer, task.train, task.labels, self.config.stream.max_length)
+        before = head_matrix(find_head(built.model, built.head))
+        trained = self._train(built, rows, index) if self._trains(index) else {}
+        curvature = self._measure(built, rows, index, state, before)
+        factors, saved, peft_config = task_tensors(built.model)
+        save_adapter(folder / "adapter", peft_config, factors, saved, {built.head: list(task.labels)})
+        merge = self._merge(folder, state, curvature, index)
+        if self.config.head.kind == "lda":
+            self._analytic_head(folder, state, rows, task, built.head, index)
+        scores = self.scorer.score(folder / "merged", built.head, self.stream.tasks[: index + 1])
+        step = {
+            "task": task.name,
+            "labels": list(task.labels),
+            "fingerprint": task.fingerprint(),
+            "head": built.head,
+            "train_from": "merged",
+            "coefficient": None if merge.coefficient is None else asdict(merge.coefficient),
+            "merge_error": merge.error,
+            "curvature_bytes": 0 if curvature is None else curvature.nbytes,
+            "test_rows": len(task.test),
+            **trained,
+            **{key: [score[key] for score in scores] for key in scores[0]},
+            "seconds": time.perf_counter() - start,
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "threads": torch.get_num_threads(),
+        }
+        write_json(folder / STEP, step)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if index:
+            (self._task_folder(index - 1) / CURVATURE).unlink(missing_ok=True)
+        _say(index, len(self.stream.tasks), step)
+
+    def publish(self, done: int) -> None:
+        """Copy the newest merge to `merged/` unless an old task fell further than allowed; write report.json."""
+        if not done:
+            return
+        report = self.report(done)
+        report.save()
+        limit = self.config.max_forgetting
+        drops = dict(zip(report.tasks, task_forgetting(report.scores), strict=False))
+        fallen = {name: drop for name, drop in drops.items() if limit is not None and drop > limit}
+        if fallen:
+            listed = ", ".join(f"{name} by {drop:.3f}" for name, drop in fallen.items())
+            raise ForgettingError(
+                f"forgot more than max_forgetting {limit} after task {report.tasks[done - 1]}: {listed}; "
+                f"{self.folder / 'merged'} is still the previous adapter",
+                report,
+            )
+        newest = self._task_folder(done - 1) / "merged"
+        if not same_folder(newest, self.folder / "merged"):
+            copy_folder(newest, self.folder / "merged")
+
+    def report(self, done: int) -> Report:
+        """Report on the first `done` tasks, from their step.json."""
+        steps = [self._step(index) for index in range(done)]
+        total = len(steps)
+        notes = [
+            f"task {step['task']}: {step['coefficient']['note']}"
+            for step in steps
+            if step["coefficient"] and step["coefficient"]["note"] not in (None, "given")
+        ]
+
+        def matrix(key: str) -> list[list[float | None]]:
+            return [[*step[key], *[None] * (total - len(step[key]))] for step in steps]
+
+        return Report(
+            folder=self.folder,
+            method=self.config.method,
+            seed=self.config.seed,
+            scenario=self.stream.scenario,
+            tasks=[step["task"] for step in steps],
+            scores=matrix("class_incremental"),
+            task_incremental=matrix("task_incremental"),
+            test_rows=[step["test_rows"] for step in steps],
+            coefficients=[step["coefficient"] for step in steps],
+            seconds=sum(step["seconds"] for step in steps),
+            notes=notes,
+        )
+
+    @property
+    def _shared_head(self) -> bool:
+        return self.stream.scenario == "domain_incremental"
+
+    def _trains(self, index: int) -> bool:
+        frozen_now = self.config.head.strict and (index > 0 or self.start is not None)
+        return bool(self.config.trains) and not frozen_now
+
+    def _train(self, built: TaskModel, rows: Sequence[dict], index: int) -> dict[str, Any]:
+        args = training_arguments(self.config, self._task_folder(index) / "checkpoints", index)
+        trainer = PMTrainer(
+            model=built.model,
+            args=args,
+            train_dataset=rows,
+            data_collator=DataCollatorWithPadding(self.tokenizer),
+        )
+        trainer.remove_callback(PrinterCallback)
+        result = trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir)))
+        loss = result.training_loss
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise RuntimeError(
+                f"task {self.stream.tasks[index].name}: the training loss is {loss}; lower the learning rate"
+            )
+        counts = {f"{factor:g}": count for factor, count in sorted(trainer.perturbation_counts.items())}
+        built.model.zero_grad(set_to_none=True)
+        return {"training_loss": loss, "optimizer_steps": trainer.state.global_step, "factors": counts}
+
+    def _measure(
+        self, built: TaskModel, rows: Sequence[dict], index: int, state: State, before: LowRank
+    ) -> Curvature | None:
+        settings = self.config.curvature
+        if self.config.merge.method != "pm" or settings.kind is None or not self._trains(index):
+            return None
+        heads = None
+        if self._shared_head and self.config.head.kind == "linear":
+            # heads are absolute values: before the first merge there is nothing, so Δ is the head itself
+            heads = {built.head: before if state.merged else before.scale(0.0)}
+        curvature = estimate_curvature(
+            built.model,
+            batches(self.tokenizer, sample(rows, settings.samples, self.config.seed), self.scorer.batch_size),
+            adapter="task",
+            kind=settings.kind,
+            labels=settings.labels,
+            shrinkage=settings.shrinkage if settings.kind == "gram" else 0.0,
+            previous=None if state.curvature is None else Curvature.load(state.curvature),
+            heads=heads,
+            seed=self.config.seed + index,
+            autocast=self.scorer.autocast,
+        )
+        curvature.save(self._task_folder(index) / CURVATURE)
+        return curvature
+
+    def _merge(self, folder: Path, state: State, curvature: Curvature | None, index: int) -> MergeReport:
+        settings = self.config.merge
+        method, coefficient, options = settings.method or "pm", settings.coefficient, {}
+        if not self._trains(index):
+            coefficient = 0.0  # nothing was trained: the running merge stays as it is
+        elif method == "pm" and coefficient is None:
+            unmeasured = state.merged is not None and state.curvature is None
+            options = {
+                "on_zero_curvature": settings.on_zero_curvature,
+                "unmeasured_past": "ignore" if unmeasured else "error",
+            }
+        return merge_adapters(
+            folder / "adapter",
+            folder / "merged",
+            into=state.merged,
+            method=method,
+            curvature=curvature,
+            coefficient=coefficient,
+            freedom=settings.freedom or "global",
+            options=options,
+            max_rank=settings.max_rank,
+        )
+
+    def _analytic_head(
+        self, folder: Path, state: State, rows: Sequence[dict], task: Task, head: str, index: int
+    ) -> None:
+        """Follow the backbone's drift, pool in the task's classes, write the rows into the merged adapter."""
+        statistics = HeadStatistics() if state.statistics is None else HeadStatistics.load(state.statistics)
+        labels = open_adapter(folder / "merged").labels[head]
+        features = self.scorer.features(folder / "merged", rows, head)
+        moves = self.config.head.drift == "ridge" and self._trains(index)
+        if statistics.labels and moves and state.merged is not None:
+            past = self.scorer.features(state.merged, rows, head)
+            statistics = statistics.moved(ridge_drift(past, features, self.config.head.ridge))
+        targets = torch.tensor([row["labels"] for row in rows])
+        statistics = statistics.added(features, targets, list(task.labels))
+        columns = torch.tensor([statistics.labels.index(label) for label in task.labels])
+        temperature = statistics.temperature or merge_temperature(statistics, features, columns[targets])
+        if self.config.head.strict and statistics.temperature is None:
+            statistics = statistics.frozen(temperature)
+        statistics.save(folder / STATISTICS)
+        weight, bias = (value if statistics.temperature else value / temperature for value in statistics.solve())
+        order = torch.tensor([statistics.labels.index(label) for label in labels])
+        replace_head(folder / "merged", head, weight[order], bias[order])
+
+    def _state(self, index: int) -> State:
+        if index == 0:
+            return self.start or State()
+        folder = self._task_folder(index - 1)
+        files = [path if path.is_file() else None for path in (folder / CURVATURE, folder / STATISTICS)]
+        return State(folder / "merged", files[0], files[1])
+
+    def _released(self) -> State | None:
+        """The adapter to begin from, with the curvature and the head statistics that lie beside it."""
+        if self.config.start_from is None:
+            return None
+        adapter = open_adapter(self.config.start_from)
+        raise_all(self._misfits(adapter), f"start_from {adapter.path}")
+        beside = [adapter.path, adapter.path.parent]
+        beside += [step.parent for step in sorted(adapter.path.parent.glob(f"task-*/{STEP}"))[-1:]]
+
+        def first(name: str) -> Path | None:
+            return next((folder / name for folder in beside if (folder / name).is_file()), None)
+
+        state = State(adapter.path, first(CURVATURE), first(STATISTICS))
+        if self.config.head.kind == "lda" and state.statistics is None:
+            raise InputError(
+                f"start_from {adapter.path}: head.kind lda needs {STATISTICS} beside it; use head.kind: linear"
+            )
+        return state
+
+    def _misfits(self, adapter: Adapter) -> list[str]:
+        """Why a released adapter does not fit this run."""
+        problems, base = [], resolve_base(self.config.model.base)
+        if adapter.config.get("base_model_name_or_path") != base:
+            problems.append(
+                f"its base model is {adapter.config.get('base_model_name_or_path')}, the config's is {base}"
+            )
+        rank, limit = max(adapter.product(module).rank for module in adapter.scaling), self.config.merge.max_rank
+        if limit is not None and rank > limit:
+            problems.append(f"its rank {rank} is above merge.max_rank {limit}")
+        if len(adapter.labels) != 1:
+            problems.append("it has no labels.json with one head, so its rows have no names")
+        elif self._shared_head and list(next(iter(adapter.labels.values()))) != list(self.stream.tasks[0].labels):
+            problems.append("its labels are not those of the domain-incremental stream, in this order")
+        return problems
+
+    def _task_folder(self, index: int) -> Path:
+        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.stream.tasks[index].name)
+        return self.folder / f"task-{index:02d}-{name}"
+
+    def _step(self, index: int) -> dict:
+        return read_json(self._task_folder(index) / STEP)
+
+
+def training_arguments(config: RunConfig, checkpoints: Path, index: int) -> PMConfig:
+    """PMConfig of one task; InputError for fields that TrainingArguments does not have or refuses."""
+    known = {field.name for field in dataclasses.fields(PMConfig) if field.init}
+    unknown = sorted(set(config.training) - known)
+    if unknown:
+        raise InputError(f"training: {', '.join(unknown)} are not fields of TrainingArguments")
+    values = {"save_strategy": "epoch", "save_total_limit": 1, "logging_strategy": "epoch", "disable_tqdm": True}
+    values |= {"report_to": "none", "use_cpu": not torch.cuda.is_available(), **config.training}
+    try:
+        return PMConfig(
+            output_dir=str(checkpoints),
+            seed=config.seed,
+            task_index=index,
+            perturbation_scale=config.perturbation.scale,
+            perturbation_probabilities=config.perturbation.probabilities,
+            perturbation_adapter="task",
+            remove_unused_columns=False,
+            **{key: _number(value) for key, value in values.items()},
+        )
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"training: {' '.join(str(error).split())}") from error
+
+
+def precision(args: PMConfig) -> torch.dtype | None:
+    """The autocast dtype of the arguments, None for float32."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def differing_keys(finished: Mapping, now: Mapping, path: str = "") -> list[str]:
+    """Settings that contradict those of the finished part of a run."""
+    found = []
+    for key in [*finished, *(key for key in now if key not in finished)]:
+        name, old, new = f"{path}{key}", finished.get(key), now.get(key)
+        if name in FREE_KEYS or old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differing_keys(old, new, name + ".")
+        else:
+            found.append(f"{name}: {old!r} in the finished run, {new!r} now")
+    return found
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Newest complete checkpoint; half-written ones (their state file is the last to be written) are removed."""
+    while folder.is_dir() and (newest := get_last_checkpoint(str(folder))) is not None:
+        try:
+            read_json(Path(newest) / "trainer_state.json")
+            return newest
+        except InputError:
+            shutil.rmtree(newest)
+    return None
+
+
+def same_folder(left: Path, right: Path) -> bool:
+    """Whether two folders hold the same files."""
+    if not right.is_dir():
+        return False
+    names = sorted(path.name for path in left.iterdir())
+    return names == sorted(p.name for p in right.iterdir()) and all(
+        (left / name).read_bytes() == (right / name).read_bytes() for name in names
+    )
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-3 as text; TrainingArguments needs the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _say(index: int, total: int, step: Mapping) -> None:
+    alpha = step["coefficient"]
+    merged = f", coefficient {alpha['used']:.3f} (1/t {alpha['one_over_t']:.3f})" if alpha else ""
+    scores = step["class_incremental"]
+    line = f"task {index + 1}/{total} {step['task']}: accuracy {scores[-1]:.3f}, mean of {len(scores)} {sum(scores) / len(scores):.3f}"
+    print(f"{line}{merged}, {step['seconds']:.1f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,116 @@
+"""Matrices kept as a product of two thin factors, and their exact and truncated sums."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DENSE_SVD_LIMIT = 1024  # above this the smaller side of a dense matrix is factored by a randomised SVD
+OVERSAMPLING, POWER_ITERATIONS = 8, 4
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The matrix B @ A of shape (out, in), with B (out, R) and A (R, in) of one floating dtype.
+
+    The factors are borrowed and never changed in place.
+    """
+
+    B: Tensor
+    A: Tensor
+
+    def __post_init__(self) -> None:
+        if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+            raise ValueError(f"factors do not fit: B {tuple(self.B.shape)}, A {tuple(self.A.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the product."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Inner size R of the factors: an upper bound of the numerical rank."""
+        return self.A.shape[0]
+
+    def dense(self) -> Tensor:
+        """The product, (out, in)."""
+        return self.B @ self.A
+
+    def scale(self, factor: float) -> "LowRank":
+        """factor · BA, the factor folded into B."""
+        return LowRank(self.B * factor, self.A)
+
+    def to(self, dtype: torch.dtype) -> "LowRank":
+        """The same factors in another dtype."""
+        return LowRank(self.B.to(dtype), self.A.to(dtype))
+
+    def norm(self) -> float:
+        """Frobenius norm, in float64, without forming the product: ‖BA‖² = <BᵀB, AAᵀ>."""
+        B, A = self.B.double(), self.A.double()
+        return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+
+    def compress(self, max_rank: int | None = None, energy: float | None = None) -> tuple["LowRank", float]:
+        """Best approximation in Frobenius norm (Eckart–Young) with at most `max_rank` singular values,
+        or the fewest that keep the share `energy` in (0, 1] of the squared norm.
+
+        QR of both factors and an SVD of the R×R core, in float64; never the dense product. Returns the
+        truncated matrix (at least rank 1, in the dtype of the input) and the relative error
+        ‖BA − truncated‖/‖BA‖.
+        """
+        Qb, Rb = torch.linalg.qr(self.B.double())
+        Qa, Ra = torch.linalg.qr(self.A.double().T)
+        U, s, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
+        keep = _kept(s, max_rank, energy)
+        root = s[:keep].sqrt()  # both factors get √s: balanced, so that half precision loses least
+        truncated = LowRank((Qb @ U[:, :keep]) * root, root[:, None] * (Vh[:keep] @ Qa.T))
+        return truncated.to(self.B.dtype), _relative_tail(s, keep)
+
+
+def add(*terms: LowRank) -> LowRank:
+    """The exact sum: factors side by side, rank R₁ + R₂ + …"""
+    return LowRank(torch.cat([t.B for t in terms], dim=1), torch.cat([t.A for t in terms], dim=0))
+
+
+def weighted_sum(terms: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """Σ wᵢ BᵢAᵢ exactly; terms with weight 0 are left out (all zero: one zero term of rank 1)."""
+    kept = [term.scale(weight) for term, weight in zip(terms, weights, strict=True) if weight != 0]
+    if kept:
+        return add(*kept)
+    out_features, in_features = terms[0].shape
+    return LowRank(terms[0].B.new_zeros(out_features, 1), terms[0].A.new_zeros(1, in_features))
+
+
+def from_dense(matrix: Tensor, max_rank: int) -> tuple[LowRank, float]:
+    """Truncated SVD of a dense (out, in) matrix and its relative Frobenius error.
+
+    Exact up to a smaller side of 1024; above that the seeded randomised range finder of Halko, Martinsson
+    and Tropp (arXiv 0909.4061, algorithm 4.4) with oversampling and power iterations.
+    """
+    if min(matrix.shape) <= DENSE_SVD_LIMIT:
+        return LowRank(matrix.double(), torch.eye(matrix.shape[1], dtype=torch.float64)).compress(max_rank)
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(matrix.shape[1], max_rank + OVERSAMPLING, generator=generator, dtype=matrix.dtype)
+    Q, _ = torch.linalg.qr(matrix @ probe)
+    for _ in range(POWER_ITERATIONS):
+        Q, _ = torch.linalg.qr(matrix.T @ Q)
+        Q, _ = torch.linalg.qr(matrix @ Q)
+    truncated, _ = LowRank(Q, Q.T @ matrix).compress(max_rank)
+    error = torch.linalg.norm(matrix - truncated.dense()) / torch.linalg.norm(matrix)
+    return truncated, float(error)
+
+
+def _kept(s: Tensor, max_rank: int | None, energy: float | None) -> int:
+    """Number of singular values to keep; values that are zero in float64 are never kept."""
+    numerical = int((s > s[0] * len(s) * torch.finfo(s.dtype).eps).sum())
+    keep = numerical if max_rank is None else min(numerical, max_rank)
+    if energy is not None:
+        share = s.square().cumsum(0) / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny)
+        keep = min(keep, int((share < energy - 1e-12).sum()) + 1)
+    return max(keep, 1)
+
+
+def _relative_tail(s: Tensor, keep: int) -> float:
+    total = float(s.square().sum())
+    return (float(s[keep:].square().sum()) / total) ** 0.5 if total else 0.0

@@ -1,0 +1,240 @@
+"""PMTrainer: the Trainer whose training step scales the current task's LoRA product by 1, 1 + ε or 1 − ε."""
+
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+
+from pm_hf.adapters import WEIGHTS, config_problems
+from pm_hf.errors import InputError, raise_all
+
+
+@dataclass
+class PerturbationArguments:
+    """Settings of the perturbation; put it before any TrainingArguments class: `class C(PerturbationArguments, SFTConfig)`.
+
+    Every step uses the LoRA product scaled by 1, 1 + ε or 1 − ε. With equal probabilities for the last two this adds
+    ½ε²(p₊ + p₋)·ΔᵀHΔ to the expected loss, to second order (arXiv 2505.22389).
+    """
+
+    perturbation_scale: float = field(default=0.5, metadata={"help": "ε, 0 ≤ ε < 1; 0 trains as Trainer does"})
+    perturbation_probabilities: list[float] = field(
+        default_factory=lambda: [1 / 3, 1 / 3, 1 / 3],
+        metadata={"help": "probabilities of the factors 1, 1 + ε, 1 − ε; the last two must be equal"},
+    )
+    perturbation_adapter: str | None = field(
+        default=None, metadata={"help": "adapter to scale; default: the only one with trainable LoRA weights"}
+    )
+    task_index: int = field(default=0, metadata={"help": "index of the task in the stream, part of the random seed"})
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "learning rate of trainable parameters that are not LoRA; default: learning_rate"},
+    )
+
+    def __post_init__(self) -> None:
+        self.perturbation_probabilities = tuple(self.perturbation_probabilities)  # type: ignore[assignment]
+        raise_all(perturbation_problems(self.perturbation_scale, self.perturbation_probabilities), "perturbation")
+        parent = getattr(super(), "__post_init__", None)
+        if parent is not None:
+            parent()
+
+
+@dataclass
+class PMConfig(PerturbationArguments, TrainingArguments):
+    """TrainingArguments plus the perturbation's settings; nothing else differs from the parent's defaults."""
+
+
+def perturbation_problems(scale: float, probabilities: Any) -> list[str]:
+    """What is wrong with ε and the probabilities; empty if nothing is."""
+    problems = []
+    if not 0 <= scale < 1:
+        problems.append(f"perturbation scale must be in [0, 1), found {scale}")
+    if len(probabilities) != 3 or min(probabilities) < 0 or not math.isclose(sum(probabilities), 1, abs_tol=1e-6):
+        problems.append(f"probabilities must be three values >= 0 that sum to 1, found {list(probabilities)}")
+    elif not math.isclose(probabilities[1], probabilities[2], abs_tol=1e-9):
+        problems.append(
+            f"the probabilities of 1+ε and 1−ε must be equal, found {probabilities[1]} and {probabilities[2]}: "
+            "otherwise a first-order term remains and the expected gradient is biased"
+        )
+    return problems
+
+
+def perturbation_factor(
+    scale: float, probabilities: Any, *, seed: int, task: int, step: int, micro_step: int, rank: int
+) -> float:
+    """The factor of one micro-step: a pure function of its arguments, so that resuming repeats it.
+
+    A uniform number is taken from SHA-256, so no random generator is read or advanced.
+    """
+    digest = hashlib.sha256(f"{seed}/{task}/{step}/{micro_step}/{rank}".encode()).digest()
+    uniform = int.from_bytes(digest[:8], "big") / 2**64
+    if uniform < probabilities[0]:
+        return 1.0
+    return 1 + scale if uniform < probabilities[0] + probabilities[1] else 1 - scale
+
+
+@contextmanager
+def scaled_adapter(layers: list[LoraLayer], adapter: str, factor: float) -> Iterator[None]:
+    """Scale one adapter's LoRA product by `factor` while the block runs; restored on any exception.
+
+    The block must enclose the backward pass too: activation checkpointing runs the forward again inside it. The
+    gradient of A and B carries the factor, as the derivative of L(W + factor·s·BA) does. Weights are not touched.
+    """
+    before = [layer.scaling[adapter] for layer in layers]
+    try:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling[adapter] = scaling * factor
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling[adapter] = scaling
+
+
+def trainable_lora_adapters(model: torch.nn.Module) -> list[str]:
+    """Names of the adapters that have a trainable LoRA weight, sorted."""
+    names = set()
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for factors in (layer.lora_A, layer.lora_B, layer.lora_embedding_A):
+                names |= {name for name, factor in factors.items() if _trains(factor)}
+    return sorted(names)
+
+
+def _trains(factor: torch.nn.Module | torch.nn.Parameter) -> bool:
+    parameters = [factor] if isinstance(factor, torch.nn.Parameter) else factor.parameters()
+    return any(parameter.requires_grad for parameter in parameters)
+
+
+class PerturbationMixin:
+    """The only change to training is `training_step`: one factor is drawn, forward and backward run with it.
+
+    Put it before any Trainer: `class PMSFTTrainer(PerturbationMixin, SFTTrainer)`, with args that include
+    `PerturbationArguments`. Besides, resuming and loading the best model restore the trained adapter by name (the
+    Trainer's own code confuses it with a frozen one), and `head_learning_rate` gets its parameter groups.
+    The factors of the steps since the last log are logged as `perturbation_factor` (their mean).
+    """
+
+    perturbation_counts: Counter[float]  # how often each factor was used by this process since the start or resume
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, PerturbationArguments):
+            kind = type(self.args).__name__
+            raise InputError(
+                f"args of type {kind} have no perturbation settings; define "
+                f"`@dataclass class PM{kind}(PerturbationArguments, {kind})` and pass that"
+            )
+        self.perturbation_counts = Counter()
+        self._since_log: list[float] = []
+        self._micro_step = (-1, -1)  # (global step, micro-step within it)
+        self._found: tuple[torch.nn.Module, str, list[LoraLayer]] | None = None
+        if self.model is not None:
+            self._perturbed()
+
+    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Trainer's training step with the task adapter scaled by the factor drawn for this micro-step."""
+        adapter, layers = self._perturbed()
+        factor = self._next_factor()
+        with scaled_adapter(layers, adapter, factor):
+            return super().training_step(model, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the mean factor since the last log to every training log."""
+        if "loss" in logs and self._since_log:
+            logs = logs | {"perturbation_factor": sum(self._since_log) / len(self._since_log)}
+            self._since_log = []
+        super().log(logs, *args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Trainer's optimizer; parameters that are not LoRA move to groups with `head_learning_rate`."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.args.head_learning_rate
+        if rate is None or any(group.get("head") for group in optimizer.param_groups):
+            return optimizer
+        heads = {id(p) for n, p in self.model.named_parameters() if p.requires_grad and "lora_" not in n}
+        for group in list(optimizer.param_groups):
+            moved = [p for p in group["params"] if id(p) in heads]
+            if moved:
+                group["params"] = [p for p in group["params"] if id(p) not in heads]
+                optimizer.add_param_group({**group, "params": moved, "lr": rate, "head": True})
+        return optimizer
+
+    def _next_factor(self) -> float:
+        step, micro = self._micro_step
+        now = self.state.global_step
+        self._micro_step = (now, micro + 1 if step == now else 0)
+        factor = perturbation_factor(
+            self.args.perturbation_scale,
+            self.args.perturbation_probabilities,
+            seed=self.args.seed,
+            task=self.args.task_index,
+            step=now,
+            micro_step=self._micro_step[1],
+            rank=self.args.process_index,
+        )
+        self.perturbation_counts[factor] += 1
+        self._since_log.append(factor)
+        return factor
+
+    def _perturbed(self) -> tuple[str, list[LoraLayer]]:
+        """(adapter, its layers), found once for each model."""
+        if self._found is None or self._found[0] is not self.model:
+            adapter = self._choose_adapter()
+            layers = [m for m in self.model.modules() if isinstance(m, LoraLayer) and adapter in m.scaling]
+            self._found = (self.model, adapter, layers)
+        return self._found[1:]
+
+    def _choose_adapter(self) -> str:
+        asked, trainable = self.args.perturbation_adapter, trainable_lora_adapters(self.model)
+        if asked is None and len(trainable) != 1:
+            raise InputError(
+                f"expected exactly one adapter with trainable LoRA weights, found {trainable or 'none'}; "
+                "name one with perturbation_adapter, or freeze the others"
+            )
+        adapter = asked or trainable[0]
+        configs = getattr(self.model, "peft_config", {})
+        if adapter not in configs:
+            raise InputError(
+                f"perturbation_adapter {adapter!r} is not an adapter of the model; found {sorted(configs)}"
+            )
+        raise_all(config_problems(configs[adapter].to_dict()), f"adapter {adapter!r}")
+        return adapter
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Restore the trained adapter and its head; frozen adapters and requires_grad stay as they are."""
+        self._load_adapter(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """As on resume: the Trainer's own code looks for an adapter named "default" only."""
+        self._load_adapter(self.state.best_model_checkpoint)
+
+    def _load_adapter(self, checkpoint: str | os.PathLike) -> None:
+        adapter, _ = self._perturbed()
+        folder = Path(checkpoint) if adapter == "default" else Path(checkpoint) / adapter
+        if not (folder / WEIGHTS).is_file():
+            raise InputError(f"checkpoint {checkpoint} holds no adapter {adapter!r}: {folder / WEIGHTS} does not exist")
+        result = set_peft_model_state_dict(self.model, load_file(folder / WEIGHTS), adapter_name=adapter)
+        lost = [name for name in result.missing_keys if f".{adapter}." in name or name.endswith(f".{adapter}")]
+        if lost or result.unexpected_keys:
+            raise InputError(
+                f"checkpoint {folder} does not fit the model: missing {lost}, unexpected {result.unexpected_keys}"
+            )
+
+
+class PMTrainer(PerturbationMixin, Trainer):
+    """The only change to Trainer is the training step: the task's LoRA product is scaled by 1, 1 + ε or 1 − ε.
+
+    One forward and one backward, as always (Perturb-and-Merge, arXiv 2505.22389). With `perturbation_scale=0` the
+    trajectory equals Trainer's bit for bit.
+    """

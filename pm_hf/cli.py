@@ -74,9 +74,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
+    import datasets
+
     from pm_hf.config import load_config
     from pm_hf.learner import ForgettingError, learn
 
+    datasets.disable_progress_bars()
     config = load_config(options.config, options.overrides)
     try:
         report = learn(config)

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -133,7 +134,8 @@ def build_task_model(
             base_model_name_or_path=base_name,
         )
         try:
-            model = get_peft_model(base, config, adapter_name=TASK)
+            with _quiet():
+                model = get_peft_model(base, config, adapter_name=TASK)
         except ValueError as error:
             raise InputError(f"lora.target_modules {lora.target_modules}: {error}") from error
     if merged is not None:
@@ -150,7 +152,8 @@ def build_task_model(
 def load_published(settings: ModelSettings, folder: Path, labels: Sequence[str]) -> nn.Module:
     """The merged adapter as every user loads it: base with the labels' rows, then PeftModel.from_pretrained."""
     base, _ = load_base(settings, labels, 0)
-    return PeftModel.from_pretrained(base, str(folder)).eval()
+    with _quiet():
+        return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
 def task_tensors(model: PeftModel) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
@@ -268,13 +271,15 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the report of newly initialised weights: they are in the adapter."""
+    """Without the report of newly initialised weights (they are in the adapter) and PEFT's use of an old name."""
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.ERROR)
     transformers.logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            yield
     finally:
         transformers.logging.set_verbosity(level)
         if bars:

@@ -1,0 +1,92 @@
+"""Tiny models and data, built in-process and offline."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import csv
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+WORDS = [f"{kind}{i}" for kind in ("apple", "bird", "car", "dog", "egg", "fog", "the", "of") for i in range(6)]
+CLASSES = ("apple", "bird", "car", "dog", "egg", "fog")  # a text's class is the kind of word it has most of
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny models are faster and repeatable on one thread."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """Folder of a BERT encoder with 2 layers of width 32, without a head, and its word tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("base")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=32,
+        initializer_range=0.1,  # wide enough for a random encoder to carry the words to the pooled position
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, classes, per_class: int, seed: int, **columns) -> Path:
+    """CSV of texts with `per_class` rows of each class; further columns hold a constant, or one value a row."""
+    rng = random.Random(seed)
+    rows = []
+    for label in classes:
+        for _ in range(per_class):
+            kinds = [label] * 3 + rng.choices(["the", "of"], k=rng.randint(1, 4))
+            rng.shuffle(kinds)
+            rows.append({"text": " ".join(f"{kind}{rng.randrange(6)}" for kind in kinds), "label": label, **columns})
+    with open(path, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture
+def stream_config(tiny_base, tmp_path) -> dict:
+    """Settings of a class-incremental stream of 3 tasks with 2 classes each; a task takes about a second."""
+    write_rows(tmp_path / "train.csv", CLASSES, 24, seed=1)
+    write_rows(tmp_path / "test.csv", CLASSES, 8, seed=2)
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "data_dir": str(tmp_path),
+        "method": "pm",
+        "model": {"base": str(tiny_base)},
+        "stream": {"train": "train.csv", "test": "test.csv", "class_groups": 3, "max_length": 16},
+        "lora": {"r": 2, "alpha": 4, "target_modules": ["key", "value"]},
+        "curvature": {"samples": 32},
+        "training": {
+            "num_train_epochs": 6,
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 16,
+            "learning_rate": 2e-2,
+            "head_learning_rate": 2e-2,
+        },
+    }

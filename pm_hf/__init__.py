@@ -28,7 +28,7 @@ _HOME = {
     "merge_adapters": "pm_hf.merge",
     "optimal_coefficient": "pm_hf.merging.solve",
 }
-__all__ = sorted(_HOME)
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

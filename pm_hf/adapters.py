@@ -28,10 +28,38 @@ FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 # settings that only say where LoRA sits, how it was trained or who made it: the weights already tell
 HARMLESS = frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
-    "exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights "
-    "layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core runtime_config "
-    "eva_config loftq_config corda_config lora_ga_config qalora_group_size ensure_weight_tying".split()
+    [
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "bias",
+        "use_rslora",
+        "modules_to_save",
+        "init_lora_weights",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "megatron_config",
+        "megatron_core",
+        "runtime_config",
+        "eva_config",
+        "loftq_config",
+        "corda_config",
+        "lora_ga_config",
+        "qalora_group_size",
+        "ensure_weight_tying",
+    ]
 )
 CONVERT = "convert it first with peft.convert_to_lora / save_as_lora, or train a plain LoRA"
 

@@ -128,9 +128,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     scores = evaluate(config, options.adapter or Path(config.output_dir) / "merged")
     for name, score in scores.items():
-        print(
-            f"{name}: class-incremental {score['class_incremental']:.4f}, task-incremental {score['task_incremental']:.4f}"
-        )
+        whole, inside = score["class_incremental"], score["task_incremental"]
+        print(f"{name}: class-incremental {whole:.4f}, task-incremental {inside:.4f}")
     return DONE
 
 

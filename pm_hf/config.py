@@ -100,7 +100,7 @@ class HeadSettings:
 
     kind: Literal["linear", "lda"] | None = None  # trained rows, or the analytic head
     drift: Literal["ridge", "none"] = "ridge"  # lda: how old class means follow the backbone
-    ridge: float = 0.1  # lda: λ = ridge · tr(FᵀF)/d of the drift regression
+    ridge: float = 1.0  # lda: λ = ridge · tr(FᵀF)/d of the drift regression
     strict: bool = False  # lda: freeze backbone and covariance after task 1, old rows stay bit-identical
 
 
@@ -153,8 +153,21 @@ METHODS = {
 
 # TrainingArguments that the learner decides itself
 MANAGED = frozenset(
-    "output_dir seed data_seed task_index perturbation_scale perturbation_probabilities perturbation_adapter "
-    "remove_unused_columns label_names resume_from_checkpoint do_train do_eval do_predict".split()
+    [
+        "output_dir",
+        "seed",
+        "data_seed",
+        "task_index",
+        "perturbation_scale",
+        "perturbation_probabilities",
+        "perturbation_adapter",
+        "remove_unused_columns",
+        "label_names",
+        "resume_from_checkpoint",
+        "do_train",
+        "do_eval",
+        "do_predict",
+    ]
 )
 
 
@@ -288,9 +301,8 @@ def _build(kind: type, raw: Any, path: str, problems: list[str]) -> Any:
         problems.append(f"{path or 'config'}: expected settings by name, found {raw!r}")
         return kind()
     hints, known = get_type_hints(kind), [f.name for f in fields(kind)]
-    for key in raw:
-        if key not in known:
-            problems.append(f"{_join(path, key)}: unknown key; valid: {', '.join(known)}")
+    valid = ", ".join(known)
+    problems += [f"{_join(path, key)}: unknown key; valid: {valid}" for key in raw if key not in known]
     values = {}
     for name in known:
         if name in raw:

@@ -60,6 +60,16 @@ def copy_folder(source: Path, target: Path) -> None:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
 
 
+def same_folder(left: Path, right: Path) -> bool:
+    """Whether two folders hold the same files."""
+    if not right.is_dir():
+        return False
+    names = sorted(path.name for path in left.iterdir())
+    return names == sorted(p.name for p in right.iterdir()) and all(
+        (left / name).read_bytes() == (right / name).read_bytes() for name in names
+    )
+
+
 def _swap(new: Path, path: Path) -> None:
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
     if path.exists():

@@ -89,7 +89,7 @@ def layer_product(layer: LoraLayer, adapters: Iterable[str]) -> LowRank:
     return add(*products)
 
 
-def head_matrix(linear: nn.Module) -> LowRank:
+def head_matrix(linear: nn.Linear) -> LowRank:
     """[weight | bias] of a Linear, (rows, in + 1), or the weight alone without a bias; float32, detached."""
     weight = linear.weight.detach().float()
     if linear.bias is not None:

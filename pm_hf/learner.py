@@ -1,6 +1,5 @@
 """The loop over tasks: train, measure, merge, score, write; continue, extend. The only file that knows the order."""
 
-import dataclasses
 import os
 import resource
 import shutil
@@ -12,33 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorWithPadding, PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from pm_hf.adapters import Adapter, open_adapter, replace_head, save_adapter
 from pm_hf.config import RunConfig, load_config, save_config
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import copy_folder, read_json, write_json
+from pm_hf.files import copy_folder, read_json, same_folder, write_json
 from pm_hf.fisher import estimate_curvature, head_matrix
 from pm_hf.heads import HeadStatistics, merge_temperature, ridge_drift
 from pm_hf.merge import MergeReport, merge_adapters
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank
 from pm_hf.metrics import task_forgetting
-from pm_hf.modeling import (
-    TaskModel,
-    build_task_model,
-    find_head,
-    forward,
-    load_published,
-    load_tokenizer,
-    resolve_base,
-    task_tensors,
-)
+from pm_hf.modeling import TaskModel, build_task_model, find_head, load_tokenizer, resolve_base, task_tensors
 from pm_hf.report import Report
-from pm_hf.scoring import IncrementalAccuracy
+from pm_hf.scoring import Scorer
 from pm_hf.tasks import Task, TaskStream, batches, encode, load_stream, sample
-from pm_hf.trainer import PMConfig, PMTrainer
+from pm_hf.training import precision, train, training_arguments
 
 CONFIG, STEP, CURVATURE, STATISTICS = "config.yaml", "step.json", "curvature.safetensors", "head_statistics.safetensors"
 # what may change when a finished run is continued; the data of finished tasks is compared by its fingerprint
@@ -102,43 +90,6 @@ def evaluate(config: RunConfig, adapter: str | os.PathLike) -> dict[str, dict[st
     return dict(zip([task.name for task in known], scorer.score(opened.path, head, known), strict=True))
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """Runs merged adapters, loaded as every user loads them."""
-
-    config: RunConfig
-    tokenizer: Any
-    batch_size: int
-    autocast: torch.dtype | None
-
-    def features(self, merged: Path, rows: Sequence[dict], head: str) -> torch.Tensor:
-        """Input of the head's Linear, (n, d)."""
-        model = load_published(self.config.model, merged, open_adapter(merged).labels[head])
-        return forward(model, batches(self.tokenizer, rows, self.batch_size), head, self.autocast)[0]
-
-    def logits(
-        self, model: torch.nn.Module, task: Task, labels: Sequence[str], head: str
-    ) -> tuple[torch.Tensor, list[int]]:
-        """Logits of a task's test rows over all `labels`, (n, C), and the row index of each one's label."""
-        rows = encode(self.tokenizer, task.test, labels, self.config.stream.max_length)
-        logits = forward(model, batches(self.tokenizer, rows, self.batch_size), head, self.autocast)[1]
-        return logits, [row["labels"] for row in rows]
-
-    def score(self, merged: Path, head: str, tasks: Sequence[Task]) -> list[dict[str, float]]:
-        """Class-incremental and task-incremental accuracy of each task."""
-        labels = open_adapter(merged).labels[head]
-        model, metric, scores = (
-            load_published(self.config.model, merged, labels),
-            IncrementalAccuracy(keep_in_memory=True),
-            [],
-        )
-        for task in tasks:
-            logits, truth = self.logits(model, task, labels, head)
-            own = [labels.index(label) for label in task.labels]
-            scores.append(metric.compute(predictions=logits.numpy(), references=truth, own=own))
-        return scores
-
-
 class Run:
     """One stream in one output folder."""
 
@@ -191,7 +142,10 @@ class Run:
             raise InputError(f"head.kind lda needs a head with a bias, {built.head} has none; use head.kind: linear")
         rows = encode(self.tokenizer, task.train, task.labels, self.config.stream.max_length)
         before = head_matrix(find_head(built.model, built.head))
-        trained = self._train(built, rows, index) if self._trains(index) else {}
+        trained = {}
+        if self._trains(index):
+            args = training_arguments(self.config, folder / "checkpoints", index)
+            trained = train(built, rows, self.tokenizer, args)
         curvature = self._measure(built, rows, index, state, before)
         factors, saved, peft_config = task_tensors(built.model)
         save_adapter(folder / "adapter", peft_config, factors, saved, {built.head: list(task.labels)})
@@ -275,25 +229,6 @@ class Run:
     def _trains(self, index: int) -> bool:
         frozen_now = self.config.head.strict and (index > 0 or self.start is not None)
         return bool(self.config.trains) and not frozen_now
-
-    def _train(self, built: TaskModel, rows: Sequence[dict], index: int) -> dict[str, Any]:
-        args = training_arguments(self.config, self._task_folder(index) / "checkpoints", index)
-        trainer = PMTrainer(
-            model=built.model,
-            args=args,
-            train_dataset=rows,
-            data_collator=DataCollatorWithPadding(self.tokenizer),
-        )
-        trainer.remove_callback(PrinterCallback)
-        result = trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir)))
-        loss = result.training_loss
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise RuntimeError(
-                f"task {self.stream.tasks[index].name}: the training loss is {loss}; lower the learning rate"
-            )
-        counts = {f"{factor:g}": count for factor, count in sorted(trainer.perturbation_counts.items())}
-        built.model.zero_grad(set_to_none=True)
-        return {"training_loss": loss, "optimizer_steps": trainer.state.global_step, "factors": counts}
 
     def _measure(
         self, built: TaskModel, rows: Sequence[dict], index: int, state: State, before: LowRank
@@ -415,36 +350,6 @@ class Run:
         return read_json(self._task_folder(index) / STEP)
 
 
-def training_arguments(config: RunConfig, checkpoints: Path, index: int) -> PMConfig:
-    """PMConfig of one task; InputError for fields that TrainingArguments does not have or refuses."""
-    known = {field.name for field in dataclasses.fields(PMConfig) if field.init}
-    unknown = sorted(set(config.training) - known)
-    if unknown:
-        raise InputError(f"training: {', '.join(unknown)} are not fields of TrainingArguments")
-    values = {"save_strategy": "epoch", "save_total_limit": 1, "logging_strategy": "epoch", "disable_tqdm": True}
-    values |= {"report_to": "none", "use_cpu": not torch.cuda.is_available(), **config.training}
-    try:
-        return PMConfig(
-            output_dir=str(checkpoints),
-            seed=config.seed,
-            task_index=index,
-            perturbation_scale=config.perturbation.scale,
-            perturbation_probabilities=config.perturbation.probabilities,
-            perturbation_adapter="task",
-            remove_unused_columns=False,
-            **{key: _number(value) for key, value in values.items()},
-        )
-    except InputError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise InputError(f"training: {' '.join(str(error).split())}") from error
-
-
-def precision(args: PMConfig) -> torch.dtype | None:
-    """The autocast dtype of the arguments, None for float32."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-
-
 def differing_keys(finished: Mapping, now: Mapping, path: str = "") -> list[str]:
     """Settings that contradict those of the finished part of a run."""
     found = []
@@ -459,40 +364,9 @@ def differing_keys(finished: Mapping, now: Mapping, path: str = "") -> list[str]
     return found
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """Newest complete checkpoint; half-written ones (their state file is the last to be written) are removed."""
-    while folder.is_dir() and (newest := get_last_checkpoint(str(folder))) is not None:
-        try:
-            read_json(Path(newest) / "trainer_state.json")
-            return newest
-        except InputError:
-            shutil.rmtree(newest)
-    return None
-
-
-def same_folder(left: Path, right: Path) -> bool:
-    """Whether two folders hold the same files."""
-    if not right.is_dir():
-        return False
-    names = sorted(path.name for path in left.iterdir())
-    return names == sorted(p.name for p in right.iterdir()) and all(
-        (left / name).read_bytes() == (right / name).read_bytes() for name in names
-    )
-
-
-def _number(value: Any) -> Any:
-    """YAML reads 1e-3 as text; TrainingArguments needs the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
 def _say(index: int, total: int, step: Mapping) -> None:
-    alpha = step["coefficient"]
+    alpha, scores = step["coefficient"], step["class_incremental"]
+    mean = sum(scores) / len(scores)
+    line = f"task {index + 1}/{total} {step['task']}: accuracy {scores[-1]:.3f}, mean of {len(scores)} {mean:.3f}"
     merged = f", coefficient {alpha['used']:.3f} (1/t {alpha['one_over_t']:.3f})" if alpha else ""
-    scores = step["class_incremental"]
-    line = f"task {index + 1}/{total} {step['task']}: accuracy {scores[-1]:.3f}, mean of {len(scores)} {sum(scores) / len(scores):.3f}"
     print(f"{line}{merged}, {step['seconds']:.1f} s", file=sys.stderr, flush=True)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -105,7 +104,7 @@ def merge_adapters(
     """
     start = time.perf_counter()
     paths = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
-    storage = DTYPES.get(dtype, torch.float32) if isinstance(dtype, str) or dtype is None else dtype
+    storage = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype or "float32", torch.float32)
     _check_arguments(paths, into, method, coefficient, freedom, weights, options, max_rank, energy, dtype)
     if Path(output).exists() and not overwrite and not dry_run:
         raise InputError(

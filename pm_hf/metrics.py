@@ -24,7 +24,7 @@ def backward_transfer(R: Matrix) -> float | None:
 
 
 def forgetting(R: Matrix) -> float | None:
-    """Mean over earlier tasks of (best score before the end − score at the end), possibly negative; None for one task."""
+    """Mean over earlier tasks of (best score before the end − score at the end), may be negative; None for one task."""
     drops = task_forgetting(R)
     return fmean(drops) if drops else None
 

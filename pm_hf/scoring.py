@@ -1,8 +1,19 @@
-"""Accuracy of a merged model on the tasks seen, as an offline `evaluate.Metric`."""
+"""Scores of a merged adapter on the tasks seen, loaded as every user loads it; an offline `evaluate.Metric`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
+import torch
+
+from pm_hf.adapters import open_adapter
+from pm_hf.config import RunConfig
+from pm_hf.modeling import forward, load_published
+from pm_hf.tasks import Task, batches, encode
 
 DESCRIPTION = "Accuracy of argmax over all classes seen, and of argmax inside the task's own classes."
 
@@ -28,3 +39,48 @@ class IncrementalAccuracy(evaluate.Metric):
             "class_incremental": float((logits.argmax(1) == truth).mean()),
             "task_incremental": float((inside == truth).mean()),
         }
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Runs merged adapters, loaded as every user loads them."""
+
+    config: RunConfig
+    tokenizer: Any
+    batch_size: int
+    autocast: torch.dtype | None
+
+    def features(self, merged: Path, rows: Sequence[dict], head: str) -> torch.Tensor:
+        """Input of the head's Linear, (n, d)."""
+        return self._forward(load_published(self.config.model, merged, open_adapter(merged).labels[head]), rows, head)[
+            0
+        ]
+
+    def logits(
+        self, model: torch.nn.Module, task: Task, labels: Sequence[str], head: str
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Logits of a task's test rows over all `labels`, (n, C), and the row index of each one's label."""
+        rows = encode(self.tokenizer, task.test, labels, self.config.stream.max_length)
+        return self._forward(model, rows, head)[1], [row["labels"] for row in rows]
+
+    def _forward(self, model: torch.nn.Module, rows: Sequence[dict], head: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and logits in the order of `rows`; batches are made of texts of like length."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        back = torch.tensor(order).argsort()
+        together = batches(self.tokenizer, [rows[i] for i in order], self.batch_size)
+        features, logits = forward(model, together, head, self.autocast)
+        return features[back], logits[back]
+
+    def score(self, merged: Path, head: str, tasks: Sequence[Task]) -> list[dict[str, float]]:
+        """Class-incremental and task-incremental accuracy of each task."""
+        labels = open_adapter(merged).labels[head]
+        model, metric, scores = (
+            load_published(self.config.model, merged, labels),
+            IncrementalAccuracy(keep_in_memory=True),
+            [],
+        )
+        for task in tasks:
+            logits, truth = self.logits(model, task, labels, head)
+            own = [labels.index(label) for label in task.labels]
+            scores.append(metric.compute(predictions=logits.numpy(), references=truth, own=own))
+        return scores

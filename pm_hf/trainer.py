@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -22,7 +22,7 @@ from pm_hf.errors import InputError, raise_all
 
 @dataclass
 class PerturbationArguments:
-    """Settings of the perturbation; put it before any TrainingArguments class: `class C(PerturbationArguments, SFTConfig)`.
+    """Settings of the perturbation; put it before any other arguments: `class C(PerturbationArguments, SFTConfig)`.
 
     Every step uses the LoRA product scaled by 1, 1 + ε or 1 − ε. With equal probabilities for the last two this adds
     ½ε²(p₊ + p₋)·ΔᵀHΔ to the expected loss, to second order (arXiv 2505.22389).
@@ -116,7 +116,10 @@ def _trains(factor: torch.nn.Module | torch.nn.Parameter) -> bool:
     return any(parameter.requires_grad for parameter in parameters)
 
 
-class PerturbationMixin:
+_Base: Any = Trainer if TYPE_CHECKING else object  # the mixin stands before a Trainer
+
+
+class PerturbationMixin(_Base):
     """The only change to training is `training_step`: one factor is drawn, forward and backward run with it.
 
     Put it before any Trainer: `class PMSFTTrainer(PerturbationMixin, SFTTrainer)`, with args that include

@@ -7,7 +7,7 @@ PACKAGES = ("pm_hf", "torch", "transformers", "peft", "accelerate", "datasets", 
 
 
 def versions() -> dict[str, str]:
-    """{package: installed version} of pm_hf and what it stands on, and Python's; packages not installed are left out."""
+    """{package: version} of pm_hf and what it stands on, and Python's; packages not installed are left out."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,0 +1,31 @@
+"""What every committed result says about where it comes from."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from pm_hf.versions import versions
+
+
+def environment() -> dict[str, object]:
+    """Versions, commit (with + when the tree differs from it), hardware."""
+    return {"versions": versions(), "commit": commit(), "hardware": hardware()}
+
+
+def commit() -> str:
+    """Short hash of HEAD; a + says that tracked files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def hardware() -> str:
+    """Processor, cores used, memory."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, {memory:.0f} GiB"

@@ -7,12 +7,14 @@ python benchmarks/clinc150.py --table        prints the table of what is in resu
 import argparse
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from statistics import fmean, stdev
 
 from environment import environment
 
 from pm_hf.files import write_json
+from pm_hf.report import Report, plot
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "clinc150" / "minilm.yaml"
@@ -46,6 +48,7 @@ def main() -> int:
     text = table()
     (RESULTS / "table.md").write_text(text, encoding="utf-8")
     print(text)
+    picture()
     return 0
 
 
@@ -78,6 +81,17 @@ def table() -> str:
         cells.append(spread([m["task_incremental"]["ACC"] for m in metrics]))
         lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def picture() -> None:
+    """methods.png: mean accuracy on the tasks seen after each task, first seed of every method."""
+    reports = []
+    for method in METHODS:
+        for path in sorted((RESULTS / method).glob("*.json"))[:1]:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            names = [field.name for field in fields(Report) if field.name != "folder"]
+            reports.append(Report(folder=path.parent, **{name: result[name] for name in names}))
+    plot(reports, RESULTS / "methods.png")
 
 
 def spread(values: list[float]) -> str:

@@ -120,13 +120,20 @@ def open_adapter(path: str | os.PathLike) -> Adapter:
         way_out = f"found {pickled}; pickles are never loaded, save it again as safetensors" if pickled else "not found"
         raise InputError(f"adapter {path}: expected {WEIGHTS}, {way_out}")
     config = read_json(path / CONFIG)
+    if not isinstance(config, dict):
+        raise InputError(f"adapter {path}: {CONFIG} holds a {type(config).__name__}, expected settings by name")
     shapes = _shapes(path / WEIGHTS)
     problems = config_problems(config)
+    problems += [f"{CONFIG} has no {key!r}" for key in ("r", "lora_alpha") if not config.get(key) and not problems]
     raise_all(problems, f"adapter {path}")
     scaling, saved = _layout(config, shapes, problems)
     raise_all(problems, f"adapter {path}")
     labels = read_json(path / LABELS) if (path / LABELS).is_file() else {}
+    if not isinstance(labels, dict) or not all(isinstance(names, list) for names in labels.values()):
+        raise InputError(f"adapter {path}: {LABELS} must hold {{head module: [label, …]}}")
     for head, names in labels.items():
+        if twice := sorted({str(name) for name in names if names.count(name) > 1}):
+            problems.append(f"{LABELS} names {', '.join(twice)} more than once for {head}")
         rows = shapes.get(f"{head}.weight", (0,))[0]
         if rows != len(names):
             problems.append(f"{LABELS} names {len(names)} labels for {head}, which has {rows} rows")
@@ -226,7 +233,10 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
             shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}); copy or save the adapter again") from error
-    return {name.removeprefix(PREFIX): shape for name, shape in shapes.items()}
+    odd = sorted(name for name in names if not name.startswith(PREFIX))
+    if odd and any(".lora_" in name for name in odd):
+        raise InputError(f"{path}: expected tensor names that start with {PREFIX}, found {odd[0]}; save it with PEFT")
+    return {name.removeprefix(PREFIX): shape for name, shape in shapes.items() if name.startswith(PREFIX)}
 
 
 def _layout(config: Mapping, shapes: Mapping[str, tuple[int, ...]], problems: list[str]) -> tuple[dict, tuple]:
@@ -272,8 +282,11 @@ def _pattern(patterns: Mapping | None, module: str, default: float) -> float:
 def _merged_config(template: Mapping, products: Mapping[str, LowRank], saved: Mapping[str, Tensor]) -> dict:
     ranks = {module: product.rank for module, product in products.items()}
     rank = max(ranks.values())
-    odd = {module: r for module, r in ranks.items() if r != rank}
+    # anchored: PEFT matches the end of a name, so that "fc" would also mean "block.fc"
+    odd = {f"^{re.escape(module)}": r for module, r in ranks.items() if r != rank}
+    full = "|".join(re.escape(module) for module in sorted(products))
     roots = [root for root in template.get("modules_to_save") or [] if any(_under(name, root) for name in saved)]
+    ambiguous = template.get("exclude_modules") or any("." not in module for module in products)
     return dict(template) | {
         "r": rank,
         "lora_alpha": rank,
@@ -281,7 +294,8 @@ def _merged_config(template: Mapping, products: Mapping[str, LowRank], saved: Ma
         "alpha_pattern": odd,
         "use_rslora": False,
         "init_lora_weights": True,
-        "target_modules": sorted(products),
+        **{key: None for key in ("eva_config", "corda_config", "lora_ga_config") if template.get(key)},
+        "target_modules": full if ambiguous else sorted(products),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -301,6 +315,11 @@ def _compare(folder: Path, products: Mapping[str, LowRank], tensors: Mapping[str
     if not same or set(written.scaling) != set(products) or any(s != 1 for s in written.scaling.values()):
         raise RuntimeError(f"{folder}: the adapter does not read back as it was written; the old one is untouched")
     return max(_distance(product, written.product(module)) for module, product in products.items())
+
+
+def cast_error(product: LowRank, dtype: torch.dtype) -> float:
+    """Relative error of storing the factors in `dtype`."""
+    return _distance(product, product.to(dtype).to(product.A.dtype))
 
 
 def _distance(left: LowRank, right: LowRank) -> float:

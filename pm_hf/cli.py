@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pm_hf.errors import InputError
 
@@ -24,6 +24,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"pm-hf: {error}", file=sys.stderr)
         return BAD_INPUT
+    except OSError as error:
+        print(f"pm-hf: {error}", file=sys.stderr)
+        return FAILED
+
+
+class _Parser(argparse.ArgumentParser):
+    """Only change: a wrong argument is one line on stderr."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def entry() -> None:
@@ -32,7 +42,7 @@ def entry() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pm-hf", description="Continual fine-tuning by merging LoRA adapters.")
+    parser = _Parser(prog="pm-hf", description="Continual fine-tuning by merging LoRA adapters.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="run a stream of tasks, or continue it", allow_abbrev=False)

@@ -40,7 +40,13 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     if path.exists() and not overwrite:
         raise InputError(f"output {path} exists; choose another folder, or overwrite=True (--overwrite) to replace it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = path.resolve()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output {path} cannot be written: {error}") from error
+    if path.exists() and not path.is_dir():
+        raise InputError(f"output {path} is a file, expected a folder")
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -60,6 +66,13 @@ def copy_folder(source: Path, target: Path) -> None:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left beside its target in `folder`."""
+    for pattern in (".*.tmp-*", ".*.old-*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def same_folder(left: Path, right: Path) -> bool:
     """Whether two folders hold the same files."""
     if not right.is_dir():
@@ -76,7 +89,7 @@ def _swap(new: Path, path: Path) -> None:
         os.replace(path, old)
     try:
         os.replace(new, path)
-    except OSError:
+    except BaseException:
         if old.exists():
             os.replace(old, path)
         raise

@@ -41,6 +41,10 @@ def relate(first: str | os.PathLike, second: str | os.PathLike) -> dict[str, dic
     shared = [name for name in left.scaling if name in right.scaling]
     if not shared:
         raise InputError(f"{first} and {second} have no module in common")
+    for name in shared:
+        shapes = left.product(name).shape, right.product(name).shape
+        if shapes[0] != shapes[1]:
+            raise InputError(f"{name} has different shapes in the adapters: {shapes[0]} and {shapes[1]}")
     return {name: {"cosine": _cosine(left.product(name), right.product(name))} for name in shared}
 
 

@@ -15,7 +15,7 @@ import torch
 from pm_hf.adapters import Adapter, open_adapter, replace_head, save_adapter
 from pm_hf.config import RunConfig, load_config, save_config
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import copy_folder, read_json, same_folder, write_json
+from pm_hf.files import copy_folder, read_json, remove_leftovers, same_folder, write_json
 from pm_hf.fisher import estimate_curvature, head_matrix
 from pm_hf.heads import HeadStatistics, merge_temperature, ridge_drift
 from pm_hf.merge import MergeReport, merge_adapters
@@ -111,7 +111,8 @@ class Run:
         done = 0
         while done < len(self.stream.tasks) and (self._task_folder(done) / STEP).is_file():
             done += 1
-        problems = differing_keys(load_config(path).to_dict(), self.config.to_dict())
+        started = [*self.folder.glob(f"task-*/{STEP}"), *self.folder.glob("task-*/checkpoints/checkpoint-*")]
+        problems = differing_keys(load_config(path).to_dict(), self.config.to_dict()) if started else []
         for index in range(done):
             if self._step(index)["fingerprint"] != self.stream.tasks[index].fingerprint():
                 problems.append(f"task {index} ({self.stream.tasks[index].name}): its labels or rows differ")
@@ -125,9 +126,10 @@ class Run:
         """Train, measure, merge and score one task; step.json is written last."""
         start, task, folder = time.perf_counter(), self.stream.tasks[index], self._task_folder(index)
         state = self._state(index)
+        folder.mkdir(exist_ok=True)
         for stale in ("adapter", "merged"):
             shutil.rmtree(folder / stale, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
+        remove_leftovers(folder)
         merged = None if state.merged is None else open_adapter(state.merged)
         built = build_task_model(
             self.config.model,
@@ -192,6 +194,7 @@ class Run:
                 report,
             )
         newest = self._task_folder(done - 1) / "merged"
+        remove_leftovers(self.folder)
         if not same_folder(newest, self.folder / "merged"):
             copy_folder(newest, self.folder / "merged")
 
@@ -233,8 +236,8 @@ class Run:
     def _measure(
         self, built: TaskModel, rows: Sequence[dict], index: int, state: State, before: LowRank
     ) -> Curvature | None:
-        settings = self.config.curvature
-        if self.config.merge.method != "pm" or settings.kind is None or not self._trains(index):
+        settings, merge = self.config.curvature, self.config.merge
+        if merge.method != "pm" or merge.coefficient is not None or not self._trains(index):
             return None
         heads = None
         if self._shared_head and self.config.head.kind == "linear":
@@ -244,7 +247,7 @@ class Run:
             built.model,
             batches(self.tokenizer, sample(rows, settings.samples, self.config.seed), self.scorer.batch_size),
             adapter="task",
-            kind=settings.kind,
+            kind=settings.kind or "fisher",
             labels=settings.labels,
             shrinkage=settings.shrinkage if settings.kind == "gram" else 0.0,
             previous=None if state.curvature is None else Curvature.load(state.curvature),
@@ -257,7 +260,8 @@ class Run:
 
     def _merge(self, folder: Path, state: State, curvature: Curvature | None, index: int) -> MergeReport:
         settings = self.config.merge
-        method, coefficient, options = settings.method or "pm", settings.coefficient, {}
+        method, options = settings.method or "pm", {}
+        coefficient = None if state.merged is None else settings.coefficient  # the first task is taken as it is
         if not self._trains(index):
             coefficient = 0.0  # nothing was trained: the running merge stays as it is
         elif method == "pm" and coefficient is None:

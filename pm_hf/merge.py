@@ -1,5 +1,6 @@
 """`merge_adapters`: adapter folders in, one plain PEFT adapter out, without the base model."""
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pm_hf.adapters import Adapter, open_adapter, write_adapter
+from pm_hf.adapters import CONFIG, Adapter, cast_error, open_adapter, write_adapter
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import read_json
 from pm_hf.merging.curvature import Curvature
@@ -48,6 +49,7 @@ class MergeReport:
     inputs: list[str]
     seconds: float = 0.0
     cast_error: float = 0.0
+    measured: int | None = None  # tasks whose curvature has weight in the result
     versions: dict[str, str] = field(default_factory=versions)
 
     @property
@@ -63,6 +65,7 @@ class _Plan:
     adapters: list[Adapter]
     weights: list[float]
     tasks: int
+    measured: int
     coefficient: Coefficient | None = None
     curvature: Curvature | None = None  # set when the whole matrix is free
 
@@ -105,11 +108,13 @@ def merge_adapters(
     start = time.perf_counter()
     paths = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
     storage = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype or "float32", torch.float32)
-    _check_arguments(paths, into, method, coefficient, freedom, weights, options, max_rank, energy, dtype)
+    _check_arguments(paths, into, method, coefficient, freedom, weights, options, max_rank, energy, dtype, curvature)
     if Path(output).exists() and not overwrite and not dry_run:
         raise InputError(
             f"output {output} exists; choose another folder, or overwrite=True (--overwrite) to replace it"
         )
+    if Path(output).is_dir() and any(Path(output).iterdir()) and not (Path(output) / CONFIG).is_file() and not dry_run:
+        raise InputError(f"output {output} is not an adapter folder; it is never replaced, choose another")
     opened = [open_adapter(path) for path in paths]
     sums = Curvature.load(curvature) if isinstance(curvature, str | os.PathLike) else curvature
     if into is not None or len(opened) == 1:
@@ -118,7 +123,12 @@ def merge_adapters(
         plan = _plan_fold(opened[0], running, method, sums, coefficient, freedom, dict(options or {}))
     else:
         _check_same_base(opened)
-        plan = _Plan(opened, [1 / len(opened)] * len(opened) if weights is None else list(weights), len(opened))
+        plan = _Plan(
+            opened,
+            [1 / len(opened)] * len(opened) if weights is None else list(weights),
+            sum(folded_tasks(adapter) for adapter in opened),
+            sum(measured_tasks(adapter) for adapter in opened),
+        )
     saved, labels, heads = _merge_saved(plan)
     products, modules = _merge_products(plan, max_rank, energy)
     if plan.curvature is not None:
@@ -133,11 +143,13 @@ def merge_adapters(
         heads,
         [str(adapter.path) for adapter in plan.adapters],
         seconds=time.perf_counter() - start,
+        measured=plan.measured,
     )
     if dry_run:
         return report
     template = plan.adapters[-1].config | {"modules_to_save": _roots(plan.adapters)}
-    error = write_adapter(
+    report = replace(report, cast_error=max(cast_error(product, storage) for product in products.values()))
+    write_adapter(
         Path(output),
         template,
         products,
@@ -147,7 +159,7 @@ def merge_adapters(
         overwrite=overwrite,
         extra={REPORT: asdict(report)},
     )
-    return replace(report, cast_error=error, seconds=time.perf_counter() - start)
+    return replace(report, seconds=time.perf_counter() - start)
 
 
 def head_modules(adapter: Adapter, curvature: Curvature) -> list[str]:
@@ -164,12 +176,19 @@ def task_vector(task: Adapter, running: Adapter | None, curvature: Curvature) ->
         if running is None:
             delta[head] = new
         else:
+            if f"{head}.weight" not in running.saved or running.labels.get(head) != task.labels.get(head):
+                raise InputError(
+                    f"the curvature covers {head}, so both adapters need it with the same labels in the same order; "
+                    f"{running.path} has {running.labels.get(head)}, {task.path} {task.labels.get(head)}"
+                )
             merged[head] = running.head_matrix(head)
             delta[head] = LowRank(new.B - merged[head].B, new.A)
     return delta, merged
 
 
-def _check_arguments(paths, into, method, coefficient, freedom, weights, options, max_rank, energy, dtype) -> None:
+def _check_arguments(
+    paths, into, method, coefficient, freedom, weights, options, max_rank, energy, dtype, curvature
+) -> None:
     chosen, problems = get_method(method), []
     if not paths:
         problems.append("no adapter given")
@@ -183,6 +202,16 @@ def _check_arguments(paths, into, method, coefficient, freedom, weights, options
         problems.append(f"weights need one value for each of 2 or more adapters, found {len(weights)} for {len(paths)}")
     if coefficient is not None and len(paths) > 1:
         problems.append("coefficient= belongs to folding one adapter; use weights= for several")
+    if len(paths) > 1 and curvature is not None:
+        problems.append("curvature= belongs to folding one adapter")
+    if len(paths) > 1 and freedom != "global":
+        problems.append("freedom= belongs to folding one adapter")
+    if coefficient is not None and not math.isfinite(coefficient):
+        problems.append(f"coefficient must be finite, found {coefficient}")
+    if weights is not None and not all(math.isfinite(weight) for weight in weights):
+        problems.append(f"weights must be finite, found {list(weights)}")
+    if freedom == "free" and energy is not None:
+        problems.append("energy= cannot be used with freedom='free'; use max_rank=")
     if freedom not in ("global", "module", "free"):
         problems.append(f"freedom must be global, module or free, found {freedom!r}")
     valid = OPTIONS.get(method, {})
@@ -195,7 +224,7 @@ def _check_arguments(paths, into, method, coefficient, freedom, weights, options
         problems.append(f"max_rank must be at least 1, found {max_rank}")
     if energy is not None and not 0 < energy <= 1:
         problems.append(f"energy must be in (0, 1], found {energy}")
-    if isinstance(dtype, str) and dtype not in DTYPES:
+    if dtype is not None and dtype not in (*DTYPES, *DTYPES.values()):
         problems.append(f"dtype must be one of {', '.join(DTYPES)}, found {dtype!r}")
     raise_all(problems, "merge_adapters")
 
@@ -219,25 +248,27 @@ def _plan_fold(
     freedom: Freedom,
     options: dict[str, str],
 ) -> _Plan:
-    tasks = curvature.tasks if curvature else 1 if running is None else folded_tasks(running) + 1
+    tasks = folded_tasks(task) if running is None else folded_tasks(running) + 1
     adapters = [task] if running is None else [running, task]
     alpha = _coefficient(task, running, method, curvature, coefficient, freedom, options, tasks)
     weights = [alpha.used] if running is None else [1.0, alpha.used]
-    free = curvature if freedom == "free" and method == "pm" and coefficient is None else None
-    return _Plan(adapters, weights, tasks, alpha, free)
+    solved = not math.isnan(alpha.numerator)  # neither given nor averaged
+    free = curvature if freedom == "free" and solved else None
+    past = measured_tasks(task) - 1 if running is None else measured_tasks(running)
+    return _Plan(adapters, weights, tasks, curvature.tasks if curvature else past + 1, alpha, free)
 
 
 def _coefficient(task, running, method, curvature, given, freedom, options, tasks) -> Coefficient:
     if given is not None:
         return fixed_coefficient(given, tasks)
     if method == "average":
-        return fixed_coefficient(1 / tasks, tasks)
+        return fixed_coefficient(1.0 if running is None else 1 / tasks, tasks)
     if method == "sequential" or (running is None and curvature is None):
         return fixed_coefficient(1.0, tasks)
     if curvature is None:
         raise InputError("method 'pm' needs curvature= (the file saved with the task) or coefficient=")
-    unmeasured = curvature.tasks == 1 and running is not None
-    if (unmeasured and options.get("unmeasured_past") != "ignore") or (curvature.tasks > 1 and running is None):
+    expected = 1 if running is None else measured_tasks(running) + 1
+    if curvature.tasks != expected and (running is None or options.get("unmeasured_past") != "ignore"):
         there = "no running merge" if running is None else f"the running merge {running.path}"
         raise InputError(
             f"the curvature covers {curvature.tasks} task(s), but there is {there}; use the file saved with this task "
@@ -246,11 +277,12 @@ def _coefficient(task, running, method, curvature, given, freedom, options, task
     delta, merged = task_vector(task, running, curvature)
     check_fits(delta, curvature)
     try:
-        return optimal_coefficient(delta, merged, curvature, freedom="module" if freedom == "module" else "global")
+        found = optimal_coefficient(delta, merged, curvature, freedom="module" if freedom == "module" else "global")
+        return replace(found, one_over_t=1 / tasks)
     except InputError:
         if options.get("on_zero_curvature") != "average":
             raise
-        return replace(fixed_coefficient(1 / tasks, tasks), note="zero curvature: averaged")
+        return replace(fixed_coefficient(1.0 if running is None else 1 / tasks, tasks), note="zero curvature: averaged")
 
 
 def folded_tasks(adapter: Adapter) -> int:
@@ -259,12 +291,19 @@ def folded_tasks(adapter: Adapter) -> int:
     return int(read_json(path)["tasks"]) if path.is_file() else 1
 
 
+def measured_tasks(adapter: Adapter) -> int:
+    """Number of its tasks that the running curvature covers: all, unless a past was left unmeasured."""
+    path = adapter.path / REPORT
+    measured = read_json(path).get("measured") if path.is_file() else None
+    return folded_tasks(adapter) if measured is None else int(measured)
+
+
 def _merge_products(plan: _Plan, max_rank: int | None, energy: float | None) -> tuple[dict[str, LowRank], dict]:
     products, modules = {}, {}
     for name in dict.fromkeys(module for adapter in plan.adapters for module in adapter.scaling):
         holders = [(a, w) for a, w in zip(plan.adapters, plan.weights_for(name), strict=True) if name in a.scaling]
         terms = [adapter.product(name) for adapter, _ in holders]
-        if plan.curvature is not None:
+        if plan.curvature is not None and name in plan.adapters[-1].scaling:
             past = terms[0] if len(terms) == 2 else None
             merged, error = free_solution(name, terms[-1], past, plan.curvature, max_rank)
         else:
@@ -273,7 +312,8 @@ def _merge_products(plan: _Plan, max_rank: int | None, energy: float | None) -> 
             if energy is not None or full or (max_rank is not None and merged.rank > max_rank):
                 merged, error = merged.compress(max_rank, energy)
         products[name] = merged.to(torch.float32)
-        alpha = plan.coefficient.for_module(name) if plan.coefficient else None
+        moves = name in plan.adapters[-1].scaling
+        alpha = plan.coefficient.for_module(name) if plan.coefficient and moves else None
         ranks = [term.rank for term in terms]
         modules[name] = {"ranks_in": ranks, "rank_out": merged.rank, "error": error, "coefficient": alpha}
     return products, modules
@@ -286,21 +326,34 @@ def _merge_saved(plan: _Plan) -> tuple[dict[str, Tensor], dict[str, list[str]], 
     saved, how = {}, {}
     for name in dict.fromkeys(tensor for adapter in plan.adapters for tensor in adapter.saved):
         head = name.rpartition(".")[0]
-        holders = [(a, w) for a, w in zip(plan.adapters, _absolute(plan, head), strict=True) if name in a.saved]
+        absolute = _absolute(plan, head)
+        whole = sum(absolute) if len(absolute) > 1 else 1.0
+        holders = [(a, w) for a, w in zip(plan.adapters, absolute, strict=True) if name in a.saved]
         values = [(adapter.tensor(name), weight) for adapter, weight in holders]
         if head in labels:
+            _check_rows(name, head, [a for a, _ in holders], plan.adapters)
             rows = [(dict(zip(a.labels[head], a.tensor(name), strict=True)), w) for a, w in holders]
             saved[name] = torch.stack(
-                [_blend(f"{name} row {x}", [(r[x], w) for r, w in rows if x in r]) for x in labels[head]]
+                [_blend(f"{name} row {x}", [(r[x], w) for r, w in rows if x in r], whole) for x in labels[head]]
             )
             how[name] = f"by label, {len(labels[head])} rows"
         elif len({tuple(value.shape) for value, _ in values}) > 1:
             shapes = [tuple(value.shape) for value, _ in values]
             raise InputError(f"{name} has different shapes {shapes} and no labels.json says which rows belong together")
         else:
-            saved[name] = _blend(name, values)
+            saved[name] = _blend(name, values, whole)
             how[name] = "by coefficient" if len(values) > 1 else "from the only adapter that has it"
     return saved, labels, how
+
+
+def _check_rows(name: str, head: str, holders: Sequence[Adapter], adapters: Sequence[Adapter]) -> None:
+    """InputError unless every adapter with this head has its labels, this tensor, and rows of one shape."""
+    if without := [str(a.path) for a in holders if head not in a.labels]:
+        raise InputError(f"{', '.join(without)}: {head} has no entry in labels.json, which the other adapter has")
+    if lacking := [str(a.path) for a in adapters if head in a.labels and name not in a.saved]:
+        raise InputError(f"{', '.join(lacking)} has no {name}, the other adapter has")
+    if len(shapes := {tuple(a.tensor(name).shape[1:]) for a in holders}) > 1:
+        raise InputError(f"{name} has different row shapes: {sorted(shapes)}")
 
 
 def _absolute(plan: _Plan, module: str) -> list[float]:
@@ -309,15 +362,17 @@ def _absolute(plan: _Plan, module: str) -> list[float]:
     return weights if plan.coefficient is None else [1 - weights[-1], weights[-1]][-len(weights) :]
 
 
-def _blend(name: str, values: Sequence[tuple[Tensor, float]]) -> Tensor:
+def _blend(name: str, values: Sequence[tuple[Tensor, float]], whole: float) -> Tensor:
     """Weighted mean of absolute values; one value, or equal ones, are taken as they are."""
     first = values[0][0]
     if all(torch.equal(value, first) for value, _ in values):
         return first
+    if abs(whole - 1) > 1e-6:
+        raise InputError(f"{name} is an absolute value, so its weights must sum to 1; found {whole:.6g}")
     total = sum(weight for _, weight in values)
-    if abs(total - 1) > 1e-6:
-        raise InputError(f"{name} is an absolute value, so its weights must sum to 1; found {total:.6g}")
-    return sum((value.float() * weight for value, weight in values), torch.zeros_like(first, dtype=torch.float32))
+    return sum(
+        (value.float() * (weight / total) for value, weight in values), torch.zeros_like(first, dtype=torch.float32)
+    )
 
 
 def _free_heads(plan: _Plan, saved: dict[str, Tensor]) -> dict[str, str]:

@@ -69,13 +69,15 @@ def head(rows, seed, width=16, dtype=torch.float32, bias=True):
 def dense(path):
     """{module: alpha/r·BA or alpha/√r·BA} in float64, straight from the file."""
     config, tensors = json.loads((Path(path) / CONFIG).read_text()), load_file(Path(path) / WEIGHTS)
+    patterns = config.get("alpha_pattern") or {}
+    alphas = {key.removeprefix("^").replace("\\", ""): value for key, value in patterns.items()}  # plain names
     updates = {}
     for key, B in tensors.items():
         if not key.endswith(".lora_B.weight"):
             continue
         module = key.removeprefix(PREFIX).removesuffix(".lora_B.weight")
         A = tensors[f"{PREFIX}{module}.lora_A.weight"]
-        alpha = (config.get("alpha_pattern") or {}).get(module, config["lora_alpha"])
+        alpha = alphas.get(module, config["lora_alpha"])
         rank = A.shape[0]
         updates[module] = (B.double() @ A.double()) * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return updates

@@ -204,7 +204,13 @@ def test_every_group_of_settings_is_covered_by_the_type_check():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("seed", True), ("seed", 1.5), ("lora__dropout", True), ("stream__shared_labels", 1), ("lora__target_modules", [1])],
+    [
+        ("seed", True),
+        ("seed", 1.5),
+        ("lora__dropout", True),
+        ("stream__shared_labels", 1),
+        ("lora__target_modules", [1]),
+    ],
 )
 def test_python_s_loose_types_do_not_pass(key, value):
     assert "expected" in problem(small(**{key: value}))
@@ -228,7 +234,7 @@ def test_managed_keys_are_real_training_arguments():
 
 
 def test_unknown_training_keys_are_refused(tmp_path):
-    from pm_hf.learner import training_arguments
+    from pm_hf.training import training_arguments
 
     config = load_config(small(training={"learning_rte": 1e-3, "epochs": 3, "learning_rate": "1e-3"}))
     with pytest.raises(InputError, match="training: epochs, learning_rte are not fields of TrainingArguments"):
@@ -236,7 +242,7 @@ def test_unknown_training_keys_are_refused(tmp_path):
 
 
 def test_training_number_written_as_text_reaches_the_trainer_as_a_number(tmp_path):
-    from pm_hf.learner import training_arguments
+    from pm_hf.training import training_arguments
 
     config = load_config(small(training={"learning_rate": "1e-3"}))
     assert training_arguments(config, tmp_path, 0).learning_rate == 1e-3
@@ -266,7 +272,7 @@ def test_shipped_config_loads(path):
 
 
 def test_shipped_configs_were_found():
-    assert len(CONFIGS) == 2
+    assert len(CONFIGS) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,302 @@
-from pm_hf.learner import learn
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CLASSES
+from streams import GROUPS, contents, dense, settings, steps, tensors, write_data
+
+from pm_hf.adapters import open_adapter
+from pm_hf.config import METHODS, load_config
+from pm_hf.heads import HeadStatistics
+from pm_hf.learner import evaluate, learn
+from pm_hf.modeling import load_published, load_tokenizer
+from pm_hf.scoring import Scorer
+from pm_hf.tasks import load_stream
+
+HEAD = "classifier"
+TRAINED = [name for name in METHODS if name != "frozen"]
+FRESH = """
+import json, sys
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from peft import PeftModel
+
+base_folder, texts_file, *folders = sys.argv[1:]
+texts, tokenizer = json.load(open(texts_file)), AutoTokenizer.from_pretrained(base_folder)
+found = {}
+for folder in folders:
+    labels = json.load(open(folder + "/labels.json"))["classifier"]
+    base = AutoModelForSequenceClassification.from_pretrained(
+        base_folder, num_labels=len(labels), id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True
+    )
+    model = PeftModel.from_pretrained(base, folder).eval()
+    with torch.no_grad():
+        rows = [model(**tokenizer(t, return_tensors="pt", truncation=True, max_length=16)).logits[0] for t in texts]
+    found[folder] = {"logits": torch.stack(rows).tolist(), "labels": labels}
+assert "pm_hf" not in sys.modules
+print(json.dumps(found))
+"""
 
 
-def test_stream_is_learned(stream_config):
-    report = learn(stream_config)
-    assert report.metrics["task_incremental"]["ACC"] > 0.8
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_base, data, tmp_path_factory):
+    """run(method) -> (its folder, its report, its settings); every method is trained once."""
+    folder, done = tmp_path_factory.mktemp("runs"), {}
+
+    def run(method):
+        if method not in done:
+            config = settings(tiny_base, data, folder / method, method)
+            done[method] = (folder / method, learn(config), config)
+        return done[method]
+
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_learns_every_task(runs, method):
+    _, report, _ = runs(method)
+    inside = report.metrics["task_incremental"]
+    assert inside["AAA"] > 0.75  # 0.5 by chance
+    assert report.metrics["ACC"] > 0.25  # 1/6 by chance
+    assert [report.scores[t][t] is not None for t in range(3)] == [True] * 3
+    assert report.scores[0][1:] == [None, None]
+
+
+def test_methods_that_were_run_are_all_there_are():
+    assert len(METHODS) == 8
+
+
+def test_protecting_the_past_beats_sequential_training(runs):
+    sequential, best = (runs(name)[1].metrics for name in ("sequential", "best"))
+    assert best["ACC"] > sequential["ACC"] + 0.1
+    assert best["forgetting"] < sequential["forgetting"] - 0.1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_folder_holds_what_the_layout_says(runs, method):
+    folder, _, _ = runs(method)
+    tasks = [f"task-0{i}-{name}" for i, name in enumerate(GROUPS)]
+    assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "merged", "report.json", *sorted(tasks)]
+    curved, statistics = METHODS[method]["merge"]["method"] == "pm", METHODS[method]["head"]["kind"] == "lda"
+    for i, task in enumerate(tasks):
+        expected = {"adapter", "merged", "step.json"}
+        expected |= {"curvature.safetensors"} if curved and i == 2 else set()
+        expected |= {"head_statistics.safetensors"} if statistics else set()
+        assert {p.name for p in (folder / task).iterdir()} == expected
+        plain = {"adapter_config.json", "adapter_model.safetensors", "labels.json"}
+        assert {p.name for p in (folder / task / "adapter").iterdir()} == plain
+        assert {p.name for p in (folder / task / "merged").iterdir()} == plain | {"merge_report.json"}
+    assert contents(folder / "merged") == contents(folder / tasks[-1] / "merged")
+
+
+@pytest.mark.parametrize("method", ["pm", "frozen"])
+def test_step_file_says_what_happened(runs, method):
+    for i, step in enumerate(steps(runs(method)[0])):
+        assert step["task"] == list(GROUPS)[i]
+        assert step["labels"] == list(GROUPS.values())[i]
+        assert step["head"] == HEAD
+        assert step["test_rows"] == 16
+        assert len(step["class_incremental"]) == len(step["task_incremental"]) == i + 1
+        assert step["merge_error"] == 0
+        assert step["seconds"] > 0
+        assert step["peak_memory_mb"] > 50
+        assert step["threads"] == 1
+        assert ("training_loss" in step) is (method == "pm")
+        assert set(step["coefficient"]) >= {"raw", "used", "numerator", "past", "current", "one_over_t"}
+        if method == "pm":
+            assert step["optimizer_steps"] == 36  # 48 rows in batches of 8, 6 epochs
+            assert set(step["factors"]) == {"0.5", "1", "1.5"}
+            assert sum(step["factors"].values()) == 36
+
+
+def test_curvature_takes_the_same_room_after_every_task(runs):
+    sizes = [step["curvature_bytes"] for step in steps(runs("pm")[0])]
+    assert sizes == [2 * 4 * 4 * 32 * 32] * 3  # S and M of 4 matrices in float32
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resolved_config_was_saved(runs, method):
+    folder, _, config = runs(method)
+    assert load_config(folder / "config.yaml") == load_config(config)
+
+
+def test_report_file_has_its_keys(runs):
+    folder, report, _ = runs("pm")
+    found = json.loads((folder / "report.json").read_text())
+    expected = {
+        "method",
+        "seed",
+        "tasks",
+        "scores",
+        "metrics",
+        "task_incremental",
+        "coefficients",
+        "seconds",
+        "versions",
+    }
+    assert expected <= set(found)
+    assert (found["method"], found["seed"], found["tasks"]) == ("pm", 0, list(GROUPS))
+    assert {"ACC", "AAA", "BWT", "forgetting", "ACC_samples", "task_incremental"} == set(found["metrics"])
+    assert found["metrics"] == report.metrics
+    assert [step["class_incremental"] for step in steps(folder)] == [
+        row[: i + 1] for i, row in enumerate(found["scores"])
+    ]
+    assert found["metrics"]["ACC"] == pytest.approx(sum(found["scores"][-1]) / 3)
+    assert [c["one_over_t"] for c in found["coefficients"]] == pytest.approx([1, 1 / 2, 1 / 3])
+    assert {"python", "torch", "transformers", "peft", "pm_hf"} <= set(found["versions"])
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_first_coefficient_is_one(runs, method):
+    assert steps(runs(method)[0])[0]["coefficient"]["used"] == pytest.approx(1, abs=1e-6)
+
+
+def test_coefficients_are_those_of_the_method(runs):
+    assert [s["coefficient"]["used"] for s in steps(runs("sequential")[0])] == [1, 1, 1]
+    assert [s["coefficient"]["used"] for s in steps(runs("average")[0])] == pytest.approx([1, 1 / 2, 1 / 3])
+    pm = [s["coefficient"] for s in steps(runs("pm")[0])]
+    for c in pm:
+        assert c["raw"] == pytest.approx(c["numerator"] / (c["past"] + c["current"]))
+        assert c["used"] == min(max(c["raw"], 0), 1)
+    assert 0 < pm[1]["used"] < 1
+
+
+@pytest.mark.parametrize("method", ["sequential", "average", "merge_only", "pm", "merge_only_lda"])
+def test_running_merge_is_the_recursion_over_the_saved_task_vectors(runs, method):
+    folder, _, _ = runs(method)
+    reference = {}
+    for task, step in zip(sorted(folder.glob("task-*")), steps(folder), strict=True):
+        for module, delta in dense(task / "adapter").items():
+            reference[module] = reference.get(module, 0) + step["coefficient"]["used"] * delta
+        merged = dense(task / "merged")
+        assert merged.keys() == reference.keys()
+        assert len(merged) == 4
+        for module, value in merged.items():
+            assert torch.allclose(value, reference[module], rtol=1e-5, atol=1e-7)
+            assert value.norm() > 0.01
+
+
+def test_frozen_backbone_stays_as_it_was(runs):
+    assert all(not value.any() for value in dense(runs("frozen")[0] / "merged").values())
+
+
+@pytest.mark.parametrize("method", ["pm", "best"])
+def test_rows_of_new_classes_are_appended_in_order(runs, method):
+    folder, _, _ = runs(method)
+    seen = []
+    for task, labels in zip(sorted(folder.glob("task-*")), GROUPS.values(), strict=True):
+        seen += labels
+        assert open_adapter(task / "merged").labels == {HEAD: seen}
+        assert tensors(task / "merged")[f"{HEAD}.weight"].shape == (len(seen), 32)
+
+
+def test_linear_rows_are_those_of_the_task_heads(runs):
+    folder, _, _ = runs("pm")
+    rows = [tensors(task / "adapter") for task in sorted(folder.glob("task-*"))]
+    for name in ("weight", "bias"):
+        assert torch.equal(tensors(folder / "merged")[f"{HEAD}.{name}"], torch.cat([r[f"{HEAD}.{name}"] for r in rows]))
+
+
+@pytest.fixture(scope="module")
+def fresh(runs, tiny_base, data, tmp_path_factory):
+    """Logits of all test texts from a process that never saw pm_hf, one text at a time: {method: ...}."""
+    stream = load_stream(load_config(runs("pm")[2]))
+    texts = [text for task in stream.tasks for text in task.test.texts]
+    path = tmp_path_factory.mktemp("fresh") / "texts.json"
+    path.write_text(json.dumps(texts))
+    folders = {method: str(runs(method)[0] / "merged") for method in ("pm", "best")}
+    command = [sys.executable, "-c", FRESH, str(tiny_base), str(path), *folders.values()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=path.parent)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    return {method: found[folder] for method, folder in folders.items()}
+
+
+@pytest.mark.parametrize("method", ["pm", "best"])
+def test_merged_folder_gives_the_same_logits_without_pm_hf(runs, fresh, method):
+    folder, report, raw = runs(method)
+    config = load_config(raw)
+    labels = open_adapter(folder / "merged").labels[HEAD]
+    assert fresh[method]["labels"] == labels
+    scorer, tasks = Scorer(config, load_tokenizer(config.model), 16, None), load_stream(config).tasks
+    model = load_published(config.model, folder / "merged", labels)
+    own = [scorer.logits(model, task, labels, HEAD) for task in tasks]
+    theirs = torch.tensor(fresh[method]["logits"])
+    assert theirs.shape == (48, 6)
+    assert (torch.cat([logits for logits, _ in own]) - theirs).abs().max() <= 1e-5
+    truth = torch.tensor([index for _, indices in own for index in indices])
+    right = (theirs.argmax(1) == truth).float().reshape(3, 16).mean(1).tolist()
+    assert right == pytest.approx(report.scores[-1])  # and so are the scores in the report
+
+
+def test_evaluate_gives_the_scores_of_the_report(runs):
+    folder, report, config = runs("pm")
+    found = evaluate(load_config(config), folder / "merged")
+    assert [score["class_incremental"] for score in found.values()] == report.scores[-1]
+    assert list(found) == list(GROUPS)
+
+
+def test_evaluate_of_an_earlier_merge_skips_tasks_it_does_not_know(runs):
+    folder, report, config = runs("pm")
+    found = evaluate(load_config(config), folder / "task-01-second" / "merged")
+    assert {name: score["class_incremental"] for name, score in found.items()} == dict(
+        zip(["first", "second"], report.scores[1], strict=False)
+    )
+
+
+def test_running_again_when_finished_changes_nothing(runs):
+    folder, report, config = runs("pm")
+    before, stamp = contents(folder), (folder / "merged" / "adapter_model.safetensors").stat().st_mtime_ns
+    again = learn(config)
+    assert contents(folder) == before
+    assert (folder / "merged" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    assert again.to_dict() == report.to_dict()
+
+
+def test_same_seed_gives_the_same_run_and_another_seed_does_not(runs, tiny_base, data, tmp_path):
+    folder, _, _ = runs("pm")
+    short = {"groups": 1, "stream__train_per_class": 8}
+    outputs = []
+    for i, seed in enumerate((0, 0, 1)):
+        learn(settings(tiny_base, data, tmp_path / str(i), seed=seed, **short))
+        outputs.append((tmp_path / str(i) / "merged" / "adapter_model.safetensors").read_bytes())
+    assert outputs[0] == outputs[1]
+    assert outputs[0] != outputs[2]
+
+
+def test_keyword_overrides_reach_the_run(tiny_base, data, tmp_path):
+    config = settings(tiny_base, data, tmp_path / "a", groups=1, stream__train_per_class=4)
+    report = learn(config, output_dir=str(tmp_path / "b"), method="sequential", max_forgetting=None)
+    assert report.method == "sequential"
+    assert report.folder == tmp_path / "b"
+    assert not (tmp_path / "a").exists()
+
+
+def test_mapping_keeps_the_order_of_its_tasks(tiny_base, data, tmp_path):
+    groups = {"z": ["fog", "egg"], "a": ["apple", "bird"]}
+    config = settings(tiny_base, data, tmp_path / "run", method="frozen")
+    config["stream"]["class_groups"] = groups
+    assert learn(config).tasks == ["z", "a"]
+    assert len(CLASSES) == 6
+
+
+def test_analytic_head_survives_bfloat16(runs, tiny_base, data, tmp_path):
+    half = learn(settings(tiny_base, data, tmp_path / "run", method="frozen", training__bf16=True))
+    assert half.metrics["ACC"] > runs("frozen")[1].metrics["ACC"] - 0.1
+
+
+def test_temperature_never_makes_the_analytic_head_more_confident(runs):
+    folder, _, _ = runs("best")
+    for task in sorted(folder.glob("task-*")):
+        statistics = HeadStatistics.load(task / "head_statistics.safetensors")
+        plain = HeadStatistics(statistics.labels, statistics.counts, statistics.means, statistics.scatter).solve()[0]
+        spread = (plain - plain.mean(0)).norm()
+        written = tensors(task / "merged")[f"{HEAD}.weight"].double()
+        assert (written - written.mean(0)).norm() <= spread * (1 + 1e-4)

@@ -14,7 +14,6 @@ from adapter_folders import (
     curvature_sums,
     dense,
     distance,
-    low_rank,
     times,
     tree,
     write_folder,
@@ -22,7 +21,6 @@ from adapter_folders import (
 from safetensors.torch import load_file
 
 from pm_hf import InputError, merge_adapters
-from pm_hf.merging.curvature import Settings, accumulate
 
 
 @pytest.fixture
@@ -271,15 +269,19 @@ def test_energy_is_not_ignored_by_the_free_optimum(pair, second, tmp_path):
 
 
 def test_unmeasured_past_counts_as_a_task(pair, second, tmp_path):
-    H = {name: torch.ones_like(matrix) for name, matrix in second[1].items()}
-    theta = {name: low_rank(second[0][name] + matrix) for name, matrix in second[1].items()}
-    moves = {name: low_rank(matrix) for name, matrix in second[1].items()}
-    sums = accumulate(H, theta, moves, Settings(), 8)
+    merged, delta = second
+    once, _ = curvature_sums("fisher", [delta], [merged])
     options = {"unmeasured_past": "ignore"}
-    report = merge_adapters(pair[1], tmp_path / "out", into=pair[0], curvature=sums, options=options)
+    report = merge_adapters(pair[1], tmp_path / "out", into=pair[0], curvature=once, options=options)
     assert report.coefficient.raw == pytest.approx(1, abs=1e-6)
     assert report.tasks == 2
     assert report.coefficient.one_over_t == 0.5
+    third = write_folder(tmp_path / "third", seed=5)
+    start = dense(tmp_path / "out")
+    twice, _ = curvature_sums("fisher", [delta, dense(third)], [merged, start])
+    report = merge_adapters(third, tmp_path / "next", into=tmp_path / "out", curvature=twice)  # needs no option
+    assert 0 < report.coefficient.used < 1
+    assert report.tasks == 3
 
 
 def test_number_of_tasks_survives_a_merge_of_merges(tmp_path):

@@ -104,8 +104,8 @@ FOLDERS = {
     "other names": (without_prefix, "base_model.model"),
     "rank": (setting(r=4), "adapter_config.json says rank 4, the weights have rank 2"),
     "rank_pattern": (setting(rank_pattern={"q": 3}), "layers.0.q: .* says rank 3, the weights have rank 2"),
-    "no rank": (setting(r=...), "r"),
-    "no alpha": (setting(lora_alpha=...), "lora_alpha"),
+    "no rank": (setting(r=...), rf"{CONFIG} has no 'r'"),
+    "no alpha": (setting(lora_alpha=...), rf"{CONFIG} has no 'lora_alpha'"),
     "DoRA": (setting(use_dora=True), "use_dora make the update more than .* save_as_lora"),
     "PiSSA": (setting(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4' rewrites .* save_as_lora"),
     "OLoRA": (setting(init_lora_weights="olora"), "init_lora_weights='olora' rewrites the base weights"),
@@ -179,8 +179,8 @@ ARGUMENTS = {
     "torch dtype": ({"dtype": torch.int8}, "dtype must be one of float32, float16, bfloat16"),
     "freedom": ({"freedom": "total"}, "freedom must be global, module or free, found 'total'"),
     "weights": ({"weights": [1.0]}, "weights need one value for each of 2 or more adapters, found 1 for 1"),
-    "coefficient nan": ({"coefficient": float("nan")}, "coefficient"),
-    "coefficient inf": ({"coefficient": float("inf")}, "coefficient"),
+    "coefficient nan": ({"coefficient": float("nan")}, "coefficient must be finite, found nan"),
+    "coefficient inf": ({"coefficient": float("inf")}, "coefficient must be finite, found inf"),
     "two": ({"method": "x", "into": "a"}, "unknown merging method 'x'"),
     "all at once": ({"max_rank": 0, "dtype": "f8", "coefficient": 0.3}, "2 problems: max_rank .*; dtype"),
     "no curvature": ({}, r"method 'pm' needs curvature= \(the file saved with the task\) or coefficient="),
@@ -197,15 +197,23 @@ SEVERAL = {
     "fold only": ({}, r"method 'pm' folds one adapter into a running merge \(into=\), found 2 adapters"),
     "into": ({"method": "average", "into": "x"}, "into= folds one adapter, found 2"),
     "too few weights": ({"method": "average", "weights": [1.0]}, "weights need one value .* found 1 for 2"),
-    "weights nan": ({"method": "average", "weights": [0.5, float("nan")]}, "weights"),
+    "weights nan": ({"method": "average", "weights": [0.5, float("nan")]}, "weights must be finite"),
     "coefficient": ({"method": "average", "coefficient": 0.3}, "coefficient= belongs to folding one adapter"),
-    "curvature": ({"method": "average", "curvature": "none.safetensors"}, "curvature"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "message"), SEVERAL.values(), ids=SEVERAL)
 def test_arguments_of_several_adapters(pair, tmp_path, arguments, message):
     refused(tmp_path, message, list(pair[:2]), pair[2], **arguments)
+
+
+@pytest.mark.parametrize("extra", ["curvature", "freedom"])
+def test_settings_that_several_adapters_cannot_use_are_not_ignored(pair, tmp_path, extra):
+    sums, _ = curvature_sums("fisher", [dense(pair[1])], [{}])
+    arguments = {"curvature": sums} if extra == "curvature" else {"freedom": "module"}
+    refused(
+        tmp_path, f"{extra}= belongs to folding one adapter", list(pair[:2]), pair[2], method="average", **arguments
+    )
 
 
 def test_no_adapter_at_all(pair, tmp_path):
@@ -233,6 +241,12 @@ def test_curvature_with_fewer_tasks_than_the_running_merge(pair, tmp_path):
     merged, task = dense(tmp_path / "two"), dense(pair[1])
     both, _ = curvature_sums("fisher", [merged, task], [{}, merged])
     refused(tmp_path, r"covers 2 task\(s\)", pair[1], pair[2], into=tmp_path / "two", curvature=both)
+
+
+def test_overwrite_never_deletes_a_folder_that_is_no_adapter(pair, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    refused(tmp_path, "thesis .*adapter", pair[1], tmp_path / "thesis")
 
 
 @pytest.mark.parametrize("place", ["under a file", "a file"])

@@ -278,7 +278,8 @@ def test_class_groups_file_that_is_no_json_is_one_clear_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("t.csv.gz", b"\x1f\x8bnot gzip"), ("t.parquet", b"PAR1"), ("t.csv", b""), ("t.csv", b"\xe4,b\n")]
+    ("name", "content"),
+    [("t.csv.gz", b"\x1f\x8bnot gzip"), ("t.parquet", b"PAR1"), ("t.csv", b""), ("t.csv", b"\xe4,b\n")],
 )
 def test_broken_file_is_one_clear_error(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)

@@ -1,7 +1,6 @@
 """The closed-form coefficient against the sum over all past tasks, each with its own optimum and curvature."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -156,9 +155,8 @@ def test_a_past_that_vanished_gives_a_second_coefficient_of_one(settings):
 
 
 def test_a_past_without_weight_is_noted_from_the_third_task():
-    stream, notes = Stream(FISHER), []
-    for t in range(1, 4):
-        notes.append(stream.step(*task(t, "fisher", scale=1e-5 if t < 3 else 1.0))[0].note)
+    stream = Stream(FISHER)
+    notes = [stream.step(*task(t, "fisher", scale=1e-5 if t < 3 else 1.0))[0].note for t in range(1, 4)]
     assert notes[:2] == [None, None]
     assert "the past has almost no weight" in notes[2]
     ordinary = Stream(FISHER)
@@ -170,9 +168,7 @@ def one_weight(*tasks: tuple[float, float, float]) -> tuple[dict, dict | None, C
     curvature = None
     for start, optimum, H in tasks:
         delta = {"w": scalar(optimum - start)}
-        curvature = accumulate(
-            {"w": torch.tensor([[H]])}, {"w": scalar(optimum)}, delta, FISHER, 1, previous=curvature
-        )
+        curvature = accumulate({"w": torch.tensor([[H]])}, {"w": scalar(optimum)}, delta, FISHER, 1, previous=curvature)
     return delta, {"w": scalar(start)}, curvature
 
 
@@ -269,7 +265,7 @@ def test_curvature_of_another_adapter_of_the_same_total_norm_is_refused():
     delta["v"] = delta["v"].scale(3 * delta["q"].norm() / delta["v"].norm())
     curvature = fold(FISHER, None, None, measured, delta)
     other = delta | {"q": delta["q"].scale(3.0), "v": delta["v"].scale(1 / 3)}
-    with pytest.raises(InputError, match=r"measured with another task adapter.*"):
+    with pytest.raises(InputError, match="measured with another task adapter"):
         optimal_coefficient(other, None, curvature)
 
 
@@ -312,4 +308,4 @@ def test_a_given_coefficient_is_used_as_it_is():
     found = fixed_coefficient(1.5, 4)
     assert (found.raw, found.used, found.one_over_t, found.note) == (1.5, 1.5, 0.25, "given")
     assert found.for_module("anything") == 1.5
-    assert math.isnan(replace(found).numerator), "nothing was computed"
+    assert math.isnan(found.numerator), "nothing was computed"

@@ -24,8 +24,8 @@ METHODS = {
     "merge_only": "merging alone (Fisher α)",
     "pm": "P&M: perturbation + Fisher α",
     "pm_gram": "perturbation + free Gram",
-    "merge_only_lda": "merging alone + analytic head",
-    "best": "perturbation + free Gram + analytic head (`best`)",
+    "pm_gram_lda": "perturbation + free Gram + analytic head",
+    "best": "`best`: merging alone + analytic head",
     "frozen": "control: frozen backbone + analytic head",
 }
 

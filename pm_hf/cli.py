@@ -16,9 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns 0 when done, 1 when it failed while running, 2 for bad input (one line on stderr)."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.run is not _train:
+    options.overrides = rest
+    if rest and options.run not in (_train, _evaluate):
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
-    options.overrides = [*getattr(options, "overrides", []), *rest]
     try:
         return options.run(options)
     except InputError as error:
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="run a stream of tasks, or continue it", allow_abbrev=False)
     train.add_argument("--config", required=True, help="YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings that override the YAML")
+    train.epilog = "Any setting of the YAML follows as key=value, --key value or --flag, dotted: lora.r=4"
     train.set_defaults(run=_train)
 
     merge = commands.add_parser("merge", help="fold a task adapter into a running merge, or merge several adapters")
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="score a merged adapter on the tasks of a config")
     evaluate.add_argument("--config", required=True, help="YAML file of the stream")
     evaluate.add_argument("--adapter", help="merged adapter; default: the newest of the run")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluate.epilog = train.epilog
     evaluate.set_defaults(run=_evaluate)
 
     inspect = commands.add_parser("inspect", help="what an adapter is, and how two relate")

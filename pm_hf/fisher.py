@@ -15,6 +15,8 @@ from pm_hf.merging.curvature import Curvature, Kind, Settings, accumulate
 from pm_hf.merging.lowrank import LowRank, add
 from pm_hf.modeling import find_head
 
+KINDS, LABELS = ("fisher", "gram"), ("empirical", "mc")
+SHRINKAGE = 0.1  # ρ of the Gram: without it a Gram of fewer tokens than inputs is singular
 CHUNK_BYTES = 128 * 2**20  # per-example gradients of one module are formed for this many bytes at a time
 
 
@@ -26,7 +28,7 @@ def estimate_curvature(
     kind: Kind = "fisher",
     labels: Literal["empirical", "mc"] = "empirical",
     samples: int | None = None,
-    shrinkage: float = 0.0,
+    shrinkage: float | None = None,
     previous: Curvature | None = None,
     heads: Mapping[str, LowRank] | None = None,
     seed: int = 0,
@@ -37,8 +39,9 @@ def estimate_curvature(
     kind="fisher": mean over examples of G∘G, G = Σ_tokens δxᵀ the gradient of one example's loss with respect to
     the dense weight (out, in); with labels="mc" the labels are drawn from the model, otherwise they are the
     data's (empirical Fisher, as published). kind="gram": mean over examples of Σ_tokens xxᵀ (in, in), then
-    (1−ρ)G + ρ·diag(G) with ρ = `shrinkage`; no backward pass. Padding (attention_mask 0) is excluded. Runs in eval
-    mode, unperturbed; x and δ are cast to float32 before the product (`autocast` is the dtype of the forward).
+    (1−ρ)G + ρ·diag(G) with ρ = `shrinkage` (None: 0.1); no backward pass. Padding (attention_mask 0) is excluded.
+    Runs in eval mode, unperturbed; x and δ are cast to float32 before the product (`autocast` is the dtype of the
+    forward). Sums, factors and results are on the CPU.
 
     model: a PeftModel for sequence or image classification, `adapter` the task's adapter among the active ones.
     dataloader: batches with `labels`; `samples`: number of examples used at most (None: all).
@@ -46,24 +49,28 @@ def estimate_curvature(
     heads shared by all tasks, to be inside the curvature. The model's mode and gradients are left as they were.
     Raises InputError when samples < 1, when a module was not reached, or when there is no data.
     """
+    for name, value, valid in (("kind", kind, KINDS), ("labels", labels, LABELS)):
+        if value not in valid:
+            raise InputError(f"{name} must be one of {', '.join(valid)}, found {value!r}")
     if samples is not None and samples < 1:
         raise InputError(f"samples must be at least 1, found {samples}; leave it out to use every example")
-    if not 0 <= shrinkage < 1:
-        raise InputError(f"shrinkage must be in [0, 1), found {shrinkage}")
-    if kind == "fisher" and shrinkage:
+    if shrinkage is not None and kind != "gram":
         raise InputError("shrinkage belongs to kind='gram'; the diagonal Fisher has nothing off its diagonal")
+    rho = SHRINKAGE if shrinkage is None else shrinkage
+    if not 0 <= rho < 1:
+        raise InputError(f"shrinkage must be in [0, 1), found {shrinkage}")
     layers = adapted_layers(model, adapter)
     watched = dict(layers) | {name: find_head(model, name) for name in heads or {}}
     with _evaluation(model):
         pass_ = _Pass(kind, labels, torch.Generator().manual_seed(seed))
         examples = _run(model, watched, dataloader, samples, pass_, autocast)
-    measured = {name: total / examples for name, total in pass_.sums.items()}
+    measured = {name: (total / examples).cpu() for name, total in pass_.sums.items()}
     delta = {name: layer_product(layer, [adapter]) for name, layer in layers.items()}
     optimum = {name: layer_product(layer, layer.active_adapters) for name, layer in layers.items()}
     for name, before in (heads or {}).items():
         optimum[name] = head_matrix(watched[name])
         delta[name] = LowRank(optimum[name].B - before.B, before.A)
-    settings = Settings(kind, labels if kind == "fisher" else "none", shrinkage)
+    settings = Settings(kind, "none", rho) if kind == "gram" else Settings(kind, labels)
     return accumulate(measured, optimum, delta, settings, examples, owner=pass_.owner, previous=previous)
 
 
@@ -76,6 +83,9 @@ def adapted_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
     }
     if not found:
         raise InputError(f"the model has no LoRA adapter {adapter!r}")
+    idle = [name for name, layer in found.items() if adapter not in layer.active_adapters or layer.disable_adapters]
+    if idle:
+        raise InputError(f"adapter {adapter!r} is not active in {len(idle)} layers, first {idle[0]}; activate it first")
     return found
 
 
@@ -84,16 +94,16 @@ def layer_product(layer: LoraLayer, adapters: Iterable[str]) -> LowRank:
     products = []
     for name in adapters:
         if name in layer.scaling:
-            A, B = layer.lora_A[name].weight.detach().float(), layer.lora_B[name].weight.detach().float()
+            A, B = (factor[name].weight.detach().float().cpu() for factor in (layer.lora_A, layer.lora_B))
             products.append(LowRank(B * layer.scaling[name], A))
     return add(*products)
 
 
 def head_matrix(linear: nn.Linear) -> LowRank:
     """[weight | bias] of a Linear, (rows, in + 1), or the weight alone without a bias; float32, detached."""
-    weight = linear.weight.detach().float()
+    weight = linear.weight.detach().float().cpu()
     if linear.bias is not None:
-        weight = torch.cat([weight, linear.bias.detach().float()[:, None]], dim=1)
+        weight = torch.cat([weight, linear.bias.detach().float().cpu()[:, None]], dim=1)
     return LowRank(weight, torch.eye(weight.shape[1]))
 
 
@@ -149,11 +159,16 @@ def _watch(
     keep_gradient = pass_.kind == "fisher"
 
     def hook(name: str):
-        def capture(module: nn.Module, args: tuple, output: Tensor) -> None:
+        def capture(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            if name in seen:
+                raise InputError(f"{name} is used more than once in a forward pass; its curvature is not supported")
+            if keep_gradient and not output.requires_grad:  # nothing below is trainable
+                output = output.detach().requires_grad_()
             head = isinstance(module, nn.Linear)
             seen[name] = {"x": args[0].detach(), "bias": head and module.bias is not None}
             if keep_gradient:
                 output.register_hook(lambda gradient: seen[name].__setitem__("d", gradient.detach()))
+            return output
 
         return capture
 
@@ -221,7 +236,7 @@ def _tokens(name: str, found: Mapping[str, Any], batch: Mapping[str, Tensor]) ->
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients left behind."""
-    mode = model.training
+    modes = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters() if parameter.requires_grad}
     model.eval()
     for parameter in gradients:
@@ -229,6 +244,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        model.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
         for parameter, gradient in gradients.items():
             parameter.grad = gradient

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ class HeadStatistics:
     """What the analytic head keeps of every class seen: no examples, and one d×d matrix for all of them.
 
     labels: C names in row order. counts (C,), means (C, d), scatter (d, d) = Σ_x (x − μ_c)(x − μ_c)ᵀ, float64.
-    covariance, temperature: set once the head is frozen (strict mode), None before.
+    covariance, center, temperature: set once the head is frozen (strict mode), None before.
     """
 
     labels: list[str] = field(default_factory=list)
@@ -29,12 +29,13 @@ class HeadStatistics:
     means: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
     scatter: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
     covariance: Tensor | None = None
+    center: Tensor | None = None
     temperature: float | None = None
 
     def moved(self, drift: Tensor) -> "HeadStatistics":
         """The statistics as seen through a feature drift W (d, d): μ ← Wμ, scatter ← W·scatter·Wᵀ."""
         means, scatter = self.means @ drift.T, drift @ self.scatter @ drift.T
-        return HeadStatistics(self.labels, self.counts, means, scatter, self.covariance, self.temperature)
+        return replace(self, means=means, scatter=scatter)
 
     def added(self, features: Tensor, targets: Tensor, labels: list[str]) -> "HeadStatistics":
         """Pool in one task's features (n, d); targets (n,) index `labels`. A known class is pooled by counts."""
@@ -58,12 +59,15 @@ class HeadStatistics:
             scatter += (rows - mean).T @ (rows - mean) + torch.outer(gap, gap) * (old * len(rows) / total)
             means[at] += gap * (len(rows) / total)
             counts[at] = total
-        return HeadStatistics(names, counts, means, scatter, self.covariance, self.temperature)
+        return replace(self, labels=names, counts=counts, means=means, scatter=scatter)
 
     def frozen(self, temperature: float) -> "HeadStatistics":
-        """Fix covariance and temperature: from here on a new class only appends a row."""
-        covariance = self.pooled_covariance()
-        return HeadStatistics(self.labels, self.counts, self.means, self.scatter, covariance, temperature)
+        """Fix covariance, center and temperature: a new class then only appends a row (a known one changes its own)."""
+        return replace(self, covariance=self.pooled_covariance(), center=self.grand_mean(), temperature=temperature)
+
+    def grand_mean(self) -> Tensor:
+        """Mean feature of all examples seen, (d,)."""
+        return (self.counts @ self.means) / self.counts.sum()
 
     def pooled_covariance(self) -> Tensor:
         """Σ = (1−ρ)·scatter/(N−C) + ρ·tr(·)/d·I with ρ of oracle approximating shrinkage (Chen et al. 2010, eq. 23)."""
@@ -75,16 +79,20 @@ class HeadStatistics:
         return (1 - rho) * sample + rho * trace / d * torch.eye(d, dtype=torch.float64)
 
     def solve(self) -> tuple[Tensor, Tensor]:
-        """(weight (C, d), bias (C,)) with w_c = Σ⁻¹μ_c, b_c = −½μ_cᵀΣ⁻¹μ_c, equal priors, each row on its own.
+        """(weight (C, d), bias (C,)): the discriminants Σ⁻¹μ_c, −½μ_cᵀΣ⁻¹μ_c with equal priors, less their value at
+        the grand mean m, which changes no argmax and keeps logits small:
+        w_c = Σ⁻¹(μ_c − m), b_c = −½(μ_c − m)ᵀΣ⁻¹(μ_c + m).
 
-        In strict mode the frozen Σ and temperature are used, so rows of old classes do not change by a bit.
+        In strict mode the frozen Σ, m and temperature are used, so rows of old classes do not change by a bit.
         """
         covariance = self.pooled_covariance() if self.covariance is None else self.covariance
         if not float(covariance.trace()) > 0:
             raise InputError("the analytic head needs features that vary within a class; found none")
         inverse = torch.linalg.inv(covariance)
-        weight = torch.stack([inverse @ mean for mean in self.means])  # row by row: old rows stay bit-identical
-        bias = torch.stack([-0.5 * (mean @ row) for mean, row in zip(self.means, weight, strict=True)])
+        center = self.grand_mean() if self.center is None else self.center
+        # row by row: old rows stay bit-identical
+        weight = torch.stack([inverse @ (mean - center) for mean in self.means])
+        bias = torch.stack([-0.5 * ((mean + center) @ row) for mean, row in zip(self.means, weight, strict=True)])
         scale = self.temperature or 1.0
         return weight / scale, bias / scale
 
@@ -92,8 +100,8 @@ class HeadStatistics:
         """Write one safetensors file, atomically."""
         path = Path(path)
         tensors = {"counts": self.counts, "means": self.means, "scatter": self.scatter}
-        if self.covariance is not None:
-            tensors["covariance"] = self.covariance
+        if self.covariance is not None and self.center is not None:
+            tensors |= {"covariance": self.covariance, "center": self.center}
         header = json.dumps({"labels": self.labels, "temperature": self.temperature})
         temporary = path.with_name(path.name + ".tmp")
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -129,20 +137,21 @@ def ridge_drift(before: Tensor, after: Tensor, ridge: float) -> Tensor:
 
 
 def fit_temperature(logits: Tensor, targets: Tensor) -> float:
-    """T > 0 that minimises the mean cross-entropy of logits / T, (n, C) and (n,); two log-spaced grids."""
-    low, high = -3.0, 3.0
+    """T ≥ 1 that minimises the mean cross-entropy of logits / T, (n, C) and (n,), on log-spaced grids.
+
+    Never below 1: on data that the head separates perfectly the optimum is 0, which says nothing about new data.
+    """
+    low, high = 0.0, 3.0
     for _ in range(3):
         grid = torch.linspace(low, high, 41, dtype=torch.float64)
         losses = torch.stack([cross_entropy(logits.double() / 10**t, targets) for t in grid])
         best = float(grid[int(losses.argmin())])
         step = (high - low) / 40
-        low, high = best - step, best + step
+        low, high = max(best - step, 0.0), best + step
     return float(10**best)
 
 
 def merge_temperature(statistics: HeadStatistics, features: Tensor, targets: Tensor) -> float:
     """Temperature of the untempered head on features (n, d) whose targets index the statistics' labels."""
-    weight, bias = HeadStatistics(
-        statistics.labels, statistics.counts, statistics.means, statistics.scatter, statistics.covariance
-    ).solve()
+    weight, bias = replace(statistics, temperature=None).solve()
     return fit_temperature(features.double() @ weight.T + bias, targets)

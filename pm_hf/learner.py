@@ -6,29 +6,31 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pm_hf.adapters import Adapter, open_adapter, replace_head, save_adapter
+from pm_hf.adapters import open_adapter, replace_head, save_adapter
 from pm_hf.config import RunConfig, load_config, save_config
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import copy_folder, read_json, remove_leftovers, same_folder, write_json
-from pm_hf.fisher import estimate_curvature, head_matrix
+from pm_hf.fisher import adapted_layers, estimate_curvature, head_matrix
 from pm_hf.heads import HeadStatistics, merge_temperature, ridge_drift
 from pm_hf.merge import MergeReport, merge_adapters
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank
 from pm_hf.metrics import task_forgetting
-from pm_hf.modeling import TaskModel, build_task_model, find_head, load_tokenizer, resolve_base, task_tensors
+from pm_hf.modeling import TASK, TaskModel, build_task_model, find_head, load_tokenizer, task_tensors
+from pm_hf.released import CURVATURE, STATISTICS, STEP, State, released
 from pm_hf.report import Report
 from pm_hf.scoring import Scorer
 from pm_hf.tasks import Task, TaskStream, batches, encode, load_stream, sample
 from pm_hf.training import precision, train, training_arguments
 
-CONFIG, STEP, CURVATURE, STATISTICS = "config.yaml", "step.json", "curvature.safetensors", "head_statistics.safetensors"
+ROWS = "rows.json"  # fingerprint of the task that is being trained
+CONFIG = "config.yaml"
 # what may change when a finished run is continued; the data of finished tasks is compared by its fingerprint
 FREE_KEYS = ("output_dir", "data_dir", "max_forgetting", "stream.tasks", "stream.class_groups", "stream.domain_column")
 
@@ -41,15 +43,6 @@ class ForgettingError(RuntimeError):
         self.report = report
 
 
-@dataclass(frozen=True)
-class State:
-    """What one task leaves to the next: the running merge, the sums of curvature, the head's statistics."""
-
-    merged: Path | None = None
-    curvature: Path | None = None
-    statistics: Path | None = None
-
-
 def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> Report:
     """Run a stream of tasks, or continue it after the last finished one, and return its report.
 
@@ -58,7 +51,7 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
     folder included) and ForgettingError when `max_forgetting` is exceeded.
     """
     source = config if isinstance(config, Mapping | RunConfig) else Path(config)
-    settings = load_config(source, [f"{key}={value}" for key, value in overrides.items()])
+    settings = load_config(source, values=overrides)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             f"found {os.environ['WORLD_SIZE']} processes; launch with one: accelerate launch --num_processes 1"
@@ -95,16 +88,18 @@ class Run:
 
     def __init__(self, config: RunConfig, stream: TaskStream) -> None:
         self.config, self.stream = config, stream
-        self.folder = Path(config.output_dir)
+        self.folder = Path(config.output_dir).expanduser()
         self.args = training_arguments(config, self.folder, 0)
         self.tokenizer = load_tokenizer(config.model)
         self.scorer = Scorer(config, self.tokenizer, self.args.per_device_eval_batch_size, precision(self.args))
-        self.start = self._released()
+        self.start = released(config, stream)
 
     def finished(self) -> int:
         """Number of finished tasks in the folder; InputError when they contradict the config."""
         path = self.folder / CONFIG
         if not path.is_file():
+            if self.folder.exists() and not self.folder.is_dir():
+                raise InputError(f"output_dir {self.folder} is a file, expected a folder")
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise InputError(f"output_dir {self.folder} is not empty and holds no {CONFIG}; choose another folder")
             return 0
@@ -120,6 +115,8 @@ class Run:
         if steps > done:
             problems.append(f"the folder has {steps} finished tasks, the config fits the first {done}")
         raise_all(problems, f"output_dir {self.folder} holds another run; use its config or another output_dir")
+        for index in range(done):
+            self._tidy(index)
         return done
 
     def learn_task(self, index: int) -> None:
@@ -130,6 +127,9 @@ class Run:
         for stale in ("adapter", "merged"):
             shutil.rmtree(folder / stale, ignore_errors=True)
         remove_leftovers(folder)
+        if not (folder / ROWS).is_file() or read_json(folder / ROWS) != task.fingerprint():
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of other rows
+            write_json(folder / ROWS, task.fingerprint())
         merged = None if state.merged is None else open_adapter(state.merged)
         built = build_task_model(
             self.config.model,
@@ -140,6 +140,10 @@ class Run:
             index,
             continue_head=self._shared_head and merged is not None,
         )
+        if merged is not None and state.curvature is not None:
+            strange = set(merged.scaling) ^ set(adapted_layers(built.model, TASK))
+            if strange:
+                raise InputError(f"lora.target_modules differ from the running merge's in {sorted(strange)[:3]}")
         if self.config.head.kind == "lda" and find_head(built.model, built.head).bias is None:
             raise InputError(f"head.kind lda needs a head with a bias, {built.head} has none; use head.kind: linear")
         rows = encode(self.tokenizer, task.train, task.labels, self.config.stream.max_length)
@@ -172,10 +176,19 @@ class Run:
             "threads": torch.get_num_threads(),
         }
         write_json(folder / STEP, step)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        if index:
-            (self._task_folder(index - 1) / CURVATURE).unlink(missing_ok=True)
+        self._tidy(index)
         _say(index, len(self.stream.tasks), step)
+
+    def _tidy(self, index: int) -> None:
+        """Remove what a finished task no longer needs: checkpoints, and the curvature before the published one."""
+        folder = self._task_folder(index)
+        for name in ("checkpoints", ROWS):
+            path = folder / name
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        # with a gate the published adapter may be the previous one, and its curvature goes with it
+        last = index - 2 if self.config.max_forgetting is not None else index - 1
+        for older in range(last + 1):
+            (self._task_folder(older) / CURVATURE).unlink(missing_ok=True)
 
     def publish(self, done: int) -> None:
         """Copy the newest merge to `merged/` unless an old task fell further than allowed; write report.json."""
@@ -246,10 +259,10 @@ class Run:
         curvature = estimate_curvature(
             built.model,
             batches(self.tokenizer, sample(rows, settings.samples, self.config.seed), self.scorer.batch_size),
-            adapter="task",
+            adapter=TASK,
             kind=settings.kind or "fisher",
             labels=settings.labels,
-            shrinkage=settings.shrinkage if settings.kind == "gram" else 0.0,
+            shrinkage=settings.shrinkage if settings.kind == "gram" else None,
             previous=None if state.curvature is None else Curvature.load(state.curvature),
             heads=heads,
             seed=self.config.seed + index,
@@ -310,41 +323,6 @@ class Run:
         folder = self._task_folder(index - 1)
         files = [path if path.is_file() else None for path in (folder / CURVATURE, folder / STATISTICS)]
         return State(folder / "merged", files[0], files[1])
-
-    def _released(self) -> State | None:
-        """The adapter to begin from, with the curvature and the head statistics that lie beside it."""
-        if self.config.start_from is None:
-            return None
-        adapter = open_adapter(self.config.start_from)
-        raise_all(self._misfits(adapter), f"start_from {adapter.path}")
-        beside = [adapter.path, adapter.path.parent]
-        beside += [step.parent for step in sorted(adapter.path.parent.glob(f"task-*/{STEP}"))[-1:]]
-
-        def first(name: str) -> Path | None:
-            return next((folder / name for folder in beside if (folder / name).is_file()), None)
-
-        state = State(adapter.path, first(CURVATURE), first(STATISTICS))
-        if self.config.head.kind == "lda" and state.statistics is None:
-            raise InputError(
-                f"start_from {adapter.path}: head.kind lda needs {STATISTICS} beside it; use head.kind: linear"
-            )
-        return state
-
-    def _misfits(self, adapter: Adapter) -> list[str]:
-        """Why a released adapter does not fit this run."""
-        problems, base = [], resolve_base(self.config.model.base)
-        if adapter.config.get("base_model_name_or_path") != base:
-            problems.append(
-                f"its base model is {adapter.config.get('base_model_name_or_path')}, the config's is {base}"
-            )
-        rank, limit = max(adapter.product(module).rank for module in adapter.scaling), self.config.merge.max_rank
-        if limit is not None and rank > limit:
-            problems.append(f"its rank {rank} is above merge.max_rank {limit}")
-        if len(adapter.labels) != 1:
-            problems.append("it has no labels.json with one head, so its rows have no names")
-        elif self._shared_head and list(next(iter(adapter.labels.values()))) != list(self.stream.tasks[0].labels):
-            problems.append("its labels are not those of the domain-incremental stream, in this order")
-        return problems
 
     def _task_folder(self, index: int) -> Path:
         name = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.stream.tasks[index].name)

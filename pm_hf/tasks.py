@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import DataCollatorWithPadding
 
 from pm_hf.config import RunConfig, Source, StreamSettings
 from pm_hf.errors import InputError, raise_all
+from pm_hf.files import read_json
 
 LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -108,7 +110,10 @@ def _listed(stream: StreamSettings, folder: str | None) -> list[tuple[str, Rows,
         if not task.name:
             problems.append(f"tasks[{number}] has no name")
             continue
-        source = Source(**{key: getattr(task, key) or getattr(stream, key) for key in Source.__dataclass_fields__})
+        inherited = {key: getattr(stream, key) for key in Source.__dataclass_fields__}
+        if task.train or task.test:
+            inherited["dataset"] = None  # the task's own files
+        source = Source(**{key: getattr(task, key) or value for key, value in inherited.items()})
         try:
             rows = [_read(source, folder, test=test)[0] for test in (False, True)]
             parts.append((task.name, rows[0], rows[1]))
@@ -119,6 +124,8 @@ def _listed(stream: StreamSettings, folder: str | None) -> list[tuple[str, Rows,
 
 
 def _by_class(stream: StreamSettings, folder: str | None, train: tuple, test: tuple) -> list[tuple[str, Rows, Rows]]:
+    strange = sorted(set(test[0].labels) - set(train[0].labels))
+    raise_all([f"labels in test that train lacks: {strange[:5]}"] * bool(strange), "stream")
     groups = _class_groups(stream.class_groups, folder, sorted(set(train[0].labels)))
     return [
         (name, _where(train[0], train[0].labels, set(labels)), _where(test[0], test[0].labels, set(labels)))
@@ -139,7 +146,7 @@ def _class_groups(groups: int | str | dict | None, folder: str | None, labels: S
         path = _path(groups, folder)
         if not path.is_file():
             raise InputError(f"stream.class_groups: file {path} does not exist")
-        groups = json.loads(path.read_text(encoding="utf-8"))
+        groups = read_json(path)
     if not isinstance(groups, dict) or not all(isinstance(names, list) for names in groups.values()):
         raise InputError("stream.class_groups: expected {task: [label, …]}")
     named = [str(label) for names in groups.values() for label in names]
@@ -155,6 +162,8 @@ def _class_groups(groups: int | str | dict | None, folder: str | None, labels: S
 
 def _by_domain(train: tuple, test: tuple) -> list[tuple[str, Rows, Rows]]:
     domains = list(dict.fromkeys(train[1]))
+    strange = sorted(set(test[1]) - set(domains))
+    raise_all([f"domains in test that train lacks: {strange[:5]}"] * bool(strange), "stream")
     return [(name, _where(train[0], train[1], {name}), _where(test[0], test[1], {name})) for name in domains]
 
 
@@ -188,14 +197,19 @@ def _load(source: Source, folder: str | None, *, test: bool) -> tuple[Dataset, s
         raise InputError(f"no {'test' if test else 'train'} file and no dataset given")
     path = _path(file, folder)
     suffix = Path(path.name.removesuffix(".gz")).suffix
-    if suffix not in LOADERS:
-        raise InputError(f"{path}: expected a file ending in {', '.join(LOADERS)} (.gz too), found {suffix or 'none'}")
+    if suffix not in LOADERS or path.name.endswith(".parquet.gz"):
+        raise InputError(
+            f"{path}: expected a file ending in .csv, .json, .jsonl (.gz too) or .parquet, found {path.name}"
+        )
     if not path.is_file():
         raise InputError(f"file {path} does not exist; set data_dir=FOLDER if it lies elsewhere")
     # keep_default_na: a text such as "null" or "NA" is text
     options = {"keep_default_na": False} if LOADERS[suffix] == "csv" else {}
     try:
-        return load_dataset(LOADERS[suffix], data_files=str(path), split="train", **options), str(path)
+        # a cache of its own: the shared one tells files apart by time of change only
+        with tempfile.TemporaryDirectory() as cache:
+            data = load_dataset(LOADERS[suffix], data_files=str(path), split="train", cache_dir=cache, **options)
+            return Dataset.from_dict(data.to_dict(), features=data.features), str(path)
     except (OSError, ValueError, DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise InputError(f"{path} cannot be read as {LOADERS[suffix]}: {' '.join(str(cause).split())[:300]}") from error
@@ -207,6 +221,11 @@ def _names(data: Dataset, column: str, where: str) -> list[str]:
     if empty is not None:
         raise InputError(f"{where}: column {column} is empty in row {empty}")
     if isinstance(feature, ClassLabel):
+        hidden = next((i for i, value in enumerate(values) if not 0 <= value < feature.num_classes), None)
+        if hidden is not None:
+            raise InputError(
+                f"{where}: column {column} holds no class in row {hidden} ({values[hidden]}); hidden labels?"
+            )
         return [feature.int2str(value) for value in values]
     return [str(value) for value in values]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils import set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
@@ -145,6 +145,12 @@ class PerturbationMixin(_Base):
         if self.model is not None:
             self._perturbed()
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's train; the count of micro-steps starts again, so that a retry draws the same factors."""
+        self._micro_step, self._since_log = (-1, -1), []
+        self.perturbation_counts.clear()
+        return super().train(*args, **kwargs)
+
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Trainer's training step with the task adapter scaled by the factor drawn for this micro-step."""
         adapter, layers = self._perturbed()
@@ -227,12 +233,11 @@ class PerturbationMixin(_Base):
         folder = Path(checkpoint) if adapter == "default" else Path(checkpoint) / adapter
         if not (folder / WEIGHTS).is_file():
             raise InputError(f"checkpoint {checkpoint} holds no adapter {adapter!r}: {folder / WEIGHTS} does not exist")
-        result = set_peft_model_state_dict(self.model, load_file(folder / WEIGHTS), adapter_name=adapter)
-        lost = [name for name in result.missing_keys if f".{adapter}." in name or name.endswith(f".{adapter}")]
-        if lost or result.unexpected_keys:
-            raise InputError(
-                f"checkpoint {folder} does not fit the model: missing {lost}, unexpected {result.unexpected_keys}"
-            )
+        stored = load_file(folder / WEIGHTS)
+        expected = get_peft_model_state_dict(self.model, adapter_name=adapter, save_embedding_layers=False)
+        if odd := sorted(stored.keys() ^ expected.keys()):
+            raise InputError(f"checkpoint {folder} does not fit the model: {odd[:3]} stand in only one of the two")
+        set_peft_model_state_dict(self.model, stored, adapter_name=adapter)
 
 
 class PMTrainer(PerturbationMixin, Trainer):

@@ -58,7 +58,7 @@ def training_arguments(config: RunConfig, checkpoints: Path, index: int) -> PMCo
             perturbation_probabilities=config.perturbation.probabilities,
             perturbation_adapter=TASK,
             remove_unused_columns=False,
-            **{key: _number(value) for key, value in values.items()},
+            **values,
         )
     except InputError:
         raise
@@ -80,13 +80,3 @@ def last_checkpoint(folder: Path) -> str | None:
         except InputError:
             shutil.rmtree(newest)
     return None
-
-
-def _number(value: Any) -> Any:
-    """YAML reads 1e-3 as text; TrainingArguments needs the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value

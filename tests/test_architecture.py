@@ -14,9 +14,9 @@ import pm_hf
 PACKAGE = Path(pm_hf.__file__).parent
 TIERS = [
     ["errors", "files", "versions", "merging", "merging.*", "heads", "metrics"],
-    ["adapters", "merge", "config", "tasks", "scoring", "modeling", "inspection"],
+    ["adapters", "merge", "config", "typed", "tasks", "scoring", "modeling", "inspection"],
     ["trainer", "fisher", "training"],
-    ["learner", "report", "demo*"],
+    ["learner", "released", "report"],
     ["cli"],
 ]
 MAX_LINES = 400

@@ -390,5 +390,3 @@ def test_head_learning_rate_moves_the_head_into_groups_of_its_own(tmp_path):
 def test_without_a_head_learning_rate_the_groups_are_the_trainers(tmp_path):
     trainer = make_trainer(tmp_path, learning_rate=1e-3)
     assert [(g["lr"], len(g["params"])) for g in trainer.create_optimizer().param_groups] == [(1e-3, 8), (1e-3, 0)]
-
-

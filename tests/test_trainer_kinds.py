@@ -63,9 +63,7 @@ def check_it_trained(trainer) -> None:
 
 
 def test_seq2seq_trainer_with_the_mixin_trains_and_generates(tmp_path):
-    args = quick_arguments(
-        tmp_path, PMSeq2SeqConfig, max_steps=40, learning_rate=3e-2, predict_with_generate=True
-    )
+    args = quick_arguments(tmp_path, PMSeq2SeqConfig, max_steps=40, learning_rate=3e-2, predict_with_generate=True)
     trainer = PMSeq2SeqTrainer(model=tiny_t5(), args=args, train_dataset=copies(40), eval_dataset=copies(4))
     check_it_trained(trainer)
     generated = trainer.predict(copies(4), max_new_tokens=4).predictions
@@ -97,9 +95,7 @@ def test_sft_trainer_with_the_mixin_trains_with_perturbed_steps(tmp_path):
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", "one", "two", "three", "four"])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(vocabulary),

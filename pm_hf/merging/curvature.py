@@ -139,7 +139,7 @@ def accumulate(
     if settings.kind == "gram":
         measured = {name: shrink(gram, settings.shrinkage) for name, gram in measured.items()}
     if previous is not None:
-        _check_continues(previous, settings, {n: tuple(t.shape) for n, t in measured.items()}, optimum, owner)
+        _check_continues(previous, settings, measured, optimum, owner)
     S, M, current = {}, {}, {}
     for name, H in measured.items():
         S[name] = H.float() if previous is None else previous.S[name] + H.float()
@@ -155,14 +155,23 @@ def accumulate(
 
 
 def _check_continues(
-    previous: Curvature, settings: Settings, shapes: dict, optimum: dict[str, LowRank], owner: dict[str, str]
+    previous: Curvature,
+    settings: Settings,
+    measured: dict[str, Tensor],
+    optimum: dict[str, LowRank],
+    owner: dict[str, str],
 ) -> None:
     if previous.settings != settings:
         raise InputError(
             f"the curvature of the past was measured with {asdict(previous.settings)}, "
             f"this task with {asdict(settings)}; sums are never mixed: use the same settings or start a new run"
         )
-    past = {name: tuple(tensor.shape) for name, tensor in previous.S.items()}
-    if past != shapes or set(previous.M) != set(optimum) or previous.owner != owner:
-        odd = sorted(set(past.items()) ^ set(shapes.items()))[:3] or sorted(set(previous.M) ^ set(optimum))[:3]
+    past = {("S", n, tuple(t.shape)) for n, t in previous.S.items()} | {
+        ("input of", *p) for p in previous.owner.items()
+    }
+    past |= {("M", n, tuple(t.shape)) for n, t in previous.M.items()}
+    now = {("S", n, tuple(t.shape)) for n, t in measured.items()} | {("input of", *p) for p in owner.items()}
+    now |= {("M", n, d.shape) for n, d in optimum.items()}
+    if past != now:
+        odd = sorted(past ^ now, key=str)[:3]
         raise InputError(f"the curvature of the past does not fit this adapter: modules or shapes differ, first {odd}")

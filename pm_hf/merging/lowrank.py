@@ -64,8 +64,11 @@ class LowRank:
         U, s, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
         keep = _kept(s, max_rank, energy)
         root = s[:keep].sqrt()  # both factors get √s: balanced, so that half precision loses least
-        truncated = LowRank((Qb @ U[:, :keep]) * root, root[:, None] * (Vh[:keep] @ Qa.T))
-        return truncated.to(self.B.dtype), _relative_tail(s, keep)
+        truncated = LowRank((Qb @ U[:, :keep]) * root, root[:, None] * (Vh[:keep] @ Qa.T)).to(self.B.dtype)
+        if self.B.dtype in (torch.float16, torch.bfloat16):  # rounding is no longer small beside the truncation
+            total, gap = self.norm(), add(self.to(torch.float64), truncated.to(torch.float64).scale(-1.0)).norm()
+            return truncated, gap / total if total else 0.0
+        return truncated, _relative_tail(s, keep)
 
 
 def add(*terms: LowRank) -> LowRank:
@@ -89,7 +92,10 @@ def from_dense(matrix: Tensor, max_rank: int) -> tuple[LowRank, float]:
     and Tropp (arXiv 0909.4061, algorithm 4.4) with oversampling and power iterations.
     """
     if min(matrix.shape) <= DENSE_SVD_LIMIT:
-        return LowRank(matrix.double(), torch.eye(matrix.shape[1], dtype=torch.float64)).compress(max_rank)
+        U, s, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        keep = _kept(s, max_rank, None)
+        root = s[:keep].sqrt()
+        return LowRank(U[:, :keep] * root, root[:, None] * Vh[:keep]).to(matrix.dtype), _relative_tail(s, keep)
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(matrix.shape[1], max_rank + OVERSAMPLING, generator=generator, dtype=matrix.dtype)
     Q, _ = torch.linalg.qr(matrix @ probe)
@@ -97,15 +103,15 @@ def from_dense(matrix: Tensor, max_rank: int) -> tuple[LowRank, float]:
         Q, _ = torch.linalg.qr(matrix.T @ Q)
         Q, _ = torch.linalg.qr(matrix @ Q)
     truncated, _ = LowRank(Q, Q.T @ matrix).compress(max_rank)
-    error = torch.linalg.norm(matrix - truncated.dense()) / torch.linalg.norm(matrix)
-    return truncated, float(error)
+    total = float(torch.linalg.norm(matrix))
+    return truncated, float(torch.linalg.norm(matrix - truncated.dense())) / total if total else 0.0
 
 
 def _kept(s: Tensor, max_rank: int | None, energy: float | None) -> int:
     """Number of singular values to keep; values that are zero in float64 are never kept."""
     numerical = int((s > s[0] * len(s) * torch.finfo(s.dtype).eps).sum())
     keep = numerical if max_rank is None else min(numerical, max_rank)
-    if energy is not None:
+    if energy is not None and energy < 1:
         share = s.square().cumsum(0) / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny)
         keep = min(keep, int((share < energy - 1e-12).sum()) + 1)
     return max(keep, 1)

@@ -79,6 +79,8 @@ def free_solution(
     `max_rank`, by default the sum of the ranks that go in. Returns the matrix and the relative error.
     """
     S = curvature.sum_of(name).double()
+    if not (S.isfinite().all() and curvature.M[name].isfinite().all() and S.abs().max() > 0):
+        raise InputError(f"the curvature is zero or not finite in module {name}; measure it again")
     past = torch.zeros(delta.shape, dtype=torch.float64) if merged is None else merged.to(torch.float64).dense()
     # M − Sθ̂ equals H_tΔ where θ̂ is already the optimum of the past
     pull = curvature.M[name].double() - curvature.apply(name, past)
@@ -117,9 +119,10 @@ def check_fits(delta: Mapping[str, LowRank], curvature: Curvature) -> None:
             raise InputError(
                 f"the curvature does not fit the adapter: {name} is {d.shape} in it, {found} in the curvature"
             )
-    ours = math.sqrt(sum(d.norm() ** 2 for d in delta.values()))
-    theirs = math.sqrt(sum(norm**2 for norm in curvature.delta_norm.values()))
-    if abs(ours - theirs) > FIT_TOLERANCE * max(ours, theirs):
+    norms = {name: d.norm() for name, d in delta.items()}
+    ours, theirs = math.hypot(*norms.values()), math.hypot(*curvature.delta_norm.values())
+    gap = math.hypot(*(norms[name] - curvature.delta_norm[name] for name in norms))  # module by module
+    if gap > FIT_TOLERANCE * max(ours, theirs):
         raise InputError(
             f"the curvature was measured with another task adapter (‖Δ‖ {theirs:.6g} there, {ours:.6g} here); "
             "use the file that was saved with this task"
@@ -138,10 +141,10 @@ def _terms(name: str, delta: LowRank, merged: LowRank | None, curvature: Curvatu
 
 def _coefficient(terms: Mapping[str, tuple[float, float, float]], tasks: int) -> Coefficient:
     columns: Iterable[tuple[float, ...]] = zip(*terms.values(), strict=True)
-    numerator, past, current = (math.fsum(column) for column in columns)
+    numerator, past, current = (sum(column) for column in columns)
     denominator = past + current
     if not (math.isfinite(numerator) and math.isfinite(denominator) and denominator > 0):
-        broken = [name for name, (_, p, c) in terms.items() if not (math.isfinite(p + c) and p + c > 0)]
+        broken = [n for n, (up, p, c) in terms.items() if not (math.isfinite(up + p + c) and p + c > 0)]
         raise InputError(
             f"the curvature is zero or not finite along the task vector (denominator {denominator:.3g}) "
             f"in {len(broken)} modules, first {broken[:3]}: "
@@ -157,10 +160,14 @@ def _coefficient(terms: Mapping[str, tuple[float, float, float]], tasks: int) ->
 
 
 def _solve_right(matrix: Tensor, S: Tensor) -> Tensor:
-    """X with X S = matrix for a symmetric S ≥ 0: by Cholesky, by the pseudo-inverse where S is singular."""
+    """X with X S = matrix for a symmetric S ≥ 0 that was stored in float32.
+
+    By Cholesky; where S is singular to the precision of its storage, by the pseudo-inverse cut at that precision.
+    """
+    noise = len(S) * torch.finfo(torch.float32).eps
     factor, failed = torch.linalg.cholesky_ex(S)
-    if int(failed):
-        return matrix @ torch.linalg.pinv(S, hermitian=True)
+    if int(failed) or bool((factor.diagonal().square() <= noise * S.diagonal()).any()):
+        return matrix @ torch.linalg.pinv(S, hermitian=True, rtol=noise)
     return torch.cholesky_solve(matrix.T, factor).T
 
 

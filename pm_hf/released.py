@@ -1,0 +1,85 @@
+"""Where a run begins: from nothing, or from a released adapter with what lies beside it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pm_hf.adapters import Adapter, open_adapter
+from pm_hf.config import RunConfig
+from pm_hf.errors import InputError, raise_all
+from pm_hf.files import same_folder
+from pm_hf.merging.curvature import Curvature, Settings
+from pm_hf.modeling import resolve_base
+from pm_hf.tasks import TaskStream
+
+STEP, CURVATURE, STATISTICS = "step.json", "curvature.safetensors", "head_statistics.safetensors"
+
+
+@dataclass(frozen=True)
+class State:
+    """What one task leaves to the next: the running merge, the sums of curvature, the head's statistics."""
+
+    merged: Path | None = None
+    curvature: Path | None = None
+    statistics: Path | None = None
+
+
+def released(config: RunConfig, stream: TaskStream) -> State | None:
+    """The state that `start_from` names: the adapter, and the curvature and head statistics saved with it.
+
+    They are looked for in its folder, in the folder above, and in the task folder of the run that published it.
+    InputError with everything that does not fit: base, rank, head, labels, curvature. None without `start_from`.
+    """
+    if config.head.kind == "lda" and config.start_from is None:
+        _check_first_task(stream)
+    if config.start_from is None:
+        return None
+    adapter = open_adapter(Path(config.start_from).expanduser())
+    steps = sorted(adapter.path.parent.glob(f"task-*/{STEP}"), reverse=True)
+    beside = [adapter.path, adapter.path.parent]
+    beside += [step.parent for step in steps if same_folder(step.parent / "merged", adapter.path)]
+
+    def first(name: str) -> Path | None:
+        return next((folder / name for folder in beside if (folder / name).is_file()), None)
+
+    state = State(adapter.path, first(CURVATURE), first(STATISTICS))
+    problems = _adapter_misfits(config, stream, adapter)
+    if config.merge.method == "pm" and config.merge.coefficient is None and state.curvature is not None:
+        problems += _curvature_misfits(config, Curvature.load(state.curvature).settings)
+    if config.head.kind == "lda" and state.statistics is None:
+        problems.append(f"head.kind lda needs {STATISTICS} beside it; use head.kind: linear")
+    raise_all(problems, f"start_from {adapter.path}")
+    return state
+
+
+def _adapter_misfits(config: RunConfig, stream: TaskStream, adapter: Adapter) -> list[str]:
+    problems, base = [], resolve_base(config.model.base)
+    if adapter.config.get("base_model_name_or_path") != base:
+        problems.append(f"its base model is {adapter.config.get('base_model_name_or_path')}, the config's is {base}")
+    rank, limit = max(adapter.product(module).rank for module in adapter.scaling), config.merge.max_rank
+    if limit is not None and rank > limit:
+        problems.append(f"its rank {rank} is above merge.max_rank {limit}")
+    shared = stream.scenario == "domain_incremental"
+    if len(adapter.labels) != 1:
+        problems.append("it has no labels.json with one head, so its rows have no names")
+    elif shared and list(next(iter(adapter.labels.values()))) != list(stream.tasks[0].labels):
+        problems.append("its labels are not those of the domain-incremental stream, in this order")
+    return problems
+
+
+def _curvature_misfits(config: RunConfig, measured: Settings) -> list[str]:
+    ours = config.curvature
+    wanted = (ours.kind, "none", ours.shrinkage) if ours.kind == "gram" else (ours.kind, ours.labels, 0.0)
+    found = (measured.kind, measured.labels, measured.shrinkage)
+    if found == wanted:
+        return []
+    return [f"its curvature (kind, labels, shrinkage) is {found}, the config's {wanted}; sums are never mixed"]
+
+
+def _check_first_task(stream: TaskStream) -> None:
+    """With one head shared by all tasks, the analytic head needs a row of every class in the first task."""
+    first = stream.tasks[0]
+    if lacking := sorted(set(first.labels) - set(first.train.labels)):
+        raise InputError(
+            f"head.kind lda: task {first.name!r}, the first, has no row of {lacking[:5]}; "
+            "put a task with all classes first, or use head.kind: linear"
+        )

@@ -189,8 +189,8 @@ def load_config(
     method = raw.get("method", RunConfig.method)
     if not isinstance(method, str) or method not in METHODS:
         problems.append(f"method: unknown {method!r}; valid: {', '.join(METHODS)}")
-    else:
-        fill(raw, METHODS[method])
+        method = RunConfig.method  # so that the other problems are found too
+    fill(raw, METHODS[method])
     config = build(RunConfig, raw, "", problems)
     config.training = {key: number(value) for key, value in config.training.items()}
     raise_all(problems + value_problems(config), name)

@@ -235,8 +235,11 @@ class PerturbationMixin(_Base):
             raise InputError(f"checkpoint {checkpoint} holds no adapter {adapter!r}: {folder / WEIGHTS} does not exist")
         stored = load_file(folder / WEIGHTS)
         expected = get_peft_model_state_dict(self.model, adapter_name=adapter, save_embedding_layers=False)
-        if odd := sorted(stored.keys() ^ expected.keys()):
-            raise InputError(f"checkpoint {folder} does not fit the model: {odd[:3]} stand in only one of the two")
+        missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+        if missing or unexpected:
+            raise InputError(
+                f"checkpoint {folder} does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}"
+            )
         set_peft_model_state_dict(self.model, stored, adapter_name=adapter)
 
 

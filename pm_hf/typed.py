@@ -87,7 +87,7 @@ def build(kind: type, raw: Any, path: str, problems: list[str]) -> Any:
         if name in raw:
             found = len(problems)
             value = _convert(hints[name], raw[name], _join(path, name), problems)
-            if len(problems) == found:
+            if len(problems) == found or is_dataclass(value):  # a group keeps what is right in it
                 values[name] = value
     return kind(**values)
 

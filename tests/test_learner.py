@@ -74,7 +74,7 @@ def test_methods_that_were_run_are_all_there_are():
 
 
 def test_protecting_the_past_beats_sequential_training(runs):
-    sequential, best = (runs(name)[1].metrics for name in ("sequential", "best"))
+    sequential, best = (runs(name)[1].metrics for name in ("sequential", "pm_gram_lda"))
     assert best["ACC"] > sequential["ACC"] + 0.1
     assert best["forgetting"] < sequential["forgetting"] - 0.1
 
@@ -168,7 +168,7 @@ def test_coefficients_are_those_of_the_method(runs):
     assert 0 < pm[1]["used"] < 1
 
 
-@pytest.mark.parametrize("method", ["sequential", "average", "merge_only", "pm", "merge_only_lda"])
+@pytest.mark.parametrize("method", ["sequential", "average", "merge_only", "pm", "best"])
 def test_running_merge_is_the_recursion_over_the_saved_task_vectors(runs, method):
     folder, _, _ = runs(method)
     reference = {}
@@ -187,7 +187,7 @@ def test_frozen_backbone_stays_as_it_was(runs):
     assert all(not value.any() for value in dense(runs("frozen")[0] / "merged").values())
 
 
-@pytest.mark.parametrize("method", ["pm", "best"])
+@pytest.mark.parametrize("method", ["pm", "pm_gram_lda"])
 def test_rows_of_new_classes_are_appended_in_order(runs, method):
     folder, _, _ = runs(method)
     seen = []
@@ -211,7 +211,7 @@ def fresh(runs, tiny_base, data, tmp_path_factory):
     texts = [text for task in stream.tasks for text in task.test.texts]
     path = tmp_path_factory.mktemp("fresh") / "texts.json"
     path.write_text(json.dumps(texts))
-    folders = {method: str(runs(method)[0] / "merged") for method in ("pm", "best")}
+    folders = {method: str(runs(method)[0] / "merged") for method in ("pm", "pm_gram_lda")}
     command = [sys.executable, "-c", FRESH, str(tiny_base), str(path), *folders.values()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=path.parent)
     assert done.returncode == 0, done.stderr
@@ -219,7 +219,7 @@ def fresh(runs, tiny_base, data, tmp_path_factory):
     return {method: found[folder] for method, folder in folders.items()}
 
 
-@pytest.mark.parametrize("method", ["pm", "best"])
+@pytest.mark.parametrize("method", ["pm", "pm_gram_lda"])
 def test_merged_folder_gives_the_same_logits_without_pm_hf(runs, fresh, method):
     folder, report, raw = runs(method)
     config = load_config(raw)
@@ -293,7 +293,7 @@ def test_analytic_head_survives_bfloat16(runs, tiny_base, data, tmp_path):
 
 
 def test_temperature_never_makes_the_analytic_head_more_confident(runs):
-    folder, _, _ = runs("best")
+    folder, _, _ = runs("pm_gram_lda")
     for task in sorted(folder.glob("task-*")):
         statistics = HeadStatistics.load(task / "head_statistics.safetensors")
         plain = HeadStatistics(statistics.labels, statistics.counts, statistics.means, statistics.scatter).solve()[0]

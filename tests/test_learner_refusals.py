@@ -125,7 +125,7 @@ def test_more_than_one_process_is_refused(refused, monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("method", ["best", "merge_only_lda", "frozen"])
+@pytest.mark.parametrize("method", ["pm_gram_lda", "best", "frozen"])
 def test_analytic_head_on_a_head_without_bias_is_refused(refused, tiny_llama, method):
     message = refused(base=tiny_llama, method=method, lora__target_modules=["k_proj", "v_proj"])
     assert message == "head.kind lda needs a head with a bias, score has none; use head.kind: linear"

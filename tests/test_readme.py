@@ -1,0 +1,45 @@
+"""The README says what is in results/ and in the code."""
+
+import json
+import re
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from pm_hf.config import METHODS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = sorted((ROOT / "results").glob("*/*/*.json"))
+
+
+def test_table_of_results_is_the_one_the_benchmark_wrote():
+    table = (ROOT / "results" / "clinc150-quick" / "table.md").read_text(encoding="utf-8").strip()
+    assert table in README
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_results_say_where_they_come_from(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert result["versions"]["torch"]
+    assert re.fullmatch(r"[0-9a-f]{12}\+?", result["commit"])
+    assert "threads" in result["hardware"]
+    last = result["scores"][-1]
+    assert result["metrics"]["ACC"] == pytest.approx(fmean(last))
+    assert result["seed"] == int(path.stem)
+
+
+def test_results_were_found():
+    assert len(RESULTS) >= 21
+
+
+def test_every_method_is_in_the_table_of_methods():
+    rows = re.findall(r"^\| `(\w+)` \|", README, flags=re.M)
+    assert rows == list(METHODS)
+
+
+def test_every_file_that_the_readme_links_to_exists():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert len(links) >= 3
+    assert [link for link in links if not (ROOT / link).exists()] == []

@@ -25,7 +25,7 @@ setup(
         "accelerate>=1.10",
         "datasets>=4",
         "evaluate>=0.4.3",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "pyyaml>=6",
     ],
     extras_require={"demo": DEMO + PLOTS, "plots": PLOTS, "dev": DEMO + PLOTS + DEV},

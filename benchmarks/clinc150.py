@@ -90,7 +90,7 @@ def picture() -> None:
         for path in sorted((RESULTS / method).glob("*.json"))[:1]:
             result = json.loads(path.read_text(encoding="utf-8"))
             names = [field.name for field in fields(Report) if field.name != "folder"]
-            reports.append(Report(folder=path.parent, **{name: result[name] for name in names}))
+            reports.append(Report(folder=path.parent, **{name: result[name] for name in names if name in result}))
     plot(reports, RESULTS / "methods.png")
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import write_text
+from pm_hf.perturbation import perturbation_problems
 from pm_hf.typed import build, fill, number, pairs, parsed, plain, put
 
 
@@ -224,6 +225,8 @@ def value_problems(config: RunConfig) -> list[str]:
         (config.trains or config.head.kind == "lda", "trains: false needs head.kind: lda"),
     ]
     problems += [message for fine, message in checks if not fine]
+    scale = config.perturbation.scale
+    problems += perturbation_problems(0.0 if scale is None else scale, config.perturbation.probabilities)
     splits = [n for n in ("tasks", "class_groups", "domain_column") if getattr(stream, n) is not None]
     if len(splits) != 1:
         found = ", ".join(splits) or "none"

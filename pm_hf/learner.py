@@ -21,6 +21,7 @@ from pm_hf.heads import HeadStatistics, merge_temperature, ridge_drift
 from pm_hf.merge import MergeReport, merge_adapters
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank
+from pm_hf.merging.methods import get_method
 from pm_hf.metrics import task_forgetting
 from pm_hf.modeling import TASK, TaskModel, build_task_model, find_head, load_tokenizer, task_tensors
 from pm_hf.released import CURVATURE, STATISTICS, STEP, State, released
@@ -164,7 +165,8 @@ class Run:
             "labels": list(task.labels),
             "fingerprint": task.fingerprint(),
             "head": built.head,
-            "train_from": "merged",
+            "train_from": get_method(self.config.merge.method or "pm").train_from,
+            "freedom": merge.freedom,
             "coefficient": None if merge.coefficient is None else asdict(merge.coefficient),
             "merge_error": merge.error,
             "curvature_bytes": 0 if curvature is None else curvature.nbytes,
@@ -235,6 +237,7 @@ class Run:
             test_rows=[step["test_rows"] for step in steps],
             coefficients=[step["coefficient"] for step in steps],
             seconds=sum(step["seconds"] for step in steps),
+            freedom=steps[-1]["freedom"],
             notes=notes,
         )
 
@@ -350,5 +353,6 @@ def _say(index: int, total: int, step: Mapping) -> None:
     alpha, scores = step["coefficient"], step["class_incremental"]
     mean = sum(scores) / len(scores)
     line = f"task {index + 1}/{total} {step['task']}: accuracy {scores[-1]:.3f}, mean of {len(scores)} {mean:.3f}"
-    merged = f", coefficient {alpha['used']:.3f} (1/t {alpha['one_over_t']:.3f})" if alpha else ""
+    scaled = alpha is not None and step["freedom"] != "free"
+    merged = f", coefficient {alpha['used']:.3f} (1/t {alpha['one_over_t']:.3f})" if scaled else ""
     print(f"{line}{merged}, {step['seconds']:.1f} s", file=sys.stderr, flush=True)

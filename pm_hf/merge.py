@@ -260,7 +260,7 @@ def _plan_fold(
 
 def _coefficient(task, running, method, curvature, given, freedom, options, tasks) -> Coefficient:
     if given is not None:
-        return fixed_coefficient(given, tasks)
+        return fixed_coefficient(given, tasks, "given")
     if method == "average":
         return fixed_coefficient(1.0 if running is None else 1 / tasks, tasks)
     if method == "sequential" or (running is None and curvature is None):
@@ -283,7 +283,7 @@ def _coefficient(task, running, method, curvature, given, freedom, options, task
     except InputError:
         if options.get("on_zero_curvature") != "average":
             raise
-        return replace(fixed_coefficient(1.0 if running is None else 1 / tasks, tasks), note="zero curvature: averaged")
+        return fixed_coefficient(1.0 if running is None else 1 / tasks, tasks, "zero curvature: averaged")
 
 
 def folded_tasks(adapter: Adapter) -> int:
@@ -313,8 +313,8 @@ def _merge_products(plan: _Plan, max_rank: int | None, energy: float | None) -> 
             if energy is not None or full or (max_rank is not None and merged.rank > max_rank):
                 merged, error = merged.compress(max_rank, energy)
         products[name] = merged.to(torch.float32)
-        moves = name in plan.adapters[-1].scaling
-        alpha = plan.coefficient.for_module(name) if plan.coefficient and moves else None
+        scaled = name in plan.adapters[-1].scaling and plan.curvature is None  # one factor for the whole of Δ
+        alpha = plan.coefficient.for_module(name) if plan.coefficient and scaled else None
         ranks = [term.rank for term in terms]
         modules[name] = {"ranks_in": ranks, "rank_out": merged.rank, "error": error, "coefficient": alpha}
     return products, modules

@@ -29,6 +29,7 @@ class Report:
     test_rows: list[int]
     coefficients: list[dict | None]
     seconds: float
+    freedom: str = "global"  # "free": the whole matrix was solved for, coefficients are for comparison only
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -66,8 +67,9 @@ class Report:
         lines.append(f"inside each task's own classes: ACC {_number(inside['ACC'])}  AAA {_number(inside['AAA'])}")
         known = [c for c in self.coefficients if c]
         if known:
-            lines.append("coefficient used  " + " ".join(f"{c['used']:.3f}" for c in known))
-            lines.append("1/t               " + " ".join(f"{c['one_over_t']:.3f}" for c in known))
+            name = "coefficient, not used (the whole matrix is free)" if self.freedom == "free" else "coefficient used"
+            lines.append(f"{name}: " + " ".join(f"{c['used']:.3f}" for c in known))
+            lines.append("1/t: " + " ".join(f"{c['one_over_t']:.3f}" for c in known))
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 

@@ -1,7 +1,5 @@
 """PMTrainer: the Trainer whose training step scales the current task's LoRA product by 1, 1 + ε or 1 − ε."""
 
-import hashlib
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from pm_hf.adapters import WEIGHTS, config_problems
 from pm_hf.errors import InputError, raise_all
+from pm_hf.perturbation import perturbation_factor, perturbation_problems
 
 
 @dataclass
@@ -53,35 +52,6 @@ class PerturbationArguments:
 @dataclass
 class PMConfig(PerturbationArguments, TrainingArguments):
     """TrainingArguments plus the perturbation's settings; nothing else differs from the parent's defaults."""
-
-
-def perturbation_problems(scale: float, probabilities: Any) -> list[str]:
-    """What is wrong with ε and the probabilities; empty if nothing is."""
-    problems = []
-    if not 0 <= scale < 1:
-        problems.append(f"perturbation scale must be in [0, 1), found {scale}")
-    if len(probabilities) != 3 or min(probabilities) < 0 or not math.isclose(sum(probabilities), 1, abs_tol=1e-6):
-        problems.append(f"probabilities must be three values >= 0 that sum to 1, found {list(probabilities)}")
-    elif not math.isclose(probabilities[1], probabilities[2], abs_tol=1e-9):
-        problems.append(
-            f"the probabilities of 1+ε and 1−ε must be equal, found {probabilities[1]} and {probabilities[2]}: "
-            "otherwise a first-order term remains and the expected gradient is biased"
-        )
-    return problems
-
-
-def perturbation_factor(
-    scale: float, probabilities: Any, *, seed: int, task: int, step: int, micro_step: int, rank: int
-) -> float:
-    """The factor of one micro-step: a pure function of its arguments, so that resuming repeats it.
-
-    A uniform number is taken from SHA-256, so no random generator is read or advanced.
-    """
-    digest = hashlib.sha256(f"{seed}/{task}/{step}/{micro_step}/{rank}".encode()).digest()
-    uniform = int.from_bytes(digest[:8], "big") / 2**64
-    if uniform < probabilities[0]:
-        return 1.0
-    return 1 + scale if uniform < probabilities[0] + probabilities[1] else 1 - scale
 
 
 @contextmanager

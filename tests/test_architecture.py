@@ -13,7 +13,7 @@ import pm_hf
 
 PACKAGE = Path(pm_hf.__file__).parent
 TIERS = [
-    ["errors", "files", "versions", "merging", "merging.*", "heads", "metrics"],
+    ["errors", "files", "versions", "merging", "merging.*", "heads", "metrics", "perturbation"],
     ["adapters", "merge", "config", "typed", "tasks", "scoring", "modeling", "inspection"],
     ["trainer", "fisher", "training"],
     ["learner", "released", "report"],

@@ -69,8 +69,8 @@ def test_table_shows_metrics_coefficients_and_notes(report):
     table = report.table()
     assert "ACC 0.733  AAA 0.778  BWT -0.250  forgetting 0.250" in table
     assert "inside each task's own classes: ACC 0.867" in table
-    assert "coefficient used  1.000 0.400 0.250" in table
-    assert "1/t               1.000 0.500 0.333" in table
+    assert "coefficient used: 1.000 0.400 0.250" in table
+    assert "1/t: 1.000 0.500 0.333" in table
     assert table.endswith("note: task mail: the past has almost no weight")
 
 

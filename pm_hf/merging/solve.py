@@ -98,10 +98,10 @@ def free_solution(
     return from_dense(dense, min(rank, *dense.shape))
 
 
-def fixed_coefficient(value: float, tasks: int) -> Coefficient:
-    """A given α, recorded like a computed one."""
+def fixed_coefficient(value: float, tasks: int, note: str | None = None) -> Coefficient:
+    """An α that no curvature decided, recorded like a computed one."""
     nan = math.nan
-    return Coefficient(value, value, nan, nan, nan, 1 / tasks, note="given")
+    return Coefficient(value, value, nan, nan, nan, 1 / tasks, note=note)
 
 
 def check_fits(delta: Mapping[str, LowRank], curvature: Curvature) -> None:

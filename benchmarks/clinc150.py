@@ -56,6 +56,7 @@ def run(method: str, seed: int, data: str, runs: Path) -> None:
     """One run; nothing to do when its result is there."""
     import datasets
 
+    from pm_hf.config import load_config
     from pm_hf.learner import learn
 
     path = RESULTS / method / f"{seed}.json"
@@ -66,7 +67,9 @@ def run(method: str, seed: int, data: str, runs: Path) -> None:
     print(f"--- {method}, seed {seed}", file=sys.stderr, flush=True)
     report = learn(CONFIG, method=method, seed=seed, data_dir=data, output_dir=str(folder))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"stream": "CLINC150, 10 domains", "preset": "quick", **report.to_dict(), **environment()})
+    config = load_config(folder / "config.yaml").to_dict()
+    origin = {"stream": "CLINC150, 10 domains", "preset": "quick", "config": config}
+    write_json(path, {**origin, **report.to_dict(), **environment()})
 
 
 def table() -> str:

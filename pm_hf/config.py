@@ -141,9 +141,13 @@ def _method(merge: str, scale: float, kind: str | None, freedom: str, head: str,
     }
 
 
+# exact: every task counts in full here, so that a truncation would look like forgetting
+SEQUENTIAL = _method("sequential", 0.0, None, "global", "linear")
+SEQUENTIAL["merge"]["max_rank"] = None
+
 # what each method of a stream sets where the YAML is silent; all train from the running merge
 METHODS = {
-    "sequential": _method("sequential", 0.0, None, "global", "linear"),
+    "sequential": SEQUENTIAL,
     "average": _method("average", 0.0, None, "global", "linear"),
     "merge_only": _method("pm", 0.0, "fisher", "global", "linear"),
     "pm": _method("pm", 0.5, "fisher", "global", "linear"),

@@ -21,6 +21,7 @@ from pm_hf.files import new_folder, read_json, write_json
 from pm_hf.merging.lowrank import LowRank, weighted_sum
 
 CONFIG, WEIGHTS, LABELS = "adapter_config.json", "adapter_model.safetensors", "labels.json"
+REPORT = "merge_report.json"
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
 
@@ -84,6 +85,12 @@ class Adapter:
         A = self._read(f"{module}.lora_A.weight").float()
         B = self._read(f"{module}.lora_B.weight").float()
         return LowRank(B * self.scaling[module], A)
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """(out, in) of a module's update, without reading it."""
+        with safe_open(self.path / WEIGHTS, "pt") as handle:
+            sides = [handle.get_slice(f"{PREFIX}{module}.lora_{factor}.weight").get_shape() for factor in "BA"]
+        return sides[0][0], sides[1][1]
 
     def products(self) -> dict[str, LowRank]:
         """Every module's update."""
@@ -159,6 +166,24 @@ def config_problems(config: Mapping) -> list[str]:
     return problems
 
 
+def base_name(config: Mapping) -> str:
+    """Name of the base model; for a model inside an installed package without the environment's own path."""
+    return str(config.get("base_model_name_or_path")).rpartition("site-packages/")[2]
+
+
+def folded_tasks(adapter: Adapter) -> int:
+    """Number of tasks in a merged adapter, from its merge_report.json; 1 for an adapter that is no merge."""
+    path = adapter.path / REPORT
+    return int(read_json(path)["tasks"]) if path.is_file() else 1
+
+
+def measured_tasks(adapter: Adapter) -> int:
+    """Number of its tasks that the running curvature covers: all, unless a past was left unmeasured."""
+    path = adapter.path / REPORT
+    measured = read_json(path).get("measured") if path.is_file() else None
+    return folded_tasks(adapter) if measured is None else int(measured)
+
+
 def write_adapter(
     path: Path,
     template: Mapping,
@@ -169,11 +194,11 @@ def write_adapter(
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
     extra: Mapping[str, object] | None = None,
-) -> float:
+) -> None:
     """Write a plain PEFT adapter (lora_alpha = r, scaling 1), read it back, compare, then let it take its name.
 
     template: an adapter_config.json whose other fields are kept. extra: further JSON files {name: value}.
-    Returns the relative error that the cast to `dtype` caused (0 for float32). InputError when `path` exists and
+    InputError when `path` exists and
     `overwrite` is False; whatever was there stays whole until the new folder has been checked.
     """
     tensors = {PREFIX + name: tensor.contiguous().clone() for name, tensor in saved.items()}
@@ -184,7 +209,7 @@ def write_adapter(
         _write(folder, _merged_config(template, products, saved), tensors, labels)
         for name, value in (extra or {}).items():
             write_json(folder / name, value)
-        return _compare(folder, products, tensors)
+        _compare(folder, products, tensors)
 
 
 def save_adapter(
@@ -308,23 +333,17 @@ def _under(name: str, root: str) -> bool:
     return f".{name}".find(f".{root}.") >= 0
 
 
-def _compare(folder: Path, products: Mapping[str, LowRank], tensors: Mapping[str, Tensor]) -> float:
-    """Read the new folder back; RuntimeError unless it holds exactly what was to be written. Largest cast error."""
+def _compare(folder: Path, products: Mapping[str, LowRank], tensors: Mapping[str, Tensor]) -> None:
+    """Read the new folder back; RuntimeError unless it holds exactly what was to be written."""
     written, stored = open_adapter(folder), load_file(folder / WEIGHTS)
     same = stored.keys() == tensors.keys() and all(torch.equal(stored[n], t) for n, t in tensors.items())
     if not same or set(written.scaling) != set(products) or any(s != 1 for s in written.scaling.values()):
         raise RuntimeError(f"{folder}: the adapter does not read back as it was written; the old one is untouched")
-    return max(_distance(product, written.product(module)) for module, product in products.items())
 
 
 def cast_error(product: LowRank, dtype: torch.dtype) -> float:
-    """Relative error of storing the factors in `dtype`."""
-    return _distance(product, product.to(dtype).to(product.A.dtype))
-
-
-def _distance(left: LowRank, right: LowRank) -> float:
-    """‖left − right‖/‖left‖; 0 for bit-equal factors."""
-    if torch.equal(left.A, right.A.to(left.A.dtype)) and torch.equal(left.B, right.B.to(left.B.dtype)):
+    """Relative Frobenius error ‖BA − stored‖/‖BA‖ of storing the factors in `dtype`; 0 when they keep their dtype."""
+    if dtype == product.A.dtype:
         return 0.0
-    difference = weighted_sum([left.to(torch.float64), right.to(torch.float64)], [1, -1])
-    return difference.norm() / max(left.norm(), torch.finfo(torch.float64).tiny)
+    difference = weighted_sum([product.to(torch.float64), product.to(dtype).to(torch.float64)], [1, -1])
+    return difference.norm() / max(product.norm(), torch.finfo(torch.float64).tiny)

@@ -48,7 +48,8 @@ class StreamSettings(Source):
     """The tasks: a list of them, or one data set split by class groups or by a column."""
 
     kind: Literal["text-classification"] = "text-classification"
-    scenario: Literal["class_incremental", "domain_incremental"] = "class_incremental"
+    # new classes in every task, or the same classes in every task; default: by domain_column, else by class
+    scenario: Literal["class_incremental", "domain_incremental"] | None = None
     tasks: list[TaskSettings] | None = None
     class_groups: int | str | dict | None = None  # number of groups, {task: [label, …]}, or a JSON file of that
     domain_column: str | None = None  # one task for each value of this column, in order of appearance
@@ -159,21 +160,12 @@ METHODS = {
 
 # TrainingArguments that the learner decides itself
 MANAGED = frozenset(
-    [
-        "output_dir",
-        "seed",
-        "data_seed",
-        "task_index",
-        "perturbation_scale",
-        "perturbation_probabilities",
-        "perturbation_adapter",
-        "remove_unused_columns",
-        "label_names",
-        "resume_from_checkpoint",
-        "do_train",
-        "do_eval",
-        "do_predict",
-    ]
+    (
+        *("output_dir", "seed", "data_seed", "task_index", "label_names", "remove_unused_columns", "save_only_model"),
+        *("perturbation_scale", "perturbation_probabilities", "perturbation_adapter", "resume_from_checkpoint"),
+        *("do_train", "do_eval", "do_predict", "push_to_hub", "hub_token", "hub_model_id", "hub_strategy"),
+        *("hub_private_repo", "hub_always_push", "hub_revision"),
+    )
 )
 
 
@@ -187,16 +179,18 @@ def load_config(
     """
     raw, name = _read(source)
     problems: list[str] = []
-    for key, text in pairs(overrides, problems):
-        put(raw, key.replace("-", "_"), parsed(text), problems)
-    for key, value in (values or {}).items():
-        put(raw, key, plain(value), problems)
+    changes = {key: parsed(text) for key, text in pairs(overrides, problems)} | plain(values or {})
+    _forget_method(raw, changes.get("method"))
+    for key, value in changes.items():
+        put(raw, key, value, problems)
     method = raw.get("method", RunConfig.method)
     if not isinstance(method, str) or method not in METHODS:
         problems.append(f"method: unknown {method!r}; valid: {', '.join(METHODS)}")
         method = RunConfig.method  # so that the other problems are found too
     fill(raw, METHODS[method])
     config = build(RunConfig, raw, "", problems)
+    if config.stream.scenario is None:
+        config.stream.scenario = "domain_incremental" if config.stream.domain_column else "class_incremental"
     config.training = {key: number(value) for key, value in config.training.items()}
     raise_all(problems + value_problems(config), name)
     return config
@@ -204,7 +198,12 @@ def load_config(
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved settings as YAML."""
-    write_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+    write_text(path, config_text(config))
+
+
+def config_text(config: RunConfig) -> str:
+    """The resolved settings as YAML."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 def value_problems(config: RunConfig) -> list[str]:
@@ -235,6 +234,10 @@ def value_problems(config: RunConfig) -> list[str]:
     if len(splits) != 1:
         found = ", ".join(splits) or "none"
         problems.append(f"stream: exactly one of tasks, class_groups and domain_column is needed, found {found}")
+    if stream.domain_column is not None and stream.scenario == "class_incremental":
+        problems.append("stream.scenario: domain_column makes a domain_incremental stream")
+    if stream.class_groups is not None and stream.scenario == "domain_incremental":
+        problems.append("stream.scenario: class_groups makes a class_incremental stream")
     if config.merge.method == "pm" and config.merge.coefficient is None and config.curvature.kind is None:
         problems.append("curvature.kind: method pm needs fisher or gram, or merge.coefficient")
     if config.merge.freedom == "free" and config.merge.coefficient is not None:
@@ -245,8 +248,21 @@ def value_problems(config: RunConfig) -> list[str]:
             "training: eval_strategy and load_best_model_at_end need an eval data set, which a task has not"
         )
     if managed:
-        problems.append(f"training: {', '.join(managed)} are set by pm_hf from the run's own settings; remove them")
+        problems.append(f"training: {', '.join(managed)} are decided by pm_hf, which never uploads; remove them")
     return problems
+
+
+def _forget_method(raw: dict, method: Any) -> None:
+    """Another method is asked for: settings that equal the old method's defaults are the new method's to decide."""
+    before = raw.get("method", RunConfig.method)
+    old = METHODS.get(before) if isinstance(before, str) else None
+    if old is None or method is None or method == before:
+        return
+    for group, defaults in old.items():
+        if not isinstance(defaults, dict):
+            raw.pop(group, None)
+        elif isinstance(raw.get(group), dict):
+            raw[group] = {k: v for k, v in raw[group].items() if k not in defaults or v != defaults[k]}
 
 
 def _uses_evaluation(training: Mapping) -> bool:

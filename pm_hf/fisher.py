@@ -165,7 +165,7 @@ def _watch(
             if keep_gradient and not output.requires_grad:  # nothing below is trainable
                 output = output.detach().requires_grad_()
             head = isinstance(module, nn.Linear)
-            seen[name] = {"x": args[0].detach(), "bias": head and module.bias is not None}
+            seen[name] = {"x": args[0].detach(), "head": head, "bias": head and module.bias is not None}
             if keep_gradient:
                 output.register_hook(lambda gradient: seen[name].__setitem__("d", gradient.detach()))
             return output
@@ -223,6 +223,8 @@ def _tokens(name: str, found: Mapping[str, Any], batch: Mapping[str, Tensor]) ->
     if x.shape[0] != examples:
         raise InputError(f"{name} sees an input of shape {tuple(x.shape)}; expected {examples} examples in dimension 0")
     x = x.reshape(examples, -1, x.shape[-1])
+    if found["head"] and found["x"].ndim > 2 and "d" not in found:
+        raise InputError(f"the shared head {name} sees every token, so it has no Gram of its own; use kind='fisher'")
     if found["bias"]:
         x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
     mask = batch.get("attention_mask")

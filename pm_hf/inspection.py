@@ -4,9 +4,8 @@ import os
 
 import torch
 
-from pm_hf.adapters import open_adapter
+from pm_hf.adapters import folded_tasks, open_adapter
 from pm_hf.errors import InputError
-from pm_hf.merge import folded_tasks
 from pm_hf.merging.lowrank import LowRank
 
 NUMERICAL = 1e-6  # singular values below this share of the largest do not count

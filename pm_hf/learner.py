@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pm_hf.adapters import open_adapter, replace_head, save_adapter
-from pm_hf.config import RunConfig, load_config, save_config
+from pm_hf.config import RunConfig, config_text, load_config, save_config
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import copy_folder, read_json, remove_leftovers, same_folder, write_json
 from pm_hf.fisher import adapted_layers, estimate_curvature, head_matrix
@@ -80,7 +80,7 @@ def evaluate(config: RunConfig, adapter: str | os.PathLike) -> dict[str, dict[st
     if not known:
         raise InputError(f"adapter {opened.path} knows the labels of none of the config's tasks")
     args = training_arguments(config, Path(config.output_dir), 0)
-    scorer = Scorer(config, tokenizer, args.per_device_eval_batch_size, precision(args))
+    scorer = Scorer(config, tokenizer, args.per_device_eval_batch_size, precision(args), args.device)
     return dict(zip([task.name for task in known], scorer.score(opened.path, head, known), strict=True))
 
 
@@ -92,7 +92,8 @@ class Run:
         self.folder = Path(config.output_dir).expanduser()
         self.args = training_arguments(config, self.folder, 0)
         self.tokenizer = load_tokenizer(config.model)
-        self.scorer = Scorer(config, self.tokenizer, self.args.per_device_eval_batch_size, precision(self.args))
+        batch_size, device = self.args.per_device_eval_batch_size, self.args.device
+        self.scorer = Scorer(config, self.tokenizer, batch_size, precision(self.args), device)
         self.start = released(config, stream)
 
     def finished(self) -> int:
@@ -108,6 +109,8 @@ class Run:
         while done < len(self.stream.tasks) and (self._task_folder(done) / STEP).is_file():
             done += 1
         started = [*self.folder.glob(f"task-*/{STEP}"), *self.folder.glob("task-*/checkpoints/checkpoint-*")]
+        if not started and path.read_text(encoding="utf-8") != config_text(load_config(path)):
+            raise InputError(f"{path} is a file of yours; choose another output_dir, the run writes its settings there")
         problems = differing_keys(load_config(path).to_dict(), self.config.to_dict()) if started else []
         for index in range(done):
             if self._step(index)["fingerprint"] != self.stream.tasks[index].fingerprint():
@@ -174,7 +177,7 @@ class Run:
             **trained,
             **{key: [score[key] for score in scores] for key in scores[0]},
             "seconds": time.perf_counter() - start,
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "process_peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "threads": torch.get_num_threads(),
         }
         write_json(folder / STEP, step)
@@ -217,7 +220,8 @@ class Run:
         """Report on the first `done` tasks, from their step.json."""
         steps = [self._step(index) for index in range(done)]
         total = len(steps)
-        notes = [
+        notes = list(self.stream.notes)
+        notes += [
             f"task {step['task']}: {step['coefficient']['note']}"
             for step in steps
             if step["coefficient"] and step["coefficient"]["note"] not in (None, "given")

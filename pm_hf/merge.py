@@ -10,15 +10,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pm_hf.adapters import CONFIG, Adapter, cast_error, open_adapter, write_adapter
+from pm_hf.adapters import (
+    CONFIG,
+    LABELS,
+    REPORT,
+    WEIGHTS,
+    Adapter,
+    base_name,
+    cast_error,
+    folded_tasks,
+    measured_tasks,
+    open_adapter,
+    write_adapter,
+)
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import read_json
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank, weighted_sum
 from pm_hf.merging.methods import get_method
 from pm_hf.merging.solve import (
     Coefficient,
     Freedom,
+    ZeroCurvatureError,
     check_fits,
     fixed_coefficient,
     free_solution,
@@ -26,7 +38,7 @@ from pm_hf.merging.solve import (
 )
 from pm_hf.versions import versions
 
-REPORT = "merge_report.json"
+FILES = (CONFIG, WEIGHTS, LABELS, REPORT, "README.md")  # what a folder to overwrite may hold
 OPTIONS = {"pm": {"on_zero_curvature": ("error", "average"), "unmeasured_past": ("error", "ignore")}}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -113,8 +125,9 @@ def merge_adapters(
         raise InputError(
             f"output {output} exists; choose another folder, or overwrite=True (--overwrite) to replace it"
         )
-    if Path(output).is_dir() and any(Path(output).iterdir()) and not (Path(output) / CONFIG).is_file() and not dry_run:
-        raise InputError(f"output {output} is not an adapter folder; it is never replaced, choose another")
+    strange = sorted(p.name for p in Path(output).iterdir() if p.name not in FILES) if Path(output).is_dir() else []
+    if strange and not dry_run:
+        raise InputError(f"output {output} is not an adapter folder alone, it holds {strange[:3]}; choose another")
     opened = [open_adapter(path) for path in paths]
     sums = Curvature.load(curvature) if isinstance(curvature, str | os.PathLike) else curvature
     if into is not None or len(opened) == 1:
@@ -230,11 +243,11 @@ def _check_arguments(
 
 
 def _check_same_base(adapters: Sequence[Adapter]) -> None:
-    bases = {str(adapter.config.get("base_model_name_or_path")): adapter.path for adapter in adapters}
+    bases = {base_name(adapter.config): str(adapter.path) for adapter in adapters}
     if len(bases) > 1:
         raise InputError(f"adapters of different base models cannot be merged: {bases}")
     for module in {name for adapter in adapters for name in adapter.scaling}:
-        shapes = {adapter.product(module).shape for adapter in adapters if module in adapter.scaling}
+        shapes = {adapter.shape(module) for adapter in adapters if module in adapter.scaling}
         if len(shapes) > 1:
             raise InputError(f"{module} has different shapes in the adapters: {sorted(shapes)}")
 
@@ -280,23 +293,10 @@ def _coefficient(task, running, method, curvature, given, freedom, options, task
         found = optimal_coefficient(delta, merged, curvature, freedom="module" if freedom == "module" else "global")
         unmeasured = "the past was not measured, so it has no weight" if curvature.tasks < expected else found.note
         return replace(found, one_over_t=1 / tasks, note=unmeasured)
-    except InputError:
+    except ZeroCurvatureError:
         if options.get("on_zero_curvature") != "average":
             raise
         return fixed_coefficient(1.0 if running is None else 1 / tasks, tasks, "zero curvature: averaged")
-
-
-def folded_tasks(adapter: Adapter) -> int:
-    """Number of tasks in a merged adapter, from its merge_report.json; 1 for an adapter that is no merge."""
-    path = adapter.path / REPORT
-    return int(read_json(path)["tasks"]) if path.is_file() else 1
-
-
-def measured_tasks(adapter: Adapter) -> int:
-    """Number of its tasks that the running curvature covers: all, unless a past was left unmeasured."""
-    path = adapter.path / REPORT
-    measured = read_json(path).get("measured") if path.is_file() else None
-    return folded_tasks(adapter) if measured is None else int(measured)
 
 
 def _merge_products(plan: _Plan, max_rank: int | None, energy: float | None) -> tuple[dict[str, LowRank], dict]:

@@ -144,6 +144,9 @@ def build_task_model(
                 model = get_peft_model(base, config, adapter_name=TASK)
         except ValueError as error:
             raise InputError(f"lora.target_modules {lora.target_modules}: {error}") from error
+    odd = [n for n, m in model.named_modules() if isinstance(m, LoraLayer) and not m.lora_A]
+    if odd:
+        raise InputError(f"lora.target_modules: {odd[0]} is not a linear layer; only linear layers are supported")
     if merged is not None:
         _add_merged(model, merged)
     _restore_shared(model, merged, None if continue_head else head)
@@ -188,7 +191,12 @@ def forward(
     logits: list[Tensor] = []
     device = next(model.parameters()).device
     mode = model.training
-    handle = find_head(model, head).register_forward_pre_hook(lambda _, args: features.append(args[0].float().cpu()))
+
+    def keep(_: nn.Module, args: tuple) -> None:
+        if args[0].ndim == 2:  # a head that sees every token has no pooled feature
+            features.append(args[0].float().cpu())
+
+    handle = find_head(model, head).register_forward_pre_hook(keep)
     model.eval()
     try:
         for batch in batches:
@@ -198,7 +206,7 @@ def forward(
     finally:
         handle.remove()
         model.train(mode)
-    return torch.cat(features), torch.cat(logits)
+    return torch.cat(features) if features else torch.empty(0), torch.cat(logits)
 
 
 def _add_merged(model: PeftModel, merged: Adapter) -> None:

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pm_hf.adapters import Adapter, open_adapter
+from pm_hf.adapters import Adapter, base_name, measured_tasks, open_adapter
 from pm_hf.config import RunConfig
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import same_folder
-from pm_hf.merging.curvature import Curvature, Settings
+from pm_hf.heads import HeadStatistics
+from pm_hf.merging.curvature import Curvature
 from pm_hf.modeling import resolve_base
 from pm_hf.tasks import TaskStream
 
@@ -44,16 +45,20 @@ def released(config: RunConfig, stream: TaskStream) -> State | None:
     state = State(adapter.path, first(CURVATURE), first(STATISTICS))
     problems = _adapter_misfits(config, stream, adapter)
     if config.merge.method == "pm" and config.merge.coefficient is None and state.curvature is not None:
-        problems += _curvature_misfits(config, Curvature.load(state.curvature).settings)
+        problems += _curvature_misfits(config, adapter, Curvature.load(state.curvature))
     if config.head.kind == "lda" and state.statistics is None:
         problems.append(f"head.kind lda needs {STATISTICS} beside it; use head.kind: linear")
+    if config.head.kind == "lda" and state.statistics is not None:
+        strict = HeadStatistics.load(state.statistics).temperature is not None
+        if strict != config.head.strict:
+            problems.append(f"its head was made with head.strict: {strict}, the config says {config.head.strict}")
     raise_all(problems, f"start_from {adapter.path}")
     return state
 
 
 def _adapter_misfits(config: RunConfig, stream: TaskStream, adapter: Adapter) -> list[str]:
     problems, base = [], resolve_base(config.model.base)
-    if adapter.config.get("base_model_name_or_path") != base:
+    if base_name(adapter.config) != base_name({"base_model_name_or_path": base}):
         problems.append(f"its base model is {adapter.config.get('base_model_name_or_path')}, the config's is {base}")
     rank, limit = max(adapter.product(module).rank for module in adapter.scaling), config.merge.max_rank
     if limit is not None and rank > limit:
@@ -66,13 +71,20 @@ def _adapter_misfits(config: RunConfig, stream: TaskStream, adapter: Adapter) ->
     return problems
 
 
-def _curvature_misfits(config: RunConfig, measured: Settings) -> list[str]:
-    ours = config.curvature
+def _curvature_misfits(config: RunConfig, adapter: Adapter, curvature: Curvature) -> list[str]:
+    ours, theirs, problems = config.curvature, curvature.settings, []
     wanted = (ours.kind, "none", ours.shrinkage) if ours.kind == "gram" else (ours.kind, ours.labels, 0.0)
-    found = (measured.kind, measured.labels, measured.shrinkage)
-    if found == wanted:
-        return []
-    return [f"its curvature (kind, labels, shrinkage) is {found}, the config's {wanted}; sums are never mixed"]
+    found = (theirs.kind, theirs.labels, theirs.shrinkage)
+    if found != wanted:
+        problems.append(
+            f"its curvature (kind, labels, shrinkage) is {found}, the config's {wanted}; sums are never mixed"
+        )
+    if curvature.tasks != measured_tasks(adapter):
+        problems.append(f"its curvature covers {curvature.tasks} tasks, the adapter {measured_tasks(adapter)}")
+    strange = sorted(set(adapter.scaling) - set(curvature.M))
+    if strange:
+        problems.append(f"its curvature lacks modules of the adapter, first {strange[0]}")
+    return problems
 
 
 def _check_first_task(stream: TaskStream) -> None:

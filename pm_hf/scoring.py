@@ -49,12 +49,15 @@ class Scorer:
     tokenizer: Any
     batch_size: int
     autocast: torch.dtype | None
+    device: torch.device = torch.device("cpu")
+
+    def load(self, merged: Path, head: str) -> torch.nn.Module:
+        """The merged adapter on its base, as every user loads it."""
+        return load_published(self.config.model, merged, open_adapter(merged).labels[head]).to(self.device)
 
     def features(self, merged: Path, rows: Sequence[dict], head: str) -> torch.Tensor:
         """Input of the head's Linear, (n, d)."""
-        return self._forward(load_published(self.config.model, merged, open_adapter(merged).labels[head]), rows, head)[
-            0
-        ]
+        return self._forward(self.load(merged, head), rows, head)[0]
 
     def logits(
         self, model: torch.nn.Module, task: Task, labels: Sequence[str], head: str
@@ -69,16 +72,13 @@ class Scorer:
         back = torch.tensor(order).argsort()
         together = batches(self.tokenizer, [rows[i] for i in order], self.batch_size)
         features, logits = forward(model, together, head, self.autocast)
-        return features[back], logits[back]
+        return features[back] if len(features) else features, logits[back]
 
     def score(self, merged: Path, head: str, tasks: Sequence[Task]) -> list[dict[str, float]]:
         """Class-incremental and task-incremental accuracy of each task."""
         labels = open_adapter(merged).labels[head]
-        model, metric, scores = (
-            load_published(self.config.model, merged, labels),
-            IncrementalAccuracy(keep_in_memory=True),
-            [],
-        )
+        model, metric = self.load(merged, head), IncrementalAccuracy(keep_in_memory=True)
+        scores = []
         for task in tasks:
             logits, truth = self.logits(model, task, labels, head)
             own = [labels.index(label) for label in task.labels]

@@ -5,7 +5,7 @@ import json
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class TaskStream:
 
     scenario: str
     tasks: tuple[Task, ...]
+    notes: tuple[str, ...] = ()  # what was left out of the data
 
 
 def load_stream(config: RunConfig) -> TaskStream:
@@ -65,22 +66,26 @@ def load_stream(config: RunConfig) -> TaskStream:
     else:
         data = tuple(_read(stream, folder, test=test, extra=stream.domain_column) for test in (False, True))
         parts = _by_class(stream, folder, *data) if stream.class_groups is not None else _by_domain(*data)
+        left = sorted(set(data[0][0].labels) - {label for _, train, _ in parts for label in train.labels})
+        if left:
+            note = f"{len(left)} labels are in no class group, their rows are not used: {', '.join(left[:5])}"
+            return replace(make_stream(config, parts), notes=(note,))
     return make_stream(config, parts)
 
 
 def make_stream(config: RunConfig, parts: Sequence[tuple[str, Rows, Rows]]) -> TaskStream:
     """A checked stream of (name, training rows, test rows)."""
-    stream = config.stream
-    if stream.tasks is not None and not stream.shared_labels and stream.scenario == "class_incremental":
+    stream, scenario = config.stream, config.stream.scenario or "class_incremental"
+    if stream.tasks is not None and not stream.shared_labels and scenario == "class_incremental":
         parts = [(name, _qualified(name, train), _qualified(name, test)) for name, train, test in parts]
-    problems = _problems(stream.scenario, parts)
+    problems = _problems(scenario, parts)
     raise_all(problems, "stream")
     everything = tuple(sorted({label for _, train, _ in parts for label in train.labels}))
     tasks = []
     for name, train, test in parts:
-        labels = everything if stream.scenario == "domain_incremental" else tuple(sorted(set(train.labels)))
+        labels = everything if scenario == "domain_incremental" else tuple(sorted(set(train.labels)))
         tasks.append(Task(name, labels, _thinned(train, stream.train_per_class, config.seed, name), test))
-    return TaskStream(stream.scenario, tuple(tasks))
+    return TaskStream(scenario, tuple(tasks))
 
 
 def encode(tokenizer: Any, rows: Rows, labels: Sequence[str], max_length: int) -> list[dict[str, Any]]:
@@ -191,7 +196,7 @@ def _load(source: Source, folder: str | None, *, test: bool) -> tuple[Dataset, s
         where = f"data set {name}, split {split}"
         try:
             return load_dataset(name, source.dataset_config, split=split, revision=source.dataset_revision), where
-        except (OSError, ValueError, DatasetGenerationError) as error:
+        except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
             raise InputError(f"{where} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if file is None:
         raise InputError(f"no {'test' if test else 'train'} file and no dataset given")

@@ -22,6 +22,7 @@ DEFAULTS = {
     "save_total_limit": 1,
     "logging_strategy": "epoch",
     "disable_tqdm": True,
+    "logging_nan_inf_filter": False,  # a diverged loss shall be seen
     "report_to": "none",
 }
 

@@ -30,6 +30,8 @@ def pairs(arguments: Sequence[str], problems: list[str]) -> list[tuple[str, str]
             pairs.append((waiting, "true"))
             waiting = None
         key, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--"):
+            key = key.replace("-", "_")
         if equals:
             pairs.append((key, value))
         elif argument.startswith("--"):

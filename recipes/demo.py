@@ -51,7 +51,8 @@ def main() -> int:
         print(f"collected {len(rows)} x {TRAIN + TEST} docstrings in {time.perf_counter() - start:.0f} s")
         reports = run_methods()
     except InputError as error:
-        print(f"demo: {error} (a run of another version in {OUTPUT}? remove that folder)", file=sys.stderr)
+        hint = f" (a run of another version? remove {OUTPUT})" if "holds another run" in str(error) else ""
+        print(f"demo: {error}{hint}", file=sys.stderr)
         return 2
     show(reports)
     print(f"demo: {time.perf_counter() - start:.0f} s in all")

@@ -131,7 +131,7 @@ def test_all_problems_stand_in_one_error():
     assert "model.bass: unknown key; valid: base, revision" in message
     assert f"method: unknown 'magic'; valid: {', '.join(METHODS)}" in message
     assert "lora.r: expected int, found 'eight'" in message
-    assert "stream.scenario: expected class_incremental or domain_incremental, found 'other'" in message
+    assert "stream.scenario: expected class_incremental or domain_incremental or null, found 'other'" in message
     assert "override 'nonsense': expected key=value or --key value" in message
 
 
@@ -225,7 +225,7 @@ def test_problems_inside_a_list_of_tasks_name_the_entry():
 
 def test_training_keys_that_the_learner_sets_are_refused():
     message = problem(small(training={"output_dir": "x", "seed": 3, "learning_rate": 1e-3}))
-    assert "training: output_dir, seed are set by pm_hf from the run's own settings; remove them" in message
+    assert "training: output_dir, seed are decided by pm_hf, which never uploads; remove them" in message
 
 
 def test_managed_keys_are_real_training_arguments():
@@ -312,3 +312,26 @@ def test_command_line_accepts_every_form_of_an_override(tmp_path, monkeypatch, c
     assert cli.main(["train", "--config", str(tmp_path / "c.yaml"), *arguments]) == cli.BAD_INPUT
     assert "stopped here" in capsys.readouterr().err
     assert seeds == [3]
+
+
+def test_another_method_on_a_resolved_config_brings_its_own_settings():
+    resolved = load_config(small(method="pm", lora__r=4))
+    other = load_config(resolved, values={"method": "frozen"})
+    assert (other.merge.method, other.perturbation.scale, other.curvature.kind) == ("sequential", 0.0, None)
+    assert (other.head.kind, other.trains, other.lora.r) == ("lda", False, 4)
+    kept = load_config(resolved, values={"perturbation.scale": 0.25, "method": "pm_gram"})
+    assert (kept.perturbation.scale, kept.curvature.kind, kept.merge.freedom) == (0.25, "gram", "free")
+
+
+def test_a_split_decides_the_scenario():
+    by_domain = small()
+    by_domain["stream"] = {"train": "a.csv", "test": "b.csv", "domain_column": "d"}
+    assert load_config(by_domain).stream.scenario == "domain_incremental"
+    assert load_config(small()).stream.scenario == "class_incremental"
+    by_domain["stream"]["scenario"] = "class_incremental"
+    assert "domain_column makes a domain_incremental stream" in problem(by_domain)
+
+
+@pytest.mark.parametrize("key", ["hub_token", "push_to_hub", "save_only_model"])
+def test_nothing_that_uploads_or_holds_a_token_is_a_setting(key):
+    assert f"training: {key} are decided by pm_hf" in problem(small() | {"training": {key: "secret"}})

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from pm_hf.errors import InputError
+from pm_hf.files import write_json
+from pm_hf.report import Report
 
 DEMO = Path(__file__).parents[1] / "recipes" / "demo.py"
 
@@ -62,6 +64,24 @@ def test_no_text_is_in_train_and_test_and_shared_ones_are_dropped(demo, tmp_path
     assert [len(texts["train"]), len(texts["test"])] == [6, 4]
     assert not texts["train"] & texts["test"]
     assert demo.normal(rows["b"][0]) not in texts["train"] | texts["test"]
+
+
+def test_show_prints_tables_verdict_and_loading_lines(demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path)
+    (tmp_path / "best" / "merged").mkdir(parents=True)
+    write_json(tmp_path / "best" / "merged" / "labels.json", {"classifier": ["a", "b"]})
+    write_json(tmp_path / "best" / "merged" / "adapter_config.json", {"base_model_name_or_path": "the/base"})
+    scores = {"best": 0.5, "frozen": 0.75}
+    demo.show([report(tmp_path, method, score) for method, score in scores.items()])
+    printed = capsys.readouterr().out
+    assert "best does NOT beat the control (frozen backbone + analytic head): -0.250" in printed
+    assert 'AutoModelForSequenceClassification.from_pretrained("the/base"' in printed
+    assert (tmp_path / "methods.png").stat().st_size > 5000
+
+
+def report(folder, method, score):
+    matrix = [[score, None], [score, score]]
+    return Report(folder, method, 0, "class_incremental", ["x", "y"], matrix, matrix, [4, 4], [None, None], 1.0)
 
 
 def test_too_few_texts_are_an_error(demo, tmp_path):

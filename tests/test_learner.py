@@ -106,7 +106,7 @@ def test_step_file_says_what_happened(runs, method):
         assert len(step["class_incremental"]) == len(step["task_incremental"]) == i + 1
         assert step["merge_error"] == 0
         assert step["seconds"] > 0
-        assert step["peak_memory_mb"] > 50
+        assert step["process_peak_memory_mb"] > 50
         assert step["threads"] == 1
         assert ("training_loss" in step) is (method == "pm")
         assert set(step["coefficient"]) >= {"raw", "used", "numerator", "past", "current", "one_over_t"}

@@ -30,7 +30,7 @@ from pm_hf import InputError, merge_adapters
 def pair(tmp_path):
     """(running merge, task adapter, output that exists)."""
     output = write_folder(tmp_path / "out", seed=9)
-    (output / "notes.txt").write_text("kept until the new folder is whole")
+    (output / "README.md").write_text("kept until the new folder is whole")
     return write_folder(tmp_path / "merged", seed=1), write_folder(tmp_path / "task", seed=2), output
 
 

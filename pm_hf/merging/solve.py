@@ -18,6 +18,10 @@ RESIDUAL_TOLERANCE = 1e-4  # share of the free solution's step that may lie outs
 PAST_WITHOUT_WEIGHT = 0.95
 
 
+class ZeroCurvatureError(InputError):
+    """The curvature is zero along the task vector, so it decides no coefficient."""
+
+
 @dataclass(frozen=True)
 class Coefficient:
     """The coefficient α of θ̂_t = θ̂_{t−1} + αΔ and where it comes from (arXiv 2505.22389, closed form of α).
@@ -145,7 +149,8 @@ def _coefficient(terms: Mapping[str, tuple[float, float, float]], tasks: int) ->
     denominator = past + current
     if not (math.isfinite(numerator) and math.isfinite(denominator) and denominator > 0):
         broken = [n for n, (up, p, c) in terms.items() if not (math.isfinite(up + p + c) and p + c > 0)]
-        raise InputError(
+        error = ZeroCurvatureError if math.isfinite(numerator) and denominator == 0 else InputError
+        raise error(
             f"the curvature is zero or not finite along the task vector (denominator {denominator:.3g}) "
             f"in {len(broken)} modules, first {broken[:3]}: "
             "the adapter is untrained or the task is fitted so well that its Fisher vanished; "

@@ -305,7 +305,7 @@ def test_inputs_are_not_changed():
 
 
 def test_a_given_coefficient_is_used_as_it_is():
-    found = fixed_coefficient(1.5, 4)
+    found = fixed_coefficient(1.5, 4, "given")
     assert (found.raw, found.used, found.one_over_t, found.note) == (1.5, 1.5, 0.25, "given")
     assert found.for_module("anything") == 1.5
     assert math.isnan(found.numerator), "nothing was computed"

@@ -68,6 +68,7 @@ def run(method: str, seed: int, data: str, runs: Path) -> None:
     report = learn(CONFIG, method=method, seed=seed, data_dir=data, output_dir=str(folder))
     path.parent.mkdir(parents=True, exist_ok=True)
     config = load_config(folder / "config.yaml").to_dict()
+    config = {key: value for key, value in config.items() if key not in ("data_dir", "output_dir")}  # this machine's
     origin = {"stream": "CLINC150, 10 domains", "preset": "quick", "config": config}
     write_json(path, {**origin, **report.to_dict(), **environment()})
 

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -213,7 +214,8 @@ def fresh(runs, tiny_base, data, tmp_path_factory):
     path.write_text(json.dumps(texts))
     folders = {method: str(runs(method)[0] / "merged") for method in ("pm", "pm_gram_lda")}
     command = [sys.executable, "-c", FRESH, str(tiny_base), str(path), *folders.values()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=path.parent)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=path.parent, env=one_thread)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     return {method: found[folder] for method, folder in folders.items()}
@@ -231,7 +233,8 @@ def test_merged_folder_gives_the_same_logits_without_pm_hf(runs, fresh, method):
     own = [scorer.logits(model, task, labels, HEAD) for task in tasks]
     theirs = torch.tensor(fresh[method]["logits"])
     assert theirs.shape == (48, 6)
-    assert (torch.cat([logits for logits, _ in own]) - theirs).abs().max() <= 1e-5
+    gap = (torch.cat([logits for logits, _ in own]) - theirs).abs().max()
+    assert gap <= 1e-5
     truth = torch.tensor([index for _, indices in own for index in indices])
     right = (theirs.argmax(1) == truth).float().reshape(3, 16).mean(1).tolist()
     assert right == pytest.approx(report.scores[-1])  # and so are the scores in the report

@@ -27,7 +27,5 @@ def test_two_domains_are_learned_one_after_the_other(method, floor, tmp_path):
     assert report.metrics["ACC"] > floor
     assert report.coefficients[0]["raw"] == pytest.approx(1, abs=1e-6)
     assert 0.3 < report.coefficients[1]["used"] < 0.9
-    assert report.notes == [
-        "120 labels are in no class group, their rows are not used: accept_reservations, alarm, application_status, "
-        "are_you_a_bot, bill_balance"
-    ]
+    (note,) = report.notes
+    assert note.startswith("120 labels are in no class group, their rows are not used: accept_reservations, alarm")

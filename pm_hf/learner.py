@@ -65,9 +65,7 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
     for index in range(done, len(run.stream.tasks)):
         run.learn_task(index)
         run.publish(index + 1)
-    report = run.report(len(run.stream.tasks))
-    report.save()
-    return report
+    return run.report(len(run.stream.tasks))  # publish has written it
 
 
 def evaluate(config: RunConfig, adapter: str | os.PathLike) -> dict[str, dict[str, float]]:

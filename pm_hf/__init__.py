@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pm_hf.adaptive import learn_coefficients as learn_coefficients
     from pm_hf.errors import InputError as InputError
     from pm_hf.fisher import estimate_curvature as estimate_curvature
     from pm_hf.learner import learn as learn
@@ -25,6 +26,7 @@ _HOME = {
     "PerturbationMixin": "pm_hf.trainer",
     "estimate_curvature": "pm_hf.fisher",
     "learn": "pm_hf.learner",
+    "learn_coefficients": "pm_hf.adaptive",
     "merge_adapters": "pm_hf.merge",
     "optimal_coefficient": "pm_hf.merging.solve",
 }

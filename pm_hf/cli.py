@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from pm_hf.errors import InputError
 
@@ -51,16 +51,21 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     merge = commands.add_parser("merge", help="fold a task adapter into a running merge, or merge several adapters")
-    merge.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapter folder")
+    merge.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER", help="adapter folder, or Hub id owner/name[@revision][/subfolder]"
+    )
     merge.add_argument("--output", required=True, help="folder to write")
     merge.add_argument("--into", help="running merge to fold the adapter into")
     merge.add_argument("--method", default="pm", help="see pm-hf methods")
-    merge.add_argument("--curvature", help="curvature.safetensors saved with the task")
+    merge.add_argument(
+        "--curvature", nargs="+", help="curvature.safetensors saved with the task; for lot and cofima one an adapter"
+    )
+    merge.add_argument("--learned", help="coefficients for adamerging and adarank")
     merge.add_argument("--coefficient", type=float, help="a coefficient of your own")
     merge.add_argument("--freedom", default="global", help="global, module or free")
     merge.add_argument("--weights", nargs="+", type=float, help="one for each adapter")
     merge.add_argument("--option", action="append", default=[], metavar="key=value", help="setting of the method")
-    merge.add_argument("--max-rank", type=int, help="largest rank kept; default: exact")
+    merge.add_argument("--max-rank", type=_rank, help="largest rank kept, or full; default: exact")
     merge.add_argument("--energy", type=float, help="share of the squared norm kept")
     merge.add_argument("--dtype", help="float32, float16 or bfloat16; default float32")
     merge.add_argument("--overwrite", action="store_true", help="replace the output folder")
@@ -73,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.epilog = train.epilog
     evaluate.set_defaults(run=_evaluate)
 
-    inspect = commands.add_parser("inspect", help="what an adapter is, and how two relate")
+    inspect = commands.add_parser("inspect", help="what adapters are, and how each pair relates")
     inspect.add_argument("adapters", nargs="+", metavar="ADAPTER")
     inspect.add_argument("--json", action="store_true", help="machine-readable output")
     inspect.set_defaults(run=_inspect)
@@ -110,11 +115,12 @@ def _merge(options: argparse.Namespace) -> int:
         options.output,
         into=options.into,
         method=options.method,
-        curvature=options.curvature,
+        curvature=options.curvature[0] if options.curvature and len(options.curvature) == 1 else options.curvature,
         coefficient=options.coefficient,
         freedom=options.freedom,
         weights=options.weights,
         options=_pairs(options.option),
+        learned=options.learned,
         max_rank=options.max_rank,
         energy=options.energy,
         dtype=options.dtype,
@@ -124,9 +130,13 @@ def _merge(options: argparse.Namespace) -> int:
     alpha = report.coefficient
     if alpha is not None:
         print(f"coefficient {alpha.used:.6f} (raw {alpha.raw:.6f}, 1/t {alpha.one_over_t:.6f})")
+    elif report.weights is not None:
+        print("weights " + " ".join(f"{weight:.6g}" for weight in report.weights))
     for name, module in report.modules.items():
         ranks = "+".join(str(rank) for rank in module["ranks_in"])
         print(f"{name}: rank {ranks} -> {module['rank_out']}, relative error {module['error']:.2e}")
+    memory = "" if report.peak_memory_mb is None else f", peak memory {report.peak_memory_mb:.0f} MB"
+    print(f"{report.seconds:.2f} s{memory}")
     print("dry run: nothing written" if options.dry_run else f"written: {options.output}")
     return DONE
 
@@ -144,17 +154,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from pm_hf.inspection import describe, relate
+    from pm_hf.inspection import inspect_adapters, tables
 
-    described = [describe(path) for path in options.adapters]
-    relation = relate(*options.adapters[:2]) if len(options.adapters) == 2 else None
-    if options.json:
-        print(json.dumps({"adapters": described, "relation": relation}, indent=2))
-        return DONE
-    for adapter in described:
-        _print_table(f"{adapter['path']}: base {adapter['base_model']}, {adapter['tasks']} task(s)", adapter["modules"])
-    if relation is not None:
-        _print_table("cosine of the two updates", relation)
+    found = inspect_adapters(options.adapters)
+    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else tables(found))
     return DONE
 
 
@@ -163,8 +166,19 @@ def _methods(_: argparse.Namespace) -> int:
 
     for name, method in METHODS.items():
         kinds = " and ".join(kind for kind, has in (("fold", method.fold), ("several", method.batch)) if has)
-        print(f"{name:<12}{kinds:<18}needs {method.needs:<18}{method.about} ({method.paper})")
+        print(f"{name}: {method.about}")
+        print(f"    {method.paper}; merges {kinds}; trains from {method.train_from}; needs {method.needs}")
+        print(f"    cost: {method.cost}")
+        for option, setting in method.options.items():
+            print(f"    --option {option}={setting.default}: {setting.about}")
     return DONE
+
+
+def _rank(text: str) -> int | str:
+    try:
+        return text if text == "full" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number or full, found {text!r}") from error
 
 
 def _pairs(options: Sequence[str]) -> dict[str, str]:
@@ -172,13 +186,3 @@ def _pairs(options: Sequence[str]) -> dict[str, str]:
         if "=" not in option:
             raise InputError(f"--option {option}: expected key=value")
     return dict(option.split("=", 1) for option in options)
-
-
-def _print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
-    print(title)
-    width = max(len(name) for name in rows)
-    for name, values in rows.items():
-        cells = "  ".join(
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
-        )
-        print(f"  {name:<{width}}  {cells}")

@@ -1,15 +1,39 @@
-"""Writes that are whole or absent: one file or one folder at a time, synced before it takes its name."""
+"""Writes that are whole or absent: one file or one folder at a time, synced before it takes its name.
 
+A write goes into a folder `.<name>.tmp-<pid>` beside its target. What a killed process leaves of it is removed by the
+next write to the same target.
+"""
+
+import ctypes
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from pm_hf.errors import InputError
+
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)")
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux <fcntl.h> and <linux/fs.h>
+
+
+class WriteError(OSError):
+    """A write that failed. The message names the target, the reason and what stands there now; errno is kept."""
+
+    def __init__(self, path: Path, reason: str, errno: int | None) -> None:
+        rest = "what was there before is untouched" if path.exists() else "nothing was left behind"
+        super().__init__(f"{path} could not be written: {reason}; {rest}")
+        self.reason, self.errno = reason, errno
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -18,14 +42,38 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically and synced."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
+    """Write a text file atomically and synced; WriteError when that fails."""
+    with _new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file {name: tensor} atomically and synced, dtypes and shapes as they are.
+
+    Raises WriteError, an OSError with the bytes needed and free, when the disk is full or the file may not be written:
+    safetensors itself raises its own SafetensorError there.
+    """
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with _new_file(path) as temporary:
+        try:
+            save_file(contiguous, temporary, metadata=dict(metadata))
+        except SafetensorError as error:
+            if not (found := OS_ERROR.search(str(error))):
+                raise
+            needed = sum(tensor.nbytes for tensor in contiguous.values())
+            free = shutil.disk_usage(temporary.parent).free
+            code = int(found[1])
+            raise OSError(code, f"{os.strerror(code)} ({_size(needed)} needed, {_size(free)} free)") from error
+
+
+def free_space_problem(path: Path, needed: int) -> str | None:
+    """Why `needed` bytes do not fit where `path` is to be written (its nearest existing parent); None if they do."""
+    path = path.resolve()
+    folder = next(parent for parent in (path, *path.parents) if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free >= needed:
+        return None
+    return f"{path} needs {_size(needed)}, {folder} has {_size(free)} free; free some space or choose another folder"
 
 
 def read_json(path: Path) -> Any:
@@ -40,40 +88,52 @@ def read_json(path: Path) -> Any:
 def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes its name when the block ends without an error.
 
-    The old folder, if any, keeps its content until then; after an error the new one is removed and nothing changed.
+    The old folder, if any, keeps its content until then. On Linux the two change places in one step, so that a process
+    killed at any moment leaves the old or the new folder whole under its name; elsewhere there are two renames, and a
+    kill between them leaves the name free until the next write puts the old folder back. After an error the new folder
+    is removed and nothing changed: InputError where `path` cannot be an output, WriteError where a write failed.
     """
+    try:
+        path = path.resolve()
+        if path.exists() and not path.is_dir():
+            raise InputError(f"output {path} is a file, expected a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, path.name)
+    except OSError as error:
+        raise InputError(f"output {path} cannot be written: {error}; choose another folder") from error
     if path.exists() and not overwrite:
         raise InputError(f"output {path} exists; choose another folder, or overwrite=True (--overwrite) to replace it")
-    path = path.resolve()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output {path} cannot be written: {error}") from error
-    if path.exists() and not path.is_dir():
-        raise InputError(f"output {path} is a file, expected a folder")
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with _beside(path) as temporary:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync_file(file)
+        for entry in (*temporary.rglob("*"), temporary):
+            _sync(entry)
         _swap(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def copy_folder(source: Path, target: Path) -> None:
     """Replace `target` by a copy of `source`, whole or not at all."""
     with new_folder(target, overwrite=True) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        for folder, _, names in os.walk(source, onerror=_raise, followlinks=True):
+            inside = temporary / Path(folder).relative_to(source)
+            inside.mkdir(exist_ok=True)
+            for name in names:
+                shutil.copy2(Path(folder, name), inside / name)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left beside its target in `folder`."""
-    for pattern in (".*.tmp-*", ".*.old-*"):
-        for path in folder.glob(pattern):
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what dead processes left beside the target `name` in `folder`, or beside every target.
+
+    What a living process of this machine writes stays. An old folder whose target is gone was about to be replaced: it
+    gets its name back.
+    """
+    for path in folder.iterdir():
+        found = LEFTOVER.fullmatch(path.name)
+        if not found or name not in (None, found["name"]) or _alive(int(found["pid"])):
+            continue
+        target = folder / found["name"]
+        if found["kind"] == "old" and not target.exists():
+            os.replace(path, target)
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -87,7 +147,36 @@ def same_folder(left: Path, right: Path) -> bool:
     )
 
 
+@contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to that takes the name `path` when the block ends without an error."""
+    remove_leftovers(path.parent, path.name)
+    with _beside(path) as folder:
+        yield folder / path.name
+        _sync(folder / path.name)
+        os.replace(folder / path.name, path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; it is gone afterwards, and an OSError in the block becomes a WriteError."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir()
+        yield temporary
+    except OSError as error:
+        reason = getattr(error, "reason", None) or _reason(error)
+        raise WriteError(path, reason, error.errno) from error
+    else:
+        _sync(path.parent)  # what was replaced goes only after this
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _swap(new: Path, path: Path) -> None:
+    """Give `new` the name `path`; an old folder of that name ends up under the name `new`, or is removed."""
+    if _exchange(new, path):
+        return
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
     if path.exists():
         os.replace(path, old)
@@ -98,7 +187,41 @@ def _swap(new: Path, path: Path) -> None:
             os.replace(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)
-    _sync_folder(path.parent)
+
+
+def _exchange(left: Path, right: Path) -> bool:
+    """Let two folders change names in one step; False, and nothing done, where kernel or file system cannot."""
+    if sys.platform != "linux":
+        return False
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)  # glibc ≥ 2.28
+    names = os.fsencode(left), os.fsencode(right)
+    return renameat2 is not None and renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0
+
+
+def _alive(pid: int) -> bool:
+    """Whether another process of this number runs; this one writes one thing at a time, so what it left is stale."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _reason(error: OSError) -> str:
+    name = f": {error.filename}" if error.filename is not None else ""
+    return f"{error.strerror}{name}" if error.strerror else str(error)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _plain(value: Any) -> Any:
@@ -115,12 +238,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _sync_file(path: Path) -> None:
-    with open(path, "rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def _sync_folder(path: Path) -> None:
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from pm_hf.errors import InputError
@@ -83,10 +83,24 @@ def adapted_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
     }
     if not found:
         raise InputError(f"the model has no LoRA adapter {adapter!r}")
+    odd = [name for name, layer in found.items() if not _plain(layer, adapter)]
+    if odd:
+        raise InputError(
+            f"curvature is measured on Linear layers without lora_bias, {odd[0]} is {type(found[odd[0]]).__name__}"
+        )
     idle = [name for name, layer in found.items() if adapter not in layer.active_adapters or layer.disable_adapters]
     if idle:
         raise InputError(f"adapter {adapter!r} is not active in {len(idle)} layers, first {idle[0]}; activate it first")
     return found
+
+
+def _plain(layer: LoraLayer, adapter: str) -> bool:
+    """Whether s·BA, (out, in), is all that the adapter adds to a layer that maps vectors to vectors."""
+    linear = adapter in layer.lora_A and isinstance(
+        layer.lora_A[adapter], nn.Linear
+    )  # embeddings keep theirs elsewhere
+    linear = linear and not isinstance(layer, ParamWrapper)
+    return linear and not layer.lora_bias.get(adapter)
 
 
 def layer_product(layer: LoraLayer, adapters: Iterable[str]) -> LowRank:

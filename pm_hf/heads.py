@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pm_hf.errors import InputError
+from pm_hf.files import save_tensors
 
 FORMAT = "pm_hf.head.v1"
 
@@ -97,18 +97,12 @@ class HeadStatistics:
         return weight / scale, bias / scale
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file, atomically."""
-        path = Path(path)
+        """Write one safetensors file, atomically and synced; an OSError that names it where that fails."""
         tensors = {"counts": self.counts, "means": self.means, "scatter": self.scatter}
         if self.covariance is not None and self.center is not None:
             tensors |= {"covariance": self.covariance, "center": self.center}
         header = json.dumps({"labels": self.labels, "temperature": self.temperature})
-        temporary = path.with_name(path.name + ".tmp")
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"format": FORMAT, "head": header})
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        save_tensors(tensors, Path(path), {"format": FORMAT, "head": header})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "HeadStatistics":

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from pm_hf.adapters import open_adapter, replace_head, save_adapter
+from pm_hf.adapter_writer import replace_head, save_adapter
+from pm_hf.adapters import open_adapter
 from pm_hf.config import RunConfig, config_text, load_config, save_config
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import copy_folder, read_json, remove_leftovers, same_folder, write_json

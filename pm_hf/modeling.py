@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from pm_hf.adapters import CONFIG, PREFIX, Adapter
+from pm_hf.adapters import PREFIX, Adapter
 from pm_hf.config import LoraSettings, ModelSettings
 from pm_hf.errors import InputError
 from pm_hf.files import read_json
+from pm_hf.layouts import CONFIG
 
 MERGED, TASK = "merged", "task"
 HEADS = ("classifier", "score")  # what PEFT saves by itself for a sequence classifier

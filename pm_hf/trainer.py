@@ -14,9 +14,10 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from pm_hf.adapters import WEIGHTS, config_problems
+from pm_hf.adapters import WEIGHTS
 from pm_hf.errors import InputError, raise_all
 from pm_hf.perturbation import perturbation_factor, perturbation_problems
+from pm_hf.refusals import config_problems, peft_type
 
 
 @dataclass
@@ -187,7 +188,11 @@ class PerturbationMixin(_Base):
             raise InputError(
                 f"perturbation_adapter {adapter!r} is not an adapter of the model; found {sorted(configs)}"
             )
-        raise_all(config_problems(configs[adapter].to_dict()), f"adapter {adapter!r}")
+        settings = configs[adapter].to_dict()
+        problems = config_problems(settings)
+        if peft_type(settings) == "ADALORA":
+            problems.append("AdaLoRA prunes while it trains, its product is no task vector yet; train a plain LoRA")
+        raise_all(problems, f"adapter {adapter!r}")
         return adapter
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:

@@ -13,9 +13,24 @@ import pm_hf
 
 PACKAGE = Path(pm_hf.__file__).parent
 TIERS = [
-    ["errors", "files", "versions", "merging", "merging.*", "heads", "metrics", "perturbation"],
-    ["adapters", "merge", "config", "typed", "tasks", "scoring", "modeling", "inspection"],
-    ["trainer", "fisher", "training"],
+    ["errors", "files", "memory", "versions", "merging", "merging.*", "heads", "metrics", "perturbation"],
+    [
+        "layouts",
+        "refusals",
+        "adapters",
+        "adapter_*",
+        "download",
+        "plan",
+        "saved",
+        "merge",
+        "config",
+        "typed",
+        "tasks",
+        "scoring",
+        "modeling",
+        "inspection",
+    ],
+    ["trainer", "fisher", "training", "adaptive", "adaptive_model"],
     ["learner", "released", "report"],
     ["cli"],
 ]

@@ -1,14 +1,29 @@
 """Writes are whole or absent."""
 
 import enum
+import errno
 import json
 import math
 import os
+import resource
+import sys
+from contextlib import contextmanager
 
 import pytest
+import torch
+from safetensors import SafetensorError, safe_open
 
+from pm_hf import files
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import copy_folder, new_folder, read_json, write_json
+from pm_hf.files import (
+    WriteError,
+    copy_folder,
+    free_space_problem,
+    new_folder,
+    read_json,
+    save_tensors,
+    write_json,
+)
 
 
 class Colour(enum.Enum):
@@ -24,6 +39,17 @@ def write_half(path, error: BaseException) -> None:
     with new_folder(path, overwrite=True) as folder:
         (folder / "x.txt").write_text("half")
         raise error
+
+
+@contextmanager
+def largest_file(size: int):
+    """No file may grow beyond `size` bytes: a write fails in the middle, as on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def test_json_comes_back_and_nan_is_null(tmp_path):
@@ -121,6 +147,7 @@ def test_a_swap_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
     (path / "old.txt").write_text("old")
     (new / "new.txt").write_text("new")
     replace, calls = os.replace, []
+    monkeypatch.setattr(files, "_exchange", lambda left, right: False)
 
     def second_fails(source, target):
         calls.append(target)
@@ -157,10 +184,112 @@ def test_copy_replaces_the_target_and_keeps_the_source(tmp_path):
 def test_copy_of_a_missing_folder_leaves_the_target(tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "old.txt").write_text("old")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(WriteError, match="target could not be written: No such file or directory: .*none; what was"):
         copy_folder(tmp_path / "none", tmp_path / "target")
     assert contents(tmp_path / "target") == {"old.txt": "old"}
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+def test_on_linux_the_old_and_the_new_folder_change_places_in_one_step(tmp_path):
+    left, right = tmp_path / "left", tmp_path / "ri\u00e9ght"
+    for folder in (left, right):
+        folder.mkdir()
+        (folder / "x.txt").write_text(folder.name)
+    assert files._exchange(left, right) == sys.platform.startswith("linux")
+    if sys.platform.startswith("linux"):
+        assert (contents(left), contents(right)) == ({"x.txt": right.name}, {"x.txt": "left"})
+    assert not files._exchange(left, tmp_path / "none")
+    assert left.is_dir()
+
+
+def test_no_space_left_in_the_middle_of_a_folder(tmp_path):
+    path, tensors = tmp_path / "out", {"x": torch.zeros(400, 400)}
+    path.mkdir()
+    (path / "old.txt").write_text("old")
+
+    def write():
+        with new_folder(path, overwrite=True) as folder:
+            (folder / "x.txt").write_text("fits")
+            save_tensors(tensors, folder / "x.safetensors", {})
+
+    with largest_file(300_000), pytest.raises(WriteError) as caught:
+        write()
+    assert caught.value.errno == errno.EFBIG
+    message = str(caught.value)
+    assert message.startswith(f"{path} could not be written: File too large (0.6 MB needed, ")
+    assert message.endswith("free); what was there before is untouched")
+    assert contents(path) == {"old.txt": "old"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_everything_is_on_the_disk_before_the_folder_takes_its_name(tmp_path, monkeypatch):
+    done, sync, swap = [], files._sync, files._swap
+    monkeypatch.setattr(files, "_sync", lambda path: (done.append(path.name), sync(path)))
+    monkeypatch.setattr(files, "_swap", lambda new, path: (done.append("swap"), swap(new, path)))
+    with new_folder(tmp_path / "out", overwrite=False) as folder:
+        (folder / "a").mkdir()
+        (folder / "a" / "x.txt").write_text("1")
+    assert set(done[:3]) == {"a", "x.txt", folder.name}
+    assert done[3:] == ["swap", tmp_path.name]
+
+
+@pytest.mark.parametrize("write", [write_json, lambda path, value: save_tensors({"x": value}, path, {})])
+def test_no_space_left_in_the_middle_of_a_file(tmp_path, write):
+    path, value = tmp_path / "x", torch.zeros(90_000)
+    value = value.tolist() if write is write_json else value
+    with largest_file(100_000), pytest.raises(WriteError, match="x could not be written: File too large.*nothing was"):
+        write(path, value)
+    assert list(tmp_path.iterdir()) == []
+    path.write_text("old")
+    with largest_file(100_000), pytest.raises(WriteError, match="what was there before is untouched"):
+        write(path, value)
+    assert contents(tmp_path) == {"x": "old"}
+
+
+def test_saved_tensors_come_back_with_their_metadata(tmp_path):
+    tensors = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16)}
+    save_tensors(tensors, tmp_path / "x.safetensors", {"format": "pt", "key": "é"})
+    with safe_open(tmp_path / "x.safetensors", "pt") as handle:
+        assert handle.metadata() == {"format": "pt", "key": "é"}
+        assert all(torch.equal(handle.get_tensor(name), tensor) for name, tensor in tensors.items())
+        assert handle.get_tensor("b").dtype == torch.bfloat16
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_an_error_of_safetensors_that_is_not_the_disks_stays_what_it_is(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise SafetensorError("invalid header")
+
+    monkeypatch.setattr(files, "save_file", broken)
+    with pytest.raises(SafetensorError, match="invalid header"):
+        save_tensors({}, tmp_path / "x", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_space_is_asked_for_where_the_folder_will_be(tmp_path, monkeypatch):
+    asked = []
+
+    def disk_usage(folder):
+        asked.append(folder)
+        return type("Usage", (), {"free": 2_000_000_000})
+
+    monkeypatch.setattr(files.shutil, "disk_usage", disk_usage)
+    path = tmp_path / "not" / "yet"
+    assert free_space_problem(path, 2_000_000_000) is None
+    problem = free_space_problem(path, 2_100_000_000)
+    assert problem == f"{path} needs 2.1 GB, {tmp_path} has 2.0 GB free; free some space or choose another folder"
+    assert asked == [tmp_path, tmp_path]
+
+
+def test_a_place_that_cannot_hold_an_output_is_an_input_error(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file is a file, expected a folder"):
+        new_folder(tmp_path / "file", overwrite=True).__enter__()
+    with pytest.raises(InputError, match="file/out cannot be written: .*File exists"):
+        new_folder(tmp_path / "file" / "out", overwrite=True).__enter__()
+    with pytest.raises(InputError, match="cannot be written: .*name too long"):
+        new_folder(tmp_path / ("x" * 300), overwrite=True).__enter__()
+    assert contents(tmp_path) == {"file": "x"}
 
 
 def test_all_problems_stand_in_one_error():

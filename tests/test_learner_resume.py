@@ -159,7 +159,7 @@ def test_run_with_a_half_written_checkpoint_goes_on_from_the_whole_one(killed, w
 def test_leftovers_of_a_killed_merge_are_removed(killed, whole, tiny_base, data, tmp_path):
     folder = shutil.copytree(killed["inside"], tmp_path / "run")
     task = folder / "task-01-second"
-    for stale in (task / "adapter", task / "merged", task / ".merged.tmp-99999", folder / ".merged.old-99999"):
+    for stale in (task / "adapter", task / "merged", task / ".merged.tmp-4194305", folder / ".merged.old-4194305"):
         stale.mkdir()
         (stale / "adapter_model.safetensors").write_bytes(b"half")
     (task / "curvature.safetensors").write_bytes(b"half")

@@ -1,7 +1,6 @@
 """Bad input of merge_adapters: one clear InputError before anything is written, the old output byte for byte whole."""
 
 import json
-import os
 import shutil
 
 import pytest
@@ -21,7 +20,7 @@ from adapter_folders import (
 )
 from safetensors.torch import load_file, save_file
 
-import pm_hf.adapters
+import pm_hf.adapter_writer
 import pm_hf.files
 from pm_hf import InputError, merge_adapters
 
@@ -99,27 +98,37 @@ FOLDERS = {
     "B without A": (tensors(**{Q + "A__weight": None}), "layers.0.q has lora_B only; the file is incomplete"),
     "unfit factors": (tensors(**{Q + "A__weight": torch.ones(3, 16)}), "lora_A .3, 16. and lora_B .12, 2. are not"),
     "empty tensor": (tensors(**{Q + "A__weight": torch.ones(0)}), "lora_A .0,. and lora_B"),
-    "convolution": (tensors(**{Q + "A__weight": torch.ones(2, 16, 1, 1)}), "are not the factors of a matrix"),
-    "no factors": (lambda folder: save_file({"x": torch.ones(1)}, folder / WEIGHTS), "no lora_A / lora_B weights"),
+    "half a convolution": (tensors(**{Q + "A__weight": torch.ones(2, 16, 1, 1)}), "are not the factors of a matrix"),
+    "no factors": (
+        lambda folder: save_file({"x": torch.ones(1)}, folder / WEIGHTS),
+        "start with base_model.model., found x",
+    ),
     "other names": (without_prefix, "base_model.model"),
     "rank": (setting(r=4), "adapter_config.json says rank 4, the weights have rank 2"),
     "rank_pattern": (setting(rank_pattern={"q": 3}), "layers.0.q: .* says rank 3, the weights have rank 2"),
     "no rank": (setting(r=...), rf"{CONFIG} has no 'r'"),
     "no alpha": (setting(lora_alpha=...), rf"{CONFIG} has no 'lora_alpha'"),
-    "DoRA": (setting(use_dora=True), "use_dora make the update more than .* save_as_lora"),
-    "PiSSA": (setting(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4' rewrites .* save_as_lora"),
+    "DoRA": (setting(use_dora=True), "use_dora=True makes the update more than .* train with use_dora=False"),
+    "PiSSA": (
+        setting(init_lora_weights="pissa_niter_4"),
+        "init_lora_weights='pissa_niter_4' rewrites .* path_initial_model_for_weight_conversion",
+    ),
     "OLoRA": (setting(init_lora_weights="olora"), "init_lora_weights='olora' rewrites the base weights"),
     "LoftQ": (setting(init_lora_weights="loftq"), "init_lora_weights='loftq' rewrites the base weights"),
     "LoRA-GA": (setting(init_lora_weights="lora_ga"), "init_lora_weights='lora_ga' rewrites the base weights"),
-    "lora_bias": (setting(lora_bias=True), "lora_bias make the update more than"),
+    "lora_bias": (setting(lora_bias=True), "says lora_bias True, but layers.0.q lacks its lora_B.bias"),
+    "bias tensor": (tensors(**{Q + "B__bias": torch.ones(12)}), "lora_bias False, but layers.0.q has a lora_B.bias"),
     "bias": (setting(bias="all"), "bias='all' trains the base's biases"),
-    "parameters": (setting(target_parameters=["experts.w"]), "target_parameters make the update more than"),
-    "replication": (setting(layer_replication=[[0, 2]]), "layer_replication make the update more than"),
-    "tokens": (setting(trainable_token_indices=[3]), "trainable_token_indices make the update more than"),
-    "future key": (setting(use_future_trick={"gain": 2}), "use_future_trick make the update more than"),
+    "parameters": (setting(target_parameters=["experts.w"]), "different target_parameters cannot be merged"),
+    "no target": (setting(target_modules=["k"]), "2 modules are not in target_modules"),
+    "no target by regex": (setting(target_modules=r".*\.q"), "1 modules are not in target_modules .*layers.1.v"),
+    "extra tensor": (tensors(layers__0__q__weight=torch.ones(12, 16)), "is neither LoRA nor in modules_to_save"),
+    "replication": (setting(layer_replication=[[0, 2]]), "layer_replication=.* makes the update more than"),
+    "tokens": (setting(trainable_token_indices=[3]), "trainable_token_indices=.* makes the update more than"),
+    "future key": (setting(use_future_trick={"gain": 2}), "use_future_trick=.* makes the update more than"),
     "peft_type": (setting(peft_type="LOHA"), "expected peft_type LORA, found LOHA"),
     "no peft_type": (setting(peft_type=...), "expected peft_type LORA, found None"),
-    "embedding": (tensors(words__lora_embedding_A=torch.ones(2, 9)), "words.lora_embedding_A is not part of a plain"),
+    "embedding": (tensors(words__lora_embedding_A=torch.ones(2, 9)), "words has lora_embedding_A only"),
     "magnitude": (tensors(q__lora_magnitude_vector=torch.ones(9)), "lora_magnitude_vector is not part of a plain"),
     "two problems": (setting(use_dora=True, bias="all"), "2 problems: .*bias='all'.*; use_dora"),
     "other base": (setting(base_model_name_or_path="other/base"), "adapters of different base models .*other/base"),
@@ -169,16 +178,22 @@ def test_output_that_exists(pair, tmp_path):
 
 ARGUMENTS = {
     "method": ({"method": "magic"}, "unknown merging method 'magic'; valid: pm, average, sequential"),
-    "option": ({"options": {"speed": "1"}}, "unknown option 'speed' for pm; valid: on_zero_curvature, unmeasured_past"),
-    "no options": ({"method": "average", "options": {"a": "1"}}, "unknown option 'a' for average; valid: none"),
-    "value": ({"options": {"on_zero_curvature": "x"}}, "on_zero_curvature must be one of error, average, found 'x'"),
-    "rank": ({"max_rank": 0}, "max_rank must be at least 1, found 0"),
+    "option": (
+        {"options": {"speed": "1"}},
+        "method pm: unknown option 'speed'; valid: on_zero_curvature, unmeasured_past",
+    ),
+    "no options": ({"method": "average", "options": {"a": "1"}}, "method average: unknown option 'a'; valid: none"),
+    "value": (
+        {"options": {"on_zero_curvature": "x"}},
+        "on_zero_curvature .*: expected one of error, average, found 'x'",
+    ),
+    "rank": ({"max_rank": 0}, "max_rank must be at least 1, or 'full', found 0"),
     "energy": ({"energy": 1.5}, r"energy must be in \(0, 1\], found 1.5"),
     "energy nan": ({"energy": float("nan")}, r"energy must be in \(0, 1\], found nan"),
     "dtype": ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16, found 'int8'"),
     "torch dtype": ({"dtype": torch.int8}, "dtype must be one of float32, float16, bfloat16"),
     "freedom": ({"freedom": "total"}, "freedom must be global, module or free, found 'total'"),
-    "weights": ({"weights": [1.0]}, "weights need one value for each of 2 or more adapters, found 1 for 1"),
+    "weights": ({"weights": [1.0]}, "weights need one value for each adapter .*, found 1 for 1"),
     "coefficient nan": ({"coefficient": float("nan")}, "coefficient must be finite, found nan"),
     "coefficient inf": ({"coefficient": float("inf")}, "coefficient must be finite, found inf"),
     "two": ({"method": "x", "into": "a"}, "unknown merging method 'x'"),
@@ -274,10 +289,10 @@ def fail(*_, **__):
 
 
 PLACES = {
-    "weights": (pm_hf.adapters, "save_file"),
-    "config": (pm_hf.adapters, "write_json"),
-    "check": (pm_hf.adapters, "_compare"),
-    "sync": (pm_hf.files, "_sync_file"),
+    "weights": (pm_hf.adapter_writer, "save_tensors"),
+    "config": (pm_hf.adapter_writer, "write_json"),
+    "check": (pm_hf.adapter_writer, "_compare"),
+    "sync": (pm_hf.files, "_sync"),
     "swap": (pm_hf.files, "_swap"),
 }
 
@@ -293,30 +308,13 @@ def test_interruption_leaves_the_old_folder_whole(pair, tmp_path, monkeypatch, m
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_interruption_between_the_two_renames(pair, tmp_path, monkeypatch, error):
-    before, rename, seen = tree(tmp_path), os.replace, []
-
-    def second_fails(source, target):
-        if str(target) == str(pair[2]) and not seen:
-            seen.append(source)
-            raise error
-        rename(source, target)
-
-    monkeypatch.setattr(pm_hf.files.os, "replace", second_fails)
-    with pytest.raises(error):
-        merge_adapters(pair[1], pair[2], into=pair[0], coefficient=0.3, overwrite=True)
-    assert seen
-    assert tree(tmp_path) == before
-
-
 def test_a_folder_that_does_not_read_back_is_never_published(pair, tmp_path, monkeypatch):
-    before, save = tree(tmp_path), pm_hf.adapters.save_file
+    before, save = tree(tmp_path), pm_hf.adapter_writer.save_tensors
 
-    def damaged(state, path, **more):
-        save({name: torch.zeros_like(value) for name, value in state.items()}, path, **more)
+    def damaged(state, path, metadata):
+        save({name: torch.zeros_like(value) for name, value in state.items()}, path, metadata)
 
-    monkeypatch.setattr(pm_hf.adapters, "save_file", damaged)
+    monkeypatch.setattr(pm_hf.adapter_writer, "save_tensors", damaged)
     with pytest.raises(RuntimeError, match="does not read back as it was written; the old one is untouched"):
         merge_adapters(pair[1], pair[2], into=pair[0], coefficient=0.3, overwrite=True)
     assert tree(tmp_path) == before

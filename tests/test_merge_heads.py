@@ -127,7 +127,7 @@ def test_equal_heads_pass_whatever_the_weights(tmp_path):
 def test_heads_of_different_shapes_need_labels(tmp_path):
     old = write_folder(tmp_path / "merged", seed=1, saved=head(3, 1))
     new = write_folder(tmp_path / "task", seed=2, saved=head(2, 2))
-    with pytest.raises(InputError, match=r"classifier\.\w+ has different shapes .* no labels.json says which rows"):
+    with pytest.raises(InputError, match=r"classifier\.\w+ has different shapes .* labels.json that says which rows"):
         merge_adapters(new, tmp_path / "out", into=old, coefficient=0.3)
 
 

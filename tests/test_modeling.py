@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from pm_hf import InputError
-from pm_hf.adapters import open_adapter, save_adapter
+from pm_hf.adapter_writer import save_adapter
+from pm_hf.adapters import open_adapter
 from pm_hf.config import LoraSettings, ModelSettings
 from pm_hf.modeling import (
     build_task_model,

@@ -4,13 +4,19 @@ Every method of the family minimises Σᵢ (θ − θ*ᵢ)ᵀ Hᵢ (θ − θ*�
 pretrained weights) the past enters only through S and M. The diagonal Fisher (Perturb-and-Merge,
 arXiv 2505.22389) keeps S of the weight's own shape and acts elementwise; the input Gram (H = I ⊗ G, RegMean
 and LOT merging, arXiv 2505.23859) keeps S of shape (in, in) and acts from the right.
+
+A file of sums is never read whole: S and M come from disk a chunk of rows at a time, and the quadratic forms are
+computed from the factors of the task vector.
 """
 
+import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +28,9 @@ from pm_hf.merging.lowrank import LowRank
 
 Kind = Literal["fisher", "gram"]
 FORMAT = "pm_hf.curvature.v1"
+CHUNK = 2**19  # entries of one matrix held in float64 at a time
+PROBES = 4  # fixed projections of each module's task vector
+STORED = {"F32": 4, "BF16": 2}  # dtypes a file may hold, with their bytes
 
 
 @dataclass
@@ -34,25 +43,71 @@ class Settings:
     normalisation: str = "mean over examples"
 
 
+@dataclass(frozen=True)
+class FileTensors(Mapping[str, Tensor]):
+    """Matrices of one safetensors file, {name: tensor}, read when they are asked for and kept nowhere.
+
+    path: the file; prefix: what its tensor names have before ours; metadata: the file's own, as it was when the
+    mapping was made; stored: {name: (shape, dtype as safetensors writes it)}. An item comes in float32, bfloat16
+    upcast. Each read opens the file again, so its mapped pages go with the tensor. Raises InputError when the
+    file is gone or its metadata are no longer the same: another task's sums took its name.
+    """
+
+    path: Path
+    prefix: str
+    metadata: Mapping[str, str]
+    stored: Mapping[str, tuple[tuple[int, ...], str]]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.rows(name, 0, self.shape(name)[0]).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all matrices as stored, from the header alone."""
+        return sum(prod(shape) * STORED[dtype] for shape, dtype in self.stored.values())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a matrix, from the header alone."""
+        return self.stored[name][0]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start … stop − 1 of a matrix, in the dtype they are stored in."""
+        try:
+            with safe_open(self.path, "pt") as handle:
+                if (handle.metadata() or {}) == self.metadata:
+                    return handle.get_slice(self.prefix + name)[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"curvature file {self.path} can no longer be read: {error}") from error
+        raise InputError(f"curvature file {self.path} was replaced by another since it was loaded; load it again")
+
+
 @dataclass
 class Curvature:
     """Sums over the tasks 1 … t, the task being folded included.
 
     S: {module: ΣHᵢ}, float32; (out, in) for `fisher`, (in, in) for `gram`. Modules that read the same input
        share one Gram: `owner` maps a module to the one whose entry it uses.
-    M: {module: ΣHᵢθ*ᵢ}, float32, (out, in).
+    M: {module: ΣHᵢθ*ᵢ}, float32, (out, in). S and M are dicts, or `FileTensors` when they lie on disk.
     current: {module: ΔᵀH_tΔ}, the task's own part of the quadratic form, float64 as Python floats.
-    delta_norm: {module: ‖Δ‖} of the task vector it was measured with; guards against a file that does not fit.
+    delta_norm, probe: {module: ‖Δ‖} and {module: [uᵀΔv, …]} (see `delta_probe`) of the task vector it was measured
+       with; they guard against a file of another adapter. `probe` is empty in files of before it existed.
     examples: number of examples of each task.
     """
 
     settings: Settings
-    S: dict[str, Tensor]
-    M: dict[str, Tensor]
+    S: Mapping[str, Tensor]
+    M: Mapping[str, Tensor]
     current: dict[str, float]
     delta_norm: dict[str, float]
     examples: list[int]
     owner: dict[str, str] = field(default_factory=dict)
+    probe: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def tasks(self) -> int:
@@ -61,57 +116,119 @@ class Curvature:
 
     @property
     def nbytes(self) -> int:
-        """Size of the sums in bytes: the same for every t."""
-        return sum(tensor.nbytes for tensor in (*self.S.values(), *self.M.values()))
+        """Size of the sums in bytes as they are stored: the same for every t."""
+        return _nbytes(self.S) + _nbytes(self.M)
 
     def sum_of(self, module: str) -> Tensor:
-        """S of a module."""
-        return self.S[self.owner.get(module, module)]
+        """S of a module, float32."""
+        return self.S[self._owner(module)]
 
-    def apply(self, module: str, matrix: Tensor) -> Tensor:
-        """(ΣHᵢ) · matrix for an (out, in) matrix: S∘X for the diagonal, X S for the Gram."""
-        return curvature_product(self.settings.kind, self.sum_of(module), matrix)
+    def quadratic(self, module: str, left: LowRank, rights: Sequence[LowRank]) -> list[float]:
+        """⟨X, (ΣHᵢ)Y⟩ for X = `left` and each Y of `rights`, all (out, in): see `quadratic_forms`."""
+        return quadratic_forms(self.settings.kind, self.S, self._owner(module), left, rights)
+
+    def moment(self, module: str, delta: LowRank) -> float:
+        """⟨Δ, ΣHᵢθ*ᵢ⟩ = ⟨B, MAᵀ⟩ for an (out, in) matrix Δ = BA, in float64, a chunk of rows at a time."""
+        B, A = delta.B.double(), delta.A.double()
+        return sum(float(((M @ A.T) * B[rows]).sum()) for rows, M in row_chunks(self.M, module))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file, atomically: the old file stays until the new one is synced."""
+        """Write one safetensors file, atomically: the old file stays until the new one is synced.
+
+        It may be the file that these sums are read from. Raises OSError when it cannot be written (no space left);
+        nothing is left behind then, and the old file is as it was.
+        """
         path = Path(path)
-        tensors = {f"S.{name}": tensor for name, tensor in self.S.items()}
-        tensors |= {f"M.{name}": tensor for name, tensor in self.M.items()}
+        tensors = {f"S.{name}": tensor.contiguous() for name, tensor in self.S.items()}
+        tensors |= {f"M.{name}": tensor.contiguous() for name, tensor in self.M.items()}
         header = {"settings": asdict(self.settings), "owner": self.owner, "examples": self.examples}
-        header |= {"current": self.current, "delta_norm": self.delta_norm}
+        header |= {"current": self.current, "delta_norm": self.delta_norm, "probe": self.probe}
         temporary = path.with_name(path.name + ".tmp")
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"format": FORMAT, "curvature": json.dumps(header)})
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        try:
+            save_file(tensors, temporary, metadata={"format": FORMAT, "curvature": json.dumps(header)})
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        except (SafetensorError, OSError) as error:
+            needed = sum(tensor.nbytes for tensor in tensors.values())
+            raise OSError(f"curvature file {path} ({needed / 1e6:.0f} MB) cannot be written: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Curvature":
-        """Read a file that `save` wrote; InputError when it is missing, truncated or something else."""
+        """Open a file that `save` wrote: the header is read and checked, S and M stay on disk until they are needed.
+
+        Sums in bfloat16 are accepted too and upcast. InputError when the file is missing, truncated, something else,
+        or when its names and shapes do not fit together.
+        """
         path = Path(path)
         if not path.is_file():
             raise InputError(f"curvature file {path} does not exist; estimate it with pm_hf.estimate_curvature")
-        try:
-            with safe_open(path, "pt") as handle:
-                metadata = handle.metadata() or {}
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path} is not a whole safetensors file ({error}); estimate the curvature again"
-            ) from error
+        metadata, stored = _read_header(path)
         if metadata.get("format") != FORMAT:
             found = metadata.get("format")
             raise InputError(f"{path} is not a curvature file: expected format {FORMAT}, found {found}")
-        header = json.loads(metadata["curvature"])
-        sums = {key: {n[2:]: t for n, t in tensors.items() if n.startswith(key + ".")} for key in "SM"}
-        return cls(Settings(**header.pop("settings")), sums["S"], sums["M"], **header)
+        S, M = (
+            FileTensors(path, p, metadata, {n[2:]: s for n, s in stored.items() if n.startswith(p)})
+            for p in ("S.", "M.")
+        )
+        try:
+            header: dict[str, Any] = json.loads(metadata["curvature"])
+            loaded = cls(Settings(**header.pop("settings")), S, M, **header)
+            odd = _inconsistency(loaded, stored)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            odd = f"its header cannot be read ({type(error).__name__}: {error})"
+        if odd:
+            raise InputError(f"{path} is not a sound curvature file: {odd}; estimate the curvature again")
+        return loaded
+
+    def _owner(self, module: str) -> str:
+        return self.owner.get(module, module)
 
 
-def curvature_product(kind: Kind, sums: Tensor, matrix: Tensor) -> Tensor:
-    """H · X with the module's stored curvature: elementwise for `fisher`, from the right for `gram`."""
-    sums = sums.to(matrix.dtype)
-    return sums * matrix if kind == "fisher" else matrix @ sums
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """Shape of one matrix; nothing is read from a file but its header."""
+    return tensors.shape(name) if isinstance(tensors, FileTensors) else tuple(tensors[name].shape)
+
+
+def row_chunks(tensors: Mapping[str, Tensor], name: str) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their values in float64) of one matrix from top to bottom, about `CHUNK` entries at a time."""
+    for rows in _row_slices(shape_of(tensors, name)):
+        lazy = isinstance(tensors, FileTensors)
+        values = tensors.rows(name, rows.start, rows.stop) if lazy else tensors[name][rows]  # type: ignore[attr-defined]
+        yield rows, values.double()
+
+
+def quadratic_forms(
+    kind: Kind, tensors: Mapping[str, Tensor], name: str, left: LowRank, rights: Sequence[LowRank]
+) -> list[float]:
+    """⟨X, H·Y⟩ for X = BA = `left` and each Y = CD of `rights`, all (out, in), with the curvature tensors[name].
+
+    `fisher` (H·Y = S∘Y): Σ over chunks of rows of ⟨C, (S∘BA)Dᵀ⟩; `gram` (H·Y = YG): ⟨CᵀB, D·GAᵀ⟩, where nothing is as
+    large as (out, in). Sums in float64, one pass over the curvature. A factor may have rank 0: the form is 0.
+    """
+    left, others = left.to(torch.float64), [right.to(torch.float64) for right in rights]
+    if kind == "gram":
+        image = torch.cat([G @ left.A.T for _, G in row_chunks(tensors, name)])  # GAᵀ, (in, r)
+        return [float(((right.A @ image) * (right.B.T @ left.B)).sum()) for right in others]
+    totals = [0.0] * len(others)
+    for rows, S in row_chunks(tensors, name):
+        weighted = (left.B[rows] @ left.A).mul_(S)
+        for index, right in enumerate(others):
+            totals[index] += float(((weighted @ right.A.T) * right.B[rows]).sum())
+    return totals
+
+
+def delta_probe(module: str, delta: LowRank) -> list[float]:
+    """uᵀΔv of a module's task vector (out, in) for `PROBES` pairs (u, v), float64: others for a flipped or rotated Δ.
+
+    The entries of u and v are independent, with mean 0 and variance 1, from SHAKE-256 of the module's name: the same
+    on every machine and with every version of torch. E(uᵀΔv)² = ‖Δ‖².
+    """
+    U, V = _noise(f"rows of {module}", delta.shape[0]), _noise(f"columns of {module}", delta.shape[1])
+    found: list[float] = ((U @ delta.B.double()) * (V @ delta.A.double().T)).sum(1).tolist()
+    return found
 
 
 def shrink(gram: Tensor, rho: float) -> Tensor:
@@ -120,22 +237,23 @@ def shrink(gram: Tensor, rho: float) -> Tensor:
 
 
 def accumulate(
-    measured: dict[str, Tensor],
-    optimum: dict[str, LowRank],
-    delta: dict[str, LowRank],
+    measured: Mapping[str, Tensor],
+    optimum: Mapping[str, LowRank],
+    delta: Mapping[str, LowRank],
     settings: Settings,
     examples: int,
     *,
-    owner: dict[str, str] | None = None,
+    owner: Mapping[str, str] | None = None,
     previous: Curvature | None = None,
 ) -> Curvature:
-    """Add one task to the sums.
+    """Add one task to the sums: S = S_past + H_t, M = M_past + H_tθ*_t, both float32 in memory.
 
     measured: {module: H_t}; for `gram` the raw mean of xxᵀ, shrunk here, one entry per shared input.
     optimum: {module: θ*_t relative to the pretrained weights}; delta: {module: Δ_t}, both (out, in).
+    previous: the sums of the past, read one module at a time where they lie on disk.
     Raises InputError when `previous` was measured otherwise or has other modules or shapes.
     """
-    owner = owner or {}
+    owner = dict(owner or {})
     if settings.kind == "gram":
         measured = {name: shrink(gram, settings.shrinkage) for name, gram in measured.items()}
     if previous is not None:
@@ -144,34 +262,97 @@ def accumulate(
     for name, H in measured.items():
         S[name] = H.float() if previous is None else previous.S[name] + H.float()
     for name, theta in optimum.items():
-        H = measured[owner.get(name, name)].double()
-        dense = delta[name].to(torch.float64).dense()
-        current[name] = float((dense * curvature_product(settings.kind, H, dense)).sum())
-        anchored = curvature_product(settings.kind, H, theta.to(torch.float64).dense()).float()
-        M[name] = anchored if previous is None else previous.M[name] + anchored
+        source = owner.get(name, name)
+        current[name] = quadratic_forms(settings.kind, measured, source, delta[name], [delta[name]])[0]
+        M[name] = _anchored(settings.kind, measured, source, theta)
+        if previous is not None:
+            M[name] += previous.M[name]
     norms = {name: d.norm() for name, d in delta.items()}
+    probes = {name: delta_probe(name, d) for name, d in delta.items()}
     past = [] if previous is None else previous.examples
-    return Curvature(settings, S, M, current, norms, [*past, examples], dict(owner))
+    return Curvature(settings, S, M, current, norms, [*past, examples], owner, probes)
+
+
+def _anchored(kind: Kind, measured: Mapping[str, Tensor], name: str, theta: LowRank) -> Tensor:
+    """H·θ*, (out, in) float32, its products in float64 and a chunk of rows at a time."""
+    B, A, result = theta.B.double(), theta.A.double(), torch.empty(theta.shape)
+    if kind == "fisher":
+        for rows, H in row_chunks(measured, name):
+            result[rows] = (B[rows] @ A).mul_(H)
+        return result
+    A = sum((A[:, rows] @ G for rows, G in row_chunks(measured, name)), torch.zeros_like(A))
+    for rows in _row_slices(theta.shape):
+        result[rows] = B[rows] @ A
+    return result
 
 
 def _check_continues(
     previous: Curvature,
     settings: Settings,
-    measured: dict[str, Tensor],
-    optimum: dict[str, LowRank],
-    owner: dict[str, str],
+    measured: Mapping[str, Tensor],
+    optimum: Mapping[str, LowRank],
+    owner: Mapping[str, str],
 ) -> None:
     if previous.settings != settings:
         raise InputError(
             f"the curvature of the past was measured with {asdict(previous.settings)}, "
             f"this task with {asdict(settings)}; sums are never mixed: use the same settings or start a new run"
         )
-    past = {("S", n, tuple(t.shape)) for n, t in previous.S.items()} | {
-        ("input of", *p) for p in previous.owner.items()
-    }
-    past |= {("M", n, tuple(t.shape)) for n, t in previous.M.items()}
-    now = {("S", n, tuple(t.shape)) for n, t in measured.items()} | {("input of", *p) for p in owner.items()}
-    now |= {("M", n, d.shape) for n, d in optimum.items()}
+    past: set[tuple] = {("S", name, shape_of(previous.S, name)) for name in previous.S}
+    past |= {("M", name, shape_of(previous.M, name)) for name in previous.M}
+    past |= {("input of", *pair) for pair in previous.owner.items()}
+    now: set[tuple] = {("S", name, tuple(H.shape)) for name, H in measured.items()}
+    now |= {("M", name, theta.shape) for name, theta in optimum.items()}
+    now |= {("input of", *pair) for pair in owner.items()}
     if past != now:
         odd = sorted(past ^ now, key=str)[:3]
         raise InputError(f"the curvature of the past does not fit this adapter: modules or shapes differ, first {odd}")
+
+
+def _read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[tuple[int, ...], str]]]:
+    """(metadata, {tensor name: (shape, dtype)}) of a safetensors file whose length fits its header."""
+    try:
+        with safe_open(path, "pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            stored = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+            return handle.metadata() or {}, stored
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}); estimate the curvature again") from error
+
+
+def _inconsistency(loaded: Curvature, stored: Mapping[str, tuple[tuple[int, ...], str]]) -> str | None:
+    """What in the names, shapes and dtypes of a file does not fit together, None when all does."""
+    kind, modules = loaded.settings.kind, set(loaded.M)
+    if kind not in get_args(Kind) or not loaded.examples:
+        return f"kind {kind!r}, {loaded.tasks} tasks"
+    foreign = [name for name, (_, dtype) in stored.items() if name[:2] not in ("S.", "M.") or dtype not in STORED]
+    if foreign:
+        return f"tensor {foreign[0]} is none of its sums, or not in {' or '.join(STORED)}"
+    named = {"current": loaded.current, "delta_norm": loaded.delta_norm, "probe": loaded.probe or modules}
+    for key, found in named.items():
+        if set(found) != modules:
+            return f"{key} and M name different modules, first {min(set(found) ^ modules)}"
+    if any(len(values) != PROBES for values in loaded.probe.values()):
+        return f"probe has not {PROBES} values a module"
+    owners = {name: loaded._owner(name) for name in loaded.M}
+    if set(owners.values()) != set(loaded.S) or not set(loaded.owner) <= modules:
+        return "S and M do not belong to the same modules"
+    for name, source in owners.items():
+        M, S = shape_of(loaded.M, name), shape_of(loaded.S, source)
+        if len(M) != 2 or (M if kind == "fisher" else (M[1], M[1])) != S:
+            return f"M of {name} has shape {M}, its S {S}"
+    return None
+
+
+def _noise(key: str, size: int) -> Tensor:
+    raw = torch.frombuffer(bytearray(hashlib.shake_256(key.encode()).digest(PROBES * size)), dtype=torch.uint8)
+    return (raw.double().view(PROBES, size) - 127.5) / ((256**2 - 1) / 12) ** 0.5  # uniform on 256 steps, standardised
+
+
+def _row_slices(shape: Sequence[int]) -> Iterator[slice]:
+    step = max(1, CHUNK // shape[1])
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def _nbytes(tensors: Mapping[str, Tensor]) -> int:
+    return tensors.nbytes if isinstance(tensors, FileTensors) else sum(t.nbytes for t in tensors.values())

@@ -14,7 +14,8 @@ OVERSAMPLING, POWER_ITERATIONS = 8, 4
 class LowRank:
     """The matrix B @ A of shape (out, in), with B (out, R) and A (R, in) of one floating dtype.
 
-    The factors are borrowed and never changed in place.
+    R may be 0: the zero matrix, as of an adapter that lacks a module. The factors are borrowed and never changed in
+    place.
     """
 
     B: Tensor
@@ -59,9 +60,10 @@ class LowRank:
         truncated matrix (at least rank 1, in the dtype of the input) and the relative error
         ‖BA − truncated‖/‖BA‖.
         """
-        Qb, Rb = torch.linalg.qr(self.B.double())
-        Qa, Ra = torch.linalg.qr(self.A.double().T)
-        U, s, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
+        if self.rank == 0:
+            return _zero(self), 0.0
+        Qb, (core,), Qa = common_bases([self])
+        U, s, Vh = torch.linalg.svd(core, full_matrices=False)
         keep = _kept(s, max_rank, energy)
         root = s[:keep].sqrt()  # both factors get √s: balanced, so that half precision loses least
         truncated = LowRank((Qb @ U[:, :keep]) * root, root[:, None] * (Vh[:keep] @ Qa.T)).to(self.B.dtype)
@@ -71,26 +73,79 @@ class LowRank:
         return truncated, _relative_tail(s, keep)
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """One adapted matrix of all adapters: what a merging kernel sees.
+
+    name: unique in the model: the module's name, with [i] for the i-th matrix of a fused parameter.
+    terms: one (out, in) float32 product for each adapter, in order; rank 0 where an adapter lacks the module.
+    weights: one factor for each adapter.
+    curvature: one tensor for each adapter where the method needs it: Fisher (out, in) or Gram (in, in).
+    """
+
+    name: str
+    terms: tuple[LowRank, ...]
+    weights: tuple[float, ...]
+    curvature: tuple[Tensor, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.terms[0].shape
+
+
 def add(*terms: LowRank) -> LowRank:
     """The exact sum: factors side by side, rank R₁ + R₂ + …"""
     return LowRank(torch.cat([t.B for t in terms], dim=1), torch.cat([t.A for t in terms], dim=0))
 
 
 def weighted_sum(terms: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """Σ wᵢ BᵢAᵢ exactly; terms with weight 0 are left out (all zero: one zero term of rank 1)."""
-    kept = [term.scale(weight) for term, weight in zip(terms, weights, strict=True) if weight != 0]
-    if kept:
-        return add(*kept)
-    out_features, in_features = terms[0].shape
-    return LowRank(terms[0].B.new_zeros(out_features, 1), terms[0].A.new_zeros(1, in_features))
+    """Σ wᵢ BᵢAᵢ exactly; terms with weight or rank 0 are left out (nothing left: one zero term of rank 1)."""
+    kept = [term.scale(weight) for term, weight in zip(terms, weights, strict=True) if weight != 0 and term.rank]
+    return add(*kept) if kept else _zero(terms[0])
 
 
-def from_dense(matrix: Tensor, max_rank: int) -> tuple[LowRank, float]:
-    """Truncated SVD of a dense (out, in) matrix and its relative Frobenius error.
+def common_bases(terms: Sequence[LowRank]) -> tuple[Tensor, list[Tensor], Tensor]:
+    """(U, cores, V) with terms[i] = U @ cores[i] @ Vᵀ: all terms in one small space, by QR of the stacked factors.
+
+    U (out, p) and V (in, q) have orthonormal columns, cores are (p, q), p and q at most the sum of the ranks R (of
+    which both are min(out, R) and min(in, R)); all float64. Norms, inner products and singular values of sums of the
+    terms are those of the cores.
+    """
+    Q, R = torch.linalg.qr(torch.cat([term.B for term in terms], dim=1).double())
+    P, L = torch.linalg.qr(torch.cat([term.A for term in terms], dim=0).double().T)
+    ranks = [term.rank for term in terms]
+    cores = [right @ left.T for right, left in zip(R.split(ranks, dim=1), L.split(ranks, dim=1), strict=True)]
+    return Q, cores, P
+
+
+def compact_svd(matrix: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, s, Vᵀ) of the product inside its numerical rank n: (out, n), (n,) descending, (n, in), float64.
+
+    By QR and an SVD of R×R. Singular values below the rounding of the factors' dtype are not counted.
+    """
+    Q, (core,), P = common_bases([matrix])
+    U, s, Vh = torch.linalg.svd(core, full_matrices=False)
+    rank = numerical_rank(s, matrix.B.dtype)
+    return Q @ U[:, :rank], s[:rank], Vh[:rank] @ P.T
+
+
+def numerical_rank(s: Tensor, dtype: torch.dtype) -> int:
+    """Number of singular values (descending) above the rounding of factors that were stored in `dtype`."""
+    return int((s > len(s) * torch.finfo(dtype).eps * s[:1]).sum())
+
+
+def from_dense(matrix: Tensor, max_rank: int | None) -> tuple[LowRank, float]:
+    """Truncated SVD of a dense (out, in) matrix and its relative Frobenius error; None keeps all, without an SVD.
 
     Exact up to a smaller side of 1024; above that the seeded randomised range finder of Halko, Martinsson
-    and Tropp (arXiv 0909.4061, algorithm 4.4) with oversampling and power iterations.
+    and Tropp (arXiv 0909.4061, algorithm 4.4) with oversampling and power iterations. With None one factor is the
+    identity of the smaller side: error 0.
     """
+    if max_rank is None:
+        identity = torch.eye(min(matrix.shape), dtype=matrix.dtype)
+        wide = matrix.shape[0] <= matrix.shape[1]
+        return LowRank(identity, matrix) if wide else LowRank(matrix, identity), 0.0
     if min(matrix.shape) <= DENSE_SVD_LIMIT:
         U, s, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
         keep = _kept(s, max_rank, None)
@@ -115,6 +170,11 @@ def _kept(s: Tensor, max_rank: int | None, energy: float | None) -> int:
         share = s.square().cumsum(0) / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny)
         keep = min(keep, int((share < energy - 1e-12).sum()) + 1)
     return max(keep, 1)
+
+
+def _zero(like: LowRank) -> LowRank:
+    """The zero matrix as factors of rank 1: the least that an adapter file can hold."""
+    return LowRank(like.B.new_zeros(like.shape[0], 1), like.A.new_zeros(1, like.shape[1]))
 
 
 def _relative_tail(s: Tensor, keep: int) -> float:

@@ -1,7 +1,7 @@
 """Closed-form optimum of Σᵢ (θ − θ*ᵢ)ᵀ Hᵢ (θ − θ*ᵢ) along the task vector, per module, or over all weights."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from pm_hf.errors import InputError
-from pm_hf.merging.curvature import Curvature
+from pm_hf.merging.curvature import PROBES, Curvature, delta_probe, row_chunks, shape_of
 from pm_hf.merging.lowrank import LowRank, add, from_dense
 
 Freedom = Literal["global", "module", "free"]
-FIT_TOLERANCE = 0.02  # relative change of ‖Δ‖ that half-precision storage may cause; more means another adapter
-RESIDUAL_TOLERANCE = 1e-4  # share of the free solution's step that may lie outside the columns of the task's B
+FIT_TOLERANCE = 0.02  # change of ‖Δ‖ or uᵀΔv, over ‖Δ‖, that half-precision storage may cause; more: another adapter
+RESIDUAL_TOLERANCE = 1e-4  # share of the Gram step's change of outputs that may lie outside the columns of the task's B
+RESIDUAL_PROBES = 16  # random combinations of the outputs that estimate this share
 PAST_WITHOUT_WEIGHT = 0.95
 
 
@@ -55,7 +56,8 @@ def optimal_coefficient(
     """α_t = Δᵀ(M_t − S_t θ̂_{t−1}) / Δᵀ S_t Δ, with the sums that include task t.
 
     delta: {module: Δ_t}; merged: {module: θ̂_{t−1} − θ0}, missing modules count as zero, None before the first task.
-    Both as (out, in) products; the sums run in float64 over one module at a time.
+    Both as (out, in) products, one module read at a time; the sums run in float64, from the factors and a chunk of
+    rows of S and M, so memory does not grow with the model, nor with a module, where the sums lie on disk.
     freedom: "global" gives one α for the model (the published method), "module" one for each module.
     Raises InputError when the curvature does not fit the adapters, or when it is zero or not finite where Δ moves.
     """
@@ -75,31 +77,25 @@ def optimal_coefficient(
 def free_solution(
     name: str, delta: LowRank, merged: LowRank | None, curvature: Curvature, max_rank: int | None
 ) -> tuple[LowRank, float]:
-    """Θ = M S⁺ (or M/S for the diagonal): the objective's optimum over the whole matrix of one module.
+    """Θ = M S⁺ (or M/S for the diagonal): the objective's optimum over the whole matrix of one module, (out, in).
 
     For the Gram the step from the merged model is B_t · (A_tG_t)(ΣG)⁺ as long as that model is the exact optimum of
-    the earlier tasks: rank r more, no dense solution (LOT merging, arXiv 2505.23859, in its sequential form). Where
-    the past was truncated, and for the diagonal (online Fisher merging), the dense optimum is factored to
-    `max_rank`, by default the sum of the ranks that go in. Returns the matrix and the relative error.
+    the earlier tasks: rank r more, no dense solution (LOT merging, arXiv 2505.23859, in its sequential form), reduced
+    without loss where that is more than min(out, in). Where the past was truncated, and for the diagonal (online
+    Fisher merging), the dense optimum (float32) is factored to `max_rank`, by default the sum of the ranks that go
+    in. Returns the matrix and its relative Frobenius error. Raises InputError when the curvature is zero or not finite.
+    Memory: S and its factor in float64 for the Gram; the optimum itself where it is dense; never M or S∘X whole.
     """
-    S = curvature.sum_of(name).double()
-    if not (S.isfinite().all() and curvature.M[name].isfinite().all() and S.abs().max() > 0):
-        raise InputError(f"the curvature is zero or not finite in module {name}; measure it again")
-    past = torch.zeros(delta.shape, dtype=torch.float64) if merged is None else merged.to(torch.float64).dense()
-    # M − Sθ̂ equals H_tΔ where θ̂ is already the optimum of the past
-    pull = curvature.M[name].double() - curvature.apply(name, past)
-    if curvature.settings.kind == "gram":
-        B = delta.B.double()
-        inner = torch.linalg.pinv(B) @ pull  # (r, in): A_t G_t
-        if torch.linalg.norm(pull - B @ inner) <= RESIDUAL_TOLERANCE * torch.linalg.norm(pull):
-            step = LowRank(B, _solve_right(inner, S))
-            exact = step if merged is None else add(merged.to(torch.float64), step)
-            return (exact, 0.0) if max_rank is None or exact.rank <= max_rank else exact.compress(max_rank)
-        dense = past + _solve_right(pull, S)
-    else:
-        dense = past + _divide(pull, S, delta, curvature.tasks)
-    rank = max_rank or delta.rank + (0 if merged is None else merged.rank)
-    return from_dense(dense, min(rank, *dense.shape))
+    past = LowRank(delta.B[:, :0], delta.A[:0]) if merged is None else merged
+    delta, past = delta.to(torch.float64), past.to(torch.float64)
+    solve = _weighted_mean if curvature.settings.kind == "fisher" else _gram_optimum
+    found = solve(name, delta, past, curvature)
+    full = min(*delta.shape)
+    if isinstance(found, LowRank):
+        limit = min(max_rank or full, full)
+        return (found, 0.0) if found.rank <= limit else found.compress(limit)
+    rank = max_rank or max(1, delta.rank + past.rank)
+    return from_dense(found, rank if rank < full else None)
 
 
 def fixed_coefficient(value: float, tasks: int, note: str | None = None) -> Coefficient:
@@ -109,7 +105,11 @@ def fixed_coefficient(value: float, tasks: int, note: str | None = None) -> Coef
 
 
 def check_fits(delta: Mapping[str, LowRank], curvature: Curvature) -> None:
-    """InputError unless the curvature has exactly these modules, shapes and (to storage precision) this Δ."""
+    """InputError unless the curvature has exactly these modules, shapes and (to storage precision) this Δ.
+
+    The gaps of ‖Δ‖ and of the fixed projections uᵀΔv, joined over the modules, may be 2 % of the whole ‖Δ‖. A file
+    of before the projections existed is compared by norms alone.
+    """
     names, known = set(delta), set(curvature.M)
     if names != known:
         odd = sorted(names ^ known)
@@ -117,30 +117,29 @@ def check_fits(delta: Mapping[str, LowRank], curvature: Curvature) -> None:
             f"the curvature does not fit the adapter: {len(odd)} modules stand in only one of them, first {odd[0]}; "
             "use the file that was saved with this task"
         )
+    norms, gaps, turns = [], [], []
     for name, d in delta.items():
-        if tuple(curvature.M[name].shape) != d.shape:
-            found = tuple(curvature.M[name].shape)
+        if (found := shape_of(curvature.M, name)) != d.shape:
             raise InputError(
                 f"the curvature does not fit the adapter: {name} is {d.shape} in it, {found} in the curvature"
             )
-    norms = {name: d.norm() for name, d in delta.items()}
-    ours, theirs = math.hypot(*norms.values()), math.hypot(*curvature.delta_norm.values())
-    gap = math.hypot(*(norms[name] - curvature.delta_norm[name] for name in norms))  # module by module
-    if gap > FIT_TOLERANCE * max(ours, theirs):
+        norms.append(d.norm())
+        gaps.append(norms[-1] - curvature.delta_norm[name])
+        if curvature.probe:
+            turns.append(math.dist(delta_probe(name, d), curvature.probe[name]) / PROBES**0.5)
+    ours, theirs = math.hypot(*norms), math.hypot(*curvature.delta_norm.values())
+    gap, turn = (math.hypot(*found) / (max(ours, theirs) or 1.0) for found in (gaps, turns))  # module by module
+    if max(gap, turn) > FIT_TOLERANCE:
         raise InputError(
-            f"the curvature was measured with another task adapter (‖Δ‖ {theirs:.6g} there, {ours:.6g} here); "
-            "use the file that was saved with this task"
+            f"the curvature was measured with another task adapter (‖Δ‖ {theirs:.6g} there, {ours:.6g} here; fixed "
+            f"projections differ by {turn:.2g}‖Δ‖); use the file that was saved with this task"
         )
 
 
 def _terms(name: str, delta: LowRank, merged: LowRank | None, curvature: Curvature) -> tuple[float, float, float]:
-    """(numerator, past, current) of one module, summed in float64."""
-    d = delta.to(torch.float64).dense()
-    pull = curvature.M[name].double()
-    if merged is not None:
-        pull = pull - curvature.apply(name, merged.to(torch.float64).dense())
-    whole = float((d * curvature.apply(name, d)).sum())
-    return float((d * pull).sum()), whole - curvature.current[name], curvature.current[name]
+    """(numerator ⟨Δ, M − Sθ̂⟩, past, current) of one module, in float64."""
+    whole, *drawn = curvature.quadratic(name, delta, [delta] if merged is None else [delta, merged])
+    return curvature.moment(name, delta) - sum(drawn), whole - curvature.current[name], curvature.current[name]
 
 
 def _coefficient(terms: Mapping[str, tuple[float, float, float]], tasks: int) -> Coefficient:
@@ -164,19 +163,60 @@ def _coefficient(terms: Mapping[str, tuple[float, float, float]], tasks: int) ->
     return Coefficient(raw, used, numerator, past, current, 1 / tasks, note=note)
 
 
+def _gram_optimum(name: str, delta: LowRank, past: LowRank, curvature: Curvature) -> LowRank | Tensor:
+    """θ̂ + pull·S⁺ with pull = M − θ̂S, which is H_tΔ where θ̂ is already the optimum of the earlier tasks.
+
+    Then pull = B(B⁺pull), and the result stays low-rank; otherwise it is dense, float32. What lies outside the columns
+    of B is weighed as the objective does, by tr(X S⁺ Xᵀ), on random combinations of the outputs.
+    """
+    S, rank = curvature.sum_of(name).double(), delta.rank
+    draws = torch.randn(RESIDUAL_PROBES, delta.shape[0], generator=torch.Generator().manual_seed(0), dtype=S.dtype)
+    left = torch.cat([torch.linalg.pinv(delta.B), draws])
+    pull = -(left @ past.B) @ (past.A @ S)
+    for rows, M in row_chunks(curvature.M, name):
+        pull += left[:, rows] @ M
+    _check_useful(name, bool(S.isfinite().all() and pull.isfinite().all()), bool(S.any()))
+    divide = _right_division(S)
+    outside = pull[rank:] - (draws @ delta.B) @ pull[:rank]
+    step, whole, lost = divide(torch.cat([pull, outside])).split([rank, RESIDUAL_PROBES, RESIDUAL_PROBES])
+    if (lost * outside).sum() <= RESIDUAL_TOLERANCE**2 * (whole * pull[rank:]).sum():
+        return add(past, LowRank(delta.B, step))
+    dense, drawn = torch.empty(delta.shape), past.A @ S
+    for rows, M in row_chunks(curvature.M, name):
+        dense[rows] = past.B[rows] @ past.A + divide(M - past.B[rows] @ drawn)
+    return dense
+
+
+def _weighted_mean(name: str, delta: LowRank, past: LowRank, curvature: Curvature) -> Tensor:
+    """M/S, dense, float32; entries that no task cares about (S = 0) take the running average's step Δ/t."""
+    dense, finite, some = torch.empty(delta.shape), True, False
+    sums = zip(row_chunks(curvature.S, name), row_chunks(curvature.M, name), strict=True)
+    for (rows, S), (_, M) in sums:
+        average = past.B[rows] @ past.A + (delta.B[rows] @ delta.A) / curvature.tasks
+        dense[rows] = torch.where(S > 0, M / S, average).float()
+        finite, some = finite and bool(S.isfinite().all() and M.isfinite().all()), some or bool(S.any())
+    _check_useful(name, finite, some)
+    return dense
+
+
+def _check_useful(name: str, finite: bool, some: bool) -> None:
+    if not (finite and some):
+        raise InputError(f"the curvature is zero or not finite in module {name}; measure it again")
+
+
 def _solve_right(matrix: Tensor, S: Tensor) -> Tensor:
-    """X with X S = matrix for a symmetric S ≥ 0 that was stored in float32.
+    """X with X S = matrix: see `_right_division`."""
+    return _right_division(S)(matrix)
+
+
+def _right_division(S: Tensor) -> Callable[[Tensor], Tensor]:
+    """matrix → X with X S = matrix, for a symmetric S ≥ 0 that was stored in float32.
 
     By Cholesky; where S is singular to the precision of its storage, by the pseudo-inverse cut at that precision.
     """
     noise = len(S) * torch.finfo(torch.float32).eps
     factor, failed = torch.linalg.cholesky_ex(S)
     if int(failed) or bool((factor.diagonal().square() <= noise * S.diagonal()).any()):
-        return matrix @ torch.linalg.pinv(S, hermitian=True, rtol=noise)
-    return torch.cholesky_solve(matrix.T, factor).T
-
-
-def _divide(pull: Tensor, S: Tensor, delta: LowRank, tasks: int) -> Tensor:
-    """pull / S; entries that no task cares about (S = 0) take the running average's step Δ/t."""
-    average = delta.to(torch.float64).dense() / tasks
-    return torch.where(S > 0, pull / S.clamp_min(torch.finfo(S.dtype).tiny), average)
+        inverse = torch.linalg.pinv(S, hermitian=True, rtol=noise)
+        return lambda matrix: matrix @ inverse
+    return lambda matrix: torch.cholesky_solve(matrix.T, factor).T

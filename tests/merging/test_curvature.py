@@ -1,45 +1,24 @@
 """Running sums of curvature against sums over every past task, kept in full, in float64."""
 
-import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from small_sums import FISHER, GRAM, OWNER, SHAPES, stream, task
 
 from pm_hf.errors import InputError
-from pm_hf.merging.curvature import FORMAT, Curvature, Settings, accumulate, shrink
-from pm_hf.merging.lowrank import LowRank, add
+from pm_hf.merging import curvature as kernel
+from pm_hf.merging.curvature import Settings, accumulate, delta_probe, shrink
+from pm_hf.merging.lowrank import LowRank
 
-SHAPES = {"q": (6, 5), "v": (3, 5), "up": (4, 7)}
-OWNER = {"v": "q"}  # q and v read the same input, so they share a Gram
-FISHER, GRAM = Settings("fisher"), Settings("gram", shrinkage=0.1)
-
-
-def task(seed: int, kind: str) -> tuple[dict, dict]:
-    """(measured, delta) of one task."""
-    g = torch.Generator().manual_seed(seed)
-    delta = {
-        name: LowRank(torch.randn(out, 2, generator=g), torch.randn(2, width, generator=g))
-        for name, (out, width) in SHAPES.items()
-    }
-    if kind == "fisher":
-        return {name: torch.rand(shape, generator=g) for name, shape in SHAPES.items()}, delta
-    inputs = {name: torch.randn(9, SHAPES[name][1], generator=g) for name in ("q", "up")}
-    return {name: x.T @ x / 9 for name, x in inputs.items()}, delta
+FIXED_PROBE = [165.35646601052875, -145.96145571068897, 77.28770885786221, -29.076310368505382]
 
 
-def stream(settings: Settings, tasks: int) -> list[Curvature]:
-    """Sums after each task, where every task starts from the sum of the earlier ones."""
-    owner = OWNER if settings.kind == "gram" else None
-    merged, steps = {}, []
-    for seed in range(tasks):
-        measured, delta = task(seed, settings.kind)
-        optimum = {name: add(merged[name], d) if merged else d for name, d in delta.items()}
-        previous = steps[-1] if steps else None
-        steps.append(accumulate(measured, optimum, delta, settings, 10 + seed, owner=owner, previous=previous))
-        merged = optimum
-    return steps
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """One or two rows at a time."""
+    monkeypatch.setattr(kernel, "CHUNK", 10)
 
 
 def dense_tasks(settings: Settings, tasks: int) -> list[dict]:
@@ -83,18 +62,48 @@ def test_current_is_the_quadratic_form_of_the_newest_task_alone(settings):
         assert found.delta_norm[name] == pytest.approx(float(d.norm()), rel=1e-10)
 
 
+def wide(seed: int, rank: int) -> dict[str, LowRank]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        name: LowRank(torch.randn(out, rank, generator=g), torch.randn(rank, width, generator=g))
+        for name, (out, width) in SHAPES.items()
+    }
+
+
 @pytest.mark.parametrize("settings", [FISHER, GRAM], ids=["fisher", "gram"])
-def test_apply_is_the_product_with_the_full_curvature_matrix(settings):
-    found = stream(settings, 2)[-1]
-    for name, shape in SHAPES.items():
-        X = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+@pytest.mark.parametrize("ranks", [(2, 1), (1, 9), (2, 0), (0, 2)])
+def test_forms_equal_those_with_the_full_curvature_matrix(settings, ranks):
+    found, (left, right) = stream(settings, 2)[-1], (wide(i, rank) for i, rank in enumerate(ranks))
+    for name, (out, _) in SHAPES.items():
+        X, Y = (side[name].B.double() @ side[name].A.double() for side in (left, right))
+        found.S[found.owner.get(name, name)][0, 1] += 0.25  # as it is stored, even where it is not symmetric
         S = found.sum_of(name).double()
-        full = (
-            torch.diag(S.flatten())
-            if settings.kind == "fisher"
-            else torch.kron(torch.eye(shape[0]).double(), S.T.contiguous())
-        )
-        torch.testing.assert_close(found.apply(name, X).flatten(), full @ X.flatten(), rtol=1e-12, atol=1e-12)
+        fisher = settings.kind == "fisher"
+        full = torch.diag(S.flatten()) if fisher else torch.kron(torch.eye(out).double(), S.T.contiguous())
+        expected = [float(X.flatten() @ full @ other.flatten()) for other in (Y, X)]
+        forms = found.quadratic(name, left[name], [right[name], left[name]])
+        assert forms == pytest.approx(expected, rel=1e-10, abs=1e-12)
+        moment = float((X * found.M[name].double()).sum())
+        assert found.moment(name, left[name]) == pytest.approx(moment, rel=1e-10, abs=1e-12)
+
+
+def test_the_probe_of_a_task_vector_is_a_fixed_projection():
+    ramp = LowRank(torch.arange(6.0).reshape(3, 2), torch.arange(8.0).reshape(2, 4))
+    found = delta_probe("layers.0.q", ramp)
+    assert found == pytest.approx(FIXED_PROBE, rel=1e-12), "files of earlier versions would be refused"
+    same = LowRank(torch.cat([ramp.B, -ramp.B], 1), torch.cat([2 * ramp.A, ramp.A]))
+    assert delta_probe("layers.0.q", same) == pytest.approx(found, rel=1e-12)
+    assert delta_probe("layers.0.q", ramp.scale(-1.0)) == pytest.approx([-value for value in found], rel=1e-12)
+    assert math.dist(delta_probe("layers.1.q", ramp), found) > 0.1 * ramp.norm()
+    assert delta_probe("q", LowRank(torch.zeros(3, 0), torch.zeros(0, 4))) == [0.0] * 4
+
+
+def test_probes_are_independent_and_of_the_size_of_the_task_vector():
+    delta = wide(3, 2)["up"]
+    found = torch.tensor([delta_probe(f"layer {i}", delta) for i in range(1000)]) / delta.norm()
+    moments = found.T @ found / len(found)
+    torch.testing.assert_close(moments, torch.eye(4), atol=0.15, rtol=0.0)
+    assert found.mean(0).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("settings", [FISHER, GRAM], ids=["fisher", "gram"])
@@ -177,61 +186,3 @@ def test_another_sharing_of_inputs_is_refused_and_named():
     measured, delta = task(1, "gram")
     with pytest.raises(InputError, match=r"does not fit this adapter.*\bv\b"):
         accumulate(measured, delta, delta, GRAM, 3, owner={"v": "up"}, previous=first)
-
-
-def test_a_saved_file_comes_back_bit_for_bit(tmp_path):
-    saved = stream(GRAM, 3)[-1]
-    saved.save(tmp_path / "c.safetensors")
-    loaded = Curvature.load(tmp_path / "c.safetensors")
-    for key in ("S", "M"):
-        ours, theirs = getattr(saved, key), getattr(loaded, key)
-        assert set(ours) == set(theirs)
-        assert all(torch.equal(ours[name], theirs[name]) and theirs[name].dtype == torch.float32 for name in ours)
-    for key in ("settings", "current", "delta_norm", "examples", "owner"):
-        assert getattr(loaded, key) == getattr(saved, key)
-    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
-
-
-@pytest.mark.parametrize("settings", [FISHER, GRAM], ids=["fisher", "gram"])
-def test_going_through_the_file_changes_no_bit_of_the_next_sums(tmp_path, settings):
-    straight = stream(settings, 2)
-    straight[0].save(tmp_path / "c.safetensors")
-    owner = OWNER if settings.kind == "gram" else None
-    (_, first), (measured, delta) = task(0, settings.kind), task(1, settings.kind)
-    optimum = {name: add(first[name], d) for name, d in delta.items()}
-    resumed = accumulate(
-        measured, optimum, delta, settings, 11, owner=owner, previous=Curvature.load(tmp_path / "c.safetensors")
-    )
-    assert all(torch.equal(resumed.S[name], tensor) for name, tensor in straight[1].S.items())
-    assert all(torch.equal(resumed.M[name], tensor) for name, tensor in straight[1].M.items())
-    assert resumed.examples == straight[1].examples
-
-
-def test_saving_replaces_an_older_file(tmp_path):
-    first, second = stream(FISHER, 2)
-    first.save(tmp_path / "c.safetensors")
-    second.save(tmp_path / "c.safetensors")
-    assert Curvature.load(tmp_path / "c.safetensors").tasks == 2
-
-
-def test_a_missing_file_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match=r"curvature file .*none.safetensors does not exist"):
-        Curvature.load(tmp_path / "none.safetensors")
-
-
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.99])
-def test_a_truncated_file_is_an_input_error(tmp_path, share):
-    path = tmp_path / "c.safetensors"
-    stream(FISHER, 1)[0].save(path)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(InputError, match="is not a whole safetensors file"):
-        Curvature.load(path)
-
-
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": FORMAT + "0", "curvature": json.dumps({})}])
-def test_a_foreign_safetensors_file_is_an_input_error(tmp_path, metadata):
-    path = tmp_path / "adapter_model.safetensors"
-    save_file({"S.q": torch.ones(2, 2)}, path, metadata=metadata)
-    with pytest.raises(InputError, match="is not a curvature file: expected format"):
-        Curvature.load(path)

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from pm_hf.merging.lowrank import DENSE_SVD_LIMIT, LowRank, add, from_dense, weighted_sum
+from pm_hf.merging.lowrank import DENSE_SVD_LIMIT, LowRank, add, common_bases, compact_svd, from_dense, weighted_sum
 
 
 def random_factors(out=9, inner=4, width=7, seed=0, dtype=torch.float64) -> LowRank:
@@ -213,3 +213,49 @@ def test_from_dense_of_zero_has_no_error(side):
 def test_from_dense_keeps_the_dtype(side):
     found, _ = from_dense(torch.ones(side, side), 1)
     assert found.B.dtype == found.A.dtype == torch.float32
+
+
+def nothing(out=9, width=7) -> LowRank:
+    return LowRank(torch.zeros(out, 0, dtype=torch.float64), torch.zeros(0, width, dtype=torch.float64))
+
+
+def test_rank_zero_is_the_zero_matrix():
+    zero, matrix = nothing(), random_factors()
+    assert (zero.rank, zero.norm(), zero.shape) == (0, 0.0, (9, 7))
+    assert torch.equal(zero.dense(), torch.zeros(9, 7, dtype=torch.float64))
+    assert torch.equal(add(matrix, zero).dense(), matrix.dense())
+    weighted = weighted_sum([zero, matrix], [2.0, 0.5])
+    assert weighted.rank == matrix.rank
+    for found in (weighted_sum([zero, zero], [1.0, 1.0]), zero.compress(3)[0], zero.compress(energy=0.5)[0]):
+        assert (found.rank, found.norm(), found.shape) == (1, 0.0, (9, 7))
+    assert zero.compress()[1] == 0.0
+
+
+@pytest.mark.parametrize("ranks", [(3,), (2, 0, 4), (0, 0), (5, 6), (8, 9)])  # the last two above 9×7's sides
+def test_common_bases_hold_every_term(ranks):
+    terms = [random_factors(inner=rank, seed=i) if rank else nothing() for i, rank in enumerate(ranks)]
+    U, cores, V = common_bases([term.to(torch.float32) for term in terms])
+    assert U.shape == (9, min(9, sum(ranks)))
+    assert V.shape == (7, min(7, sum(ranks)))
+    for basis in (U, V):
+        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64))
+    for term, core in zip(terms, cores, strict=True):
+        expected = term.to(torch.float32).to(torch.float64).dense()
+        torch.testing.assert_close(U @ core @ V.T, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_compact_svd_stops_at_the_numerical_rank():
+    matrix = with_spectrum([3.0, 1.0, 1e-3])
+    repeated = add(matrix, matrix.scale(0.5)).to(torch.float32)
+    U, s, Vh = compact_svd(repeated)
+    torch.testing.assert_close(s, torch.tensor([4.5, 1.5, 1.5e-3], dtype=torch.float64), rtol=1e-3, atol=0)
+    torch.testing.assert_close(U * s @ Vh, repeated.to(torch.float64).dense(), rtol=0, atol=1e-5)
+    assert [tuple(part.shape) for part in compact_svd(nothing())] == [(9, 0), (0,), (0, 7)]
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (DENSE_SVD_LIMIT + 1, DENSE_SVD_LIMIT + 2)])
+def test_from_dense_without_a_limit_keeps_every_bit(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found, error = from_dense(matrix, None)
+    assert (found.rank, error) == (min(shape), 0.0)
+    assert torch.equal(found.dense(), matrix)

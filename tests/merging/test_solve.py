@@ -1,18 +1,28 @@
 """The closed-form coefficient against the sum over all past tasks, each with its own optimum and curvature."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pm_hf.errors import InputError
+from pm_hf.merging import curvature as kernel
 from pm_hf.merging.curvature import Curvature, Settings, accumulate
 from pm_hf.merging.lowrank import LowRank, add
-from pm_hf.merging.solve import fixed_coefficient, optimal_coefficient
+from pm_hf.merging.solve import check_fits, fixed_coefficient, optimal_coefficient
 
 SHAPES = {"q": (6, 5), "v": (3, 5), "up": (4, 7)}
 OWNER = {"v": "q"}
 FISHER, GRAM = Settings("fisher"), Settings("gram", shrinkage=0.1)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """One or two rows at a time."""
+    monkeypatch.setattr(kernel, "CHUNK", 10)
+
+
 both = pytest.mark.parametrize("settings", [FISHER, GRAM], ids=["fisher", "gram"])
 
 
@@ -269,10 +279,52 @@ def test_curvature_of_another_adapter_of_the_same_total_norm_is_refused():
         optimal_coefficient(other, None, curvature)
 
 
-def test_storage_in_half_precision_is_no_other_adapter():
+def flipped(delta: LowRank) -> LowRank:
+    return delta.scale(-1.0)
+
+
+def rotated(delta: LowRank) -> LowRank:
+    """The same singular values, other directions of the outputs."""
+    square = torch.randn(len(delta.B), len(delta.B), generator=torch.Generator().manual_seed(3))
+    return LowRank(torch.linalg.qr(square)[0] @ delta.B, delta.A)
+
+
+def reordered(delta: LowRank) -> LowRank:
+    return LowRank(delta.B, delta.A.flip(1))
+
+
+turns = pytest.mark.parametrize("turn", [flipped, rotated, reordered])
+
+
+@turns
+def test_curvature_of_another_adapter_of_the_same_norms_is_refused(turn):
     measured, delta = task(1, "fisher")
     curvature = fold(FISHER, None, None, measured, delta)
-    stored = {name: d.to(torch.bfloat16).to(torch.float32) for name, d in delta.items()}
+    other = {name: turn(d) for name, d in delta.items()}
+    assert {n: d.norm() for n, d in other.items()} == pytest.approx(curvature.delta_norm, rel=1e-5)
+    with pytest.raises(InputError, match=r"another task adapter .*fixed projections differ by [\d.]+‖Δ‖"):
+        optimal_coefficient(other, None, curvature)
+    # one module of another adapter is enough
+    with pytest.raises(InputError, match="measured with another task adapter"):
+        optimal_coefficient(delta | {"up": other["up"]}, None, curvature)
+
+
+@turns
+def test_a_file_of_before_the_probe_is_guarded_by_norms_alone(turn):
+    measured, delta = task(1, "fisher")
+    curvature = replace(fold(FISHER, None, None, measured, delta), probe={})
+    assert optimal_coefficient(delta, None, curvature).raw == pytest.approx(1)
+    check_fits({name: turn(d) for name, d in delta.items()}, curvature)
+    with pytest.raises(InputError, match="measured with another task adapter"):
+        check_fits({name: turn(d).scale(1.1) for name, d in delta.items()}, curvature)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", range(20))
+def test_storage_in_half_precision_is_no_other_adapter(dtype, seed):
+    measured, delta = task(seed, "fisher")
+    curvature = fold(FISHER, None, None, measured, delta)
+    stored = {name: d.to(dtype).to(torch.float32) for name, d in delta.items()}
     assert optimal_coefficient(stored, None, curvature).raw == pytest.approx(1, abs=0.02)
 
 

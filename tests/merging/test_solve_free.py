@@ -7,12 +7,19 @@ import torch
 from torch import Tensor
 
 from pm_hf.errors import InputError
+from pm_hf.merging import curvature as kernel
 from pm_hf.merging.curvature import Curvature, Settings, accumulate
 from pm_hf.merging.lowrank import LowRank, add
 from pm_hf.merging.solve import free_solution
 
 OUT, IN, RANK = 9, 12, 2
 FISHER = Settings("fisher")
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Two rows at a time."""
+    monkeypatch.setattr(kernel, "CHUNK", 25)
 
 
 def factors(seed: int, out: int = OUT) -> LowRank:
@@ -60,6 +67,58 @@ class GramStream:
     def optimum(self) -> Tensor:
         """(ΣΘᵢGᵢ)(ΣGᵢ)⁺."""
         return self.weighted @ torch.linalg.pinv(self.grams, hermitian=True, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+def test_an_exact_optimum_of_more_factors_than_dimensions_is_reduced_without_loss(rho):
+    stream = GramStream(rho)
+    for t in range(1, 8):
+        found, error = stream.step(t)
+        assert found.rank == min(RANK * t, OUT)
+        assert error < 1e-12
+        assert close(found, stream.optimum())
+
+
+def test_what_was_cut_from_inputs_of_small_scale_is_not_forgotten():
+    # beside the pull of the large inputs the cut part is 1e-6, below the tolerance; in the outputs it is 1e-3
+    scale = torch.cat([torch.ones(IN // 2), torch.full((IN - IN // 2,), 1e-3)])
+    first, second, third = factors(1), factors(2), factors(3)
+    large, small = scale == 1, scale < 1
+    first, second = LowRank(first.B, first.A * large), LowRank(second.B, second.A * small)
+    gram = torch.diag(scale**2)
+    curvature = gram_task(None, None, first, gram, 0.1)
+    curvature = gram_task(curvature, first, second, gram, 0.1)
+    kept = first  # of the two, only the part on the large inputs
+    curvature = gram_task(curvature, kept, third, gram, 0.1)
+    found, _ = free_solution("m", third, kept, curvature, OUT)
+    optimum = curvature.M["m"].double() @ torch.linalg.inv(curvature.S["m"].double())
+    gap = (found.dense().double() - optimum) * scale
+    assert float(gap.norm() / (optimum * scale).norm()) < 1e-5
+
+
+@pytest.mark.parametrize("settings", [FISHER, Settings("gram", shrinkage=0.1)], ids=["fisher", "gram"])
+def test_a_file_gives_the_optimum_of_the_sums_in_memory(tmp_path, settings):
+    delta, start = factors(1), factors(2)
+    H = gram_of(1) if settings.kind == "gram" else torch.rand(OUT, IN, generator=torch.Generator().manual_seed(1))
+    sums = accumulate({"m": H}, {"m": add(start, delta)}, {"m": delta}, settings, 8)
+    sums.save(tmp_path / "c.safetensors")
+    for past in (start, None):
+        kept, error = free_solution("m", delta, past, sums, None)
+        read, same = free_solution("m", delta, past, Curvature.load(tmp_path / "c.safetensors"), None)
+        assert torch.equal(read.B, kept.B)
+        assert torch.equal(read.A, kept.A)
+        assert error == same
+
+
+@pytest.mark.parametrize("settings", [FISHER, Settings("gram", shrinkage=0.1)], ids=["fisher", "gram"])
+def test_a_task_that_leaves_the_module_alone_leaves_the_optimum_to_the_past(settings):
+    H = gram_of(1) if settings.kind == "gram" else torch.ones(OUT, IN)
+    first, none = factors(1), LowRank(torch.zeros(OUT, 0), torch.zeros(0, IN))
+    sums = accumulate({"m": H}, {"m": first}, {"m": first}, settings, 8)
+    sums = accumulate({"m": H}, {"m": first}, {"m": none}, settings, 8, previous=sums)
+    found, error = free_solution("m", none, first, sums, None)
+    assert error < 1e-6
+    assert close(found, first.dense().double())
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.01, 0.5])
@@ -207,7 +266,7 @@ def test_weights_without_any_curvature_take_the_average_step():
     H[:, 0] = 0.0
     sums = accumulate({"m": H}, {"m": start}, {"m": first}, FISHER, 8)
     sums = accumulate({"m": H}, {"m": add(start, second)}, {"m": second}, FISHER, 8, previous=sums)
-    found = free_solution("m", second, start, sums, OUT)[0].dense()
+    found = free_solution("m", second, start, sums, OUT)[0].dense().double()
     expected = (start.dense() + 0.5 * second.dense()).double()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

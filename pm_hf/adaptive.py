@@ -1,0 +1,242 @@
+"""AdaMerging and AdaRank: coefficients of task vectors, learned from unlabelled inputs through the model."""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pm_hf.adapters import open_adapter
+from pm_hf.adaptive_model import Coefficients, find_layers, make_terms, merged_model
+from pm_hf.download import adapter_folder
+from pm_hf.errors import InputError, raise_all
+from pm_hf.files import write_json
+from pm_hf.merging.methods import METHODS, read_options
+from pm_hf.plan import Plan, make_plan, make_request
+from pm_hf.saved import merge_saved
+from pm_hf.versions import versions
+
+Batch = Mapping[str, Any]
+Predict = Callable[[nn.Module, Batch], Tensor]
+LEARNED = tuple(name for name, method in METHODS.items() if method.learned)
+
+
+@dataclass(frozen=True)
+class Learned(Mapping[str, Any]):
+    """What was learned and from what. It, or the file that `save` writes, is the `learned=` of merge_adapters.
+
+    method, options: what to merge with. settings: those of `learn_coefficients`. inputs: the adapters. matrices:
+    {matrix name: {"coefficients": [λ of each adapter], "masks": [[0 or 1 for each singular value, the largest first]
+    of each adapter]}}, masks for adarank only; the λ of an adapter that leaves the matrix alone stays at its start.
+    history: the objective before each step, in nats.
+    """
+
+    method: str
+    options: dict[str, Any]
+    settings: dict[str, Any]
+    inputs: list[str]
+    matrices: dict[str, dict[str, list]]
+    history: list[float]
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the JSON file, whole or not at all."""
+        write_json(Path(path), self)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in list(self):
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(field.name for field in fields(self))
+
+    def __len__(self) -> int:
+        return len(fields(self))
+
+
+def learn_coefficients(
+    model: nn.Module,
+    dataloader: Iterable[Batch] | Sequence[Iterable[Batch]],
+    adapters: str | os.PathLike | Sequence[str | os.PathLike],
+    *,
+    method: str = "adamerging",
+    per: Literal["module", "task"] = "module",
+    steps: int = 500,
+    learning_rate: float = 1e-3,
+    start: float = 0.3,
+    options: Mapping[str, Any] | None = None,
+    predict: Predict | None = None,
+    seed: int = 0,
+) -> Learned:
+    """λ of the merge Σᵢ λᵢτᵢ that minimise the mean entropy of the model's predictions on unlabelled inputs.
+
+    Objective: −Σ_c p_c log p_c with p the softmax over the last dimension of the logits, in float32, mean over the
+    examples of a batch; for logits (N, T, C) over the positions whose attention_mask is not 0. A step takes one batch,
+    or one of each task's loader and sums their means. Adam with `learning_rate`; every λ begins at `start` and is not
+    confined to [0, 1]. per="task": one λᵢ for each adapter; "module": one for each adapter and matrix, a LoRA bias
+    being a matrix of its own (AdaMerging, arXiv 2310.02575, task-wise and layer-wise). "adamerging++" trims each τᵢ
+    first, as TIES does (option `density`). "adarank" also learns which singular values each τᵢ keeps,
+    Uᵢ diag(hᵢ∘sᵢ) Vᵢᵀ with h = [sigmoid(m/10) > 1/2] and the gradient of the sigmoid, every m from 0.1: all kept
+    (arXiv 2503.22178).
+
+    model: the base, not wrapped in PEFT. It runs in eval mode with the adapters' saved tensors (heads merged by
+    label, rows in the order of merge_adapters) in place of its own; afterwards it is as it was, also after an error.
+    dataloader: batches, dicts of tensors (`labels` is taken out), from the beginning again when they are exhausted;
+    or a list of such loaders, one a task. adapters: as for merge_adapters, with LoRA on Linear or Conv1D layers.
+    predict(model, batch): logits (N, C) or (N, T, C), by default `model(**batch).logits`. seed: of the random state
+    during the learning (a shuffling loader draws from it); the global one is left alone.
+
+    λ and m are float64. Task vectors act as factors, Σᵢ λᵢ(xAᵢᵀ)Bᵢᵀ, for "adamerging++" dense; float32, in a base
+    of float64 that. Cost: `steps` forward and backward passes of a batch of each loader.
+
+    Raises InputError: settings, adapters or model that do not fit, a layer that the forward pass does not reach, no
+    batches, an entropy that is not finite.
+    """
+    raise_all(_problems(model, method, per, steps, learning_rate, start), "learn_coefficients")
+    chosen = read_options(method, options)
+    paths = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    plan = _open(paths)
+    terms = {
+        name: [make_terms(matrix, layer.get_parameter("weight"), method, chosen) for matrix in plan.matrices(name)]
+        for name, layer in find_layers(model, plan).items()
+    }
+    every = [term for found in terms.values() for term in found]
+    coefficients = Coefficients(every, len(paths), start, shared=per == "task", masks=method == "adarank")
+    saved, labels, _ = merge_saved(plan)
+    device = next(model.parameters()).device
+    sources = [_endless(loader, device) for loader in _loaders(dataloader)]
+    with _seeded(seed, device), merged_model(model, saved, labels, terms, coefficients) as waiting:
+        objective = _objective(model, sources, predict or _logits, waiting)
+        history = _minimise(objective, coefficients.parameters(), steps, learning_rate)
+    used = {"per": per, "steps": steps, "learning_rate": learning_rate, "start": start, "seed": seed}
+    return Learned(method, chosen, used, [str(path) for path in paths], coefficients.values(), history)
+
+
+def _problems(model: nn.Module, method: str, per: str, steps: int, learning_rate: float, start: float) -> list[str]:
+    problems = []
+    if method not in LEARNED:
+        problems.append(f"method must be one of {', '.join(LEARNED)}, found {method!r}")
+    if per not in ("module", "task"):
+        problems.append(f"per must be module or task, found {per!r}")
+    if steps < 1:
+        problems.append(f"steps must be at least 1, found {steps}")
+    if not (learning_rate > 0 and math.isfinite(learning_rate)):
+        problems.append(f"learning_rate must be above 0 and finite, found {learning_rate}")
+    if not math.isfinite(start):
+        problems.append(f"start must be finite, found {start}")
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        problems.append("the model is wrapped in PEFT, expected the base alone; load the base again")
+    return problems
+
+
+def _open(paths: Sequence[str | os.PathLike]) -> Plan:
+    """The adapters, checked to belong together, with the weights that their heads have in the merge."""
+    if not paths:
+        raise InputError("learn_coefficients: no adapter given")
+    mean = make_request("average", None, None, "global", [1 / len(paths)] * len(paths), None, None)
+    return make_plan(mean, [open_adapter(adapter_folder(path)) for path in paths], None)
+
+
+def _loaders(dataloader: Any) -> list[Iterable[Batch]]:
+    """A loader for each task; a list of batches is one loader."""
+    several = isinstance(dataloader, list | tuple) and not any(isinstance(item, Mapping) for item in dataloader)
+    return list(dataloader) if several and dataloader else [dataloader]
+
+
+def _endless(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on the device, without labels, from the beginning again when they are exhausted."""
+    while True:
+        empty = True
+        for batch in loader:
+            if not isinstance(batch, Mapping):
+                raise InputError(f"dataloader: expected batches as dicts of tensors, found a {type(batch).__name__}")
+            empty = False
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            yield {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        if empty:
+            raise InputError(
+                "dataloader: no batches; expected at least one whenever it is iterated (a DataLoader or a list, "
+                "which a generator is not)"
+            )
+
+
+def _objective(
+    model: nn.Module, sources: Sequence[Iterator[Batch]], predict: Predict, waiting: set[str]
+) -> Callable[[], float]:
+    """The sum of the sources' mean entropies on their next batches; its gradient is added to the parameters'."""
+
+    def objective() -> float:
+        total = 0.0
+        for source in sources:
+            batch = next(source)
+            entropy = _entropy(predict(model, batch), batch)
+            entropy.backward()
+            total += float(entropy.detach())
+        if waiting:
+            raise InputError(
+                f"the forward pass does not reach {len(waiting)} adapted layers, first {min(waiting)}; give inputs, or "
+                "predict=, that reach them"
+            )
+        return total
+
+    return objective
+
+
+def _minimise(
+    objective: Callable[[], float], parameters: list[Tensor], steps: int, learning_rate: float
+) -> list[float]:
+    """The objective before each step of Adam."""
+    optimizer, history = torch.optim.Adam(parameters, lr=learning_rate), []
+    for step in tqdm(range(steps), desc="learning coefficients", unit="step", leave=False, disable=None):
+        optimizer.zero_grad()
+        history.append(objective())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not (math.isfinite(history[-1]) and all(bool(gradient.isfinite().all()) for gradient in gradients)):
+            raise InputError(
+                f"step {step}: expected an entropy and a gradient that are finite, found entropy {history[-1]}; check "
+                f"the inputs, load the base in float32, or lower learning_rate ({learning_rate:g})"
+            )
+        optimizer.step()
+    return history
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    logits = getattr(model(**batch), "logits", None)
+    if logits is None:
+        raise InputError(f"{type(model).__name__} returns no logits; give predict=, a function of model and batch")
+    return logits
+
+
+def _entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean Shannon entropy in nats over examples, or over the positions that are not padding."""
+    if logits.ndim < 2 or logits.shape[-1] < 2:
+        raise InputError(f"expected logits (examples, …, classes) of 2 classes or more, found {tuple(logits.shape)}")
+    if not logits.requires_grad:
+        raise InputError("the logits do not depend on the adapted layers; predict= must not run under torch.no_grad")
+    logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    entropy, mask = -(logs.exp() * logs).sum(-1), batch.get("attention_mask")
+    if entropy.ndim == 1 or mask is None:
+        return entropy.mean()
+    if mask.shape != entropy.shape:
+        raise InputError(
+            f"the logits have positions {tuple(entropy.shape)}, the attention_mask {tuple(mask.shape)}; give predict= "
+            "that returns logits (N, C)"
+        )
+    return entropy[mask != 0].mean()
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """A random state of its own, gradients on."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        torch.manual_seed(seed)
+        yield

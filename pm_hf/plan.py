@@ -1,0 +1,318 @@
+"""Everything about a merge that is decided and checked before a tensor is written."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pm_hf.adapter_curvature import Curvatures, load_curvature, one_for_each, task_vector
+from pm_hf.adapters import REPORT, Adapter, base_name, folded_tasks, measured_tasks
+from pm_hf.errors import InputError
+from pm_hf.files import read_json
+from pm_hf.layouts import Layout
+from pm_hf.merging.curvature import Curvature
+from pm_hf.merging.lowrank import Matrix, add
+from pm_hf.merging.methods import Kernel, get_method, read_options
+from pm_hf.merging.solve import (
+    Coefficient,
+    Freedom,
+    ZeroCurvatureError,
+    check_fits,
+    fixed_coefficient,
+    optimal_coefficient,
+)
+
+Learned = str | os.PathLike | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The method and its settings as they were asked for."""
+
+    method: str
+    curvature: Curvatures
+    coefficient: float | None
+    freedom: Freedom
+    weights: Sequence[float] | None
+    options: dict[str, Any]
+    learned: Learned | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The merge of `adapters` (in a fold the running merge, if any, then the task) with `weights`.
+
+    The result is Σ weights[i]·adapters[i], or the kernel's, or with `free` the optimum over the whole matrix.
+    absolute: weights of absolute values (heads). each: one curvature for each adapter, where the kernel needs it.
+    relative: the last adapter's Δ starts at the one before it, and the kernel wants the optimum.
+    """
+
+    adapters: list[Adapter]
+    weights: list[float]
+    absolute: list[float]
+    tasks: int
+    measured: int
+    coefficient: Coefficient | None = None
+    free: Curvature | None = None
+    kernel: Kernel | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    each: tuple[Curvature, ...] = ()
+    relative: bool = False
+    state: Any = None
+
+    @property
+    def modules(self) -> list[str]:
+        """Every module that an adapter adapts."""
+        return list(dict.fromkeys(module for adapter in self.adapters for module in adapter.layouts))
+
+    @property
+    def bias(self) -> bool:
+        """Whether the result has LoRA biases."""
+        return any(adapter.config.get("lora_bias") for adapter in self.adapters)
+
+    def weights_for(self, module: str) -> list[float]:
+        """Weights of one module; they differ where each module has a coefficient of its own."""
+        if self.coefficient is None or self.coefficient.modules is None or module not in self.coefficient.modules:
+            return self.weights
+        return [1.0, self.coefficient.for_module(module)][-len(self.adapters) :]
+
+    def absolute_for(self, module: str) -> list[float]:
+        """Weights of an absolute value: a fold is (1 − α)·running + α·task."""
+        if self.coefficient is None or self.coefficient.modules is None or module not in self.coefficient.modules:
+            return self.absolute
+        alpha = self.coefficient.for_module(module)
+        return [1 - alpha, alpha][-len(self.adapters) :]
+
+    def has_bias(self, module: str) -> bool:
+        """Whether this module of the result has a LoRA bias; PEFT then wants one in every such layer."""
+        return self.bias and self.layout(module).kind in ("linear", "conv")
+
+    def matrices(self, module: str) -> list[Matrix]:
+        """The matrices of one module as every adapter has them; rank 0 where an adapter leaves it alone."""
+        layout, bias = self.layout(module), self.has_bias(module)
+        read = [a.read(module, bias=bias) if module in a.layouts else layout.zeros(bias=bias) for a in self.adapters]
+        if self.relative:
+            read[-1] = [add(*pair) for pair in zip(read[-2], read[-1], strict=True)]
+        weights = tuple(self.weights_for(module))
+        names = layout.names(module, bias)
+        sums = self._curvatures(module)
+        return [Matrix(n, terms, weights, sums) for n, terms in zip(names, zip(*read, strict=True), strict=True)]
+
+    def stream(self) -> Iterator[Matrix]:
+        """Every matrix of the model, one module in memory at a time."""
+        for module in self.modules:
+            yield from self.matrices(module)
+
+    def layout(self, module: str) -> Layout:
+        """How the result stores a module."""
+        return next(adapter.layouts[module] for adapter in self.adapters if module in adapter.layouts).merged
+
+    def _curvatures(self, module: str) -> tuple[torch.Tensor, ...]:
+        if not self.each:
+            return ()
+        pairs = list(zip(self.each, self.adapters, strict=True))
+        known = [sums.sum_of(module).float() if module in adapter.layouts else None for sums, adapter in pairs]
+        zero = torch.zeros_like(next(found for found in known if found is not None))
+        return tuple(zero if found is None else found for found in known)
+
+
+def make_plan(request: Request, opened: list[Adapter], running: Adapter | None) -> Plan:
+    """Check that the adapters belong together and decide weights, coefficient and state."""
+    adapters = [*([running] if running else []), *opened]
+    _check_same_base(adapters)
+    method = get_method(request.method)
+    fold = running is not None or (len(opened) == 1 and method.fold and request.weights is None)
+    plan = _plan_fold(request, opened[0], running) if fold else _plan_batch(request, opened)
+    if plan.kernel is None or method.prepare is None:
+        return plan
+    past = None if running is None else _state(running)
+    return replace(plan, state=method.prepare(plan.stream, past, **plan.options))
+
+
+def _plan_batch(request: Request, adapters: list[Adapter]) -> Plan:
+    method, count = get_method(request.method), len(adapters)
+    default = 1 / count if method.weight is None else method.weight
+    weights = [default] * count if request.weights is None else list(request.weights)
+    plan = Plan(
+        adapters,
+        weights,
+        weights,
+        sum(folded_tasks(adapter) for adapter in adapters),
+        sum(measured_tasks(adapter) for adapter in adapters),
+        kernel=method.kernel,
+        options=request.options,
+        each=one_for_each(request.method, request.curvature, adapters, fold=False),
+    )
+    return replace(plan, state=_learned(request.learned, plan)) if method.learned else plan
+
+
+def _plan_fold(request: Request, task: Adapter, running: Adapter | None) -> Plan:
+    tasks = folded_tasks(task) if running is None else folded_tasks(running) + 1
+    adapters = [task] if running is None else [running, task]
+    past = measured_tasks(task) - 1 if running is None else measured_tasks(running)
+    method = get_method(request.method)
+    if method.kernel is not None:
+        alpha = request.options.get("coefficient", 1 / tasks) if request.coefficient is None else request.coefficient
+        weights = [1.0] if running is None else [1.0, 1.0]
+        absolute = [1.0] if running is None else [1 - alpha, alpha]
+        relative = running is not None and method.train_from == "merged"
+        return Plan(
+            adapters,
+            absolute if relative else weights,
+            absolute,
+            tasks,
+            past + 1,
+            kernel=None if running is None else method.kernel,
+            options=request.options,
+            each=() if running is None else one_for_each(request.method, request.curvature, adapters, fold=True),
+            relative=relative,
+            state={"tasks": tasks},
+        )
+    sums = _single(request.curvature)
+    found = _coefficient(request, task, running, sums, tasks)
+    weights = [found.used] if running is None else [1.0, found.used]
+    absolute = [1.0] if running is None else [1 - found.used, found.used]
+    solved = not math.isnan(found.numerator)  # neither given nor averaged
+    free = sums if request.freedom == "free" and solved else None
+    return Plan(adapters, weights, absolute, tasks, sums.tasks if sums else past + 1, found, free)
+
+
+def _coefficient(
+    request: Request, task: Adapter, running: Adapter | None, sums: Curvature | None, tasks: int
+) -> Coefficient:
+    if request.coefficient is not None:
+        return fixed_coefficient(request.coefficient, tasks, "given")
+    if request.method == "average":
+        return fixed_coefficient(1.0 if running is None else 1 / tasks, tasks)
+    if request.method == "coma" and running is not None:
+        return fixed_coefficient(request.options["coefficient"], tasks)
+    if request.method != "pm" or (running is None and sums is None):
+        return fixed_coefficient(1.0, tasks)
+    if sums is None:
+        raise InputError("method 'pm' needs curvature= (the file saved with the task) or coefficient=")
+    expected = 1 if running is None else measured_tasks(running) + 1
+    if sums.tasks != expected and (running is None or request.options["unmeasured_past"] != "ignore"):
+        there = "no running merge" if running is None else f"the running merge {running.path}"
+        raise InputError(
+            f"the curvature covers {sums.tasks} task(s), but there is {there}; use the file saved with this task "
+            "(or the option unmeasured_past: ignore, if the past was never measured and shall have no weight)"
+        )
+    delta, merged = task_vector(task, running, sums)
+    check_fits(delta, sums)
+    try:
+        found = optimal_coefficient(delta, merged, sums, freedom="module" if request.freedom == "module" else "global")
+    except ZeroCurvatureError:
+        if request.options["on_zero_curvature"] != "average":
+            raise
+        return fixed_coefficient(1.0 if running is None else 1 / tasks, tasks, "zero curvature: averaged")
+    unmeasured = "the past was not measured, so it has no weight" if sums.tasks < expected else found.note
+    return replace(found, one_over_t=1 / tasks, note=unmeasured)
+
+
+def _single(curvature: Curvatures) -> Curvature | None:
+    if isinstance(curvature, Sequence) and not isinstance(curvature, str):
+        raise InputError(f"this method takes one curvature file, found {len(curvature)}")
+    return load_curvature(curvature)
+
+
+def _state(adapter: Adapter) -> Mapping | None:
+    """What the method kept beside the running merge."""
+    path = adapter.path / REPORT
+    return read_json(path).get("state") if path.is_file() else None
+
+
+def _learned(learned: Learned | None, plan: Plan) -> dict[str, Any]:
+    """{matrix: {"coefficients": [...], "masks": [...]}} that fits the plan's adapters."""
+    if learned is None:
+        raise InputError("this method needs learned= (--learned FILE), made by pm_hf.learn_coefficients")
+    content = learned if isinstance(learned, Mapping) else read_json(Path(learned))
+    matrices = content.get("matrices") if isinstance(content, Mapping) else None
+    if not isinstance(matrices, Mapping):
+        raise InputError(
+            f"learned coefficients: expected {{'matrices': {{name: …}}}}, found {json.dumps(content)[:80]}"
+        )
+    names = {n for m in plan.modules for n in plan.layout(m).names(m, plan.has_bias(m))}
+    if odd := sorted(names ^ set(matrices)):
+        raise InputError(f"the learned coefficients do not fit the adapters: {len(odd)} modules, first {odd[0]}")
+    short = [n for n, found in matrices.items() if len(found["coefficients"]) != len(plan.adapters)]
+    if short:
+        raise InputError(f"the learned coefficients of {short[0]} are not {len(plan.adapters)} values, one an adapter")
+    return dict(matrices)
+
+
+def request_problems(request: Request, count: int, folding: bool) -> list[str]:
+    """Everything about the arguments that makes no sense."""
+    chosen, problems = get_method(request.method), []
+    weights, coefficient = request.weights, request.coefficient
+    if not count:
+        problems.append("no adapter given")
+    if folding and count != 1:
+        problems.append(f"into= folds one adapter, found {count}; merge them one by one, or leave into out")
+    if folding and not chosen.fold:
+        problems.append(f"method {request.method!r} merges several adapters at once; leave into= out")
+    if not folding and count > 1 and not chosen.batch:
+        problems.append(
+            f"method {request.method!r} folds one adapter into a running merge (into=), found {count} adapters"
+        )
+    if weights is not None and (folding or len(weights) != count or not chosen.batch):
+        problems.append(
+            f"weights need one value for each adapter of a merge of several, found {len(weights)} for {count}"
+        )
+    if coefficient is not None and count > 1:
+        problems.append("coefficient= belongs to folding one adapter; use weights= for several")
+    if count > 1 and request.curvature is not None and chosen.curvature in (None, "sums"):
+        problems.append("curvature= belongs to folding one adapter")
+    if request.freedom != "global" and (count > 1 or chosen.kernel is not None):
+        problems.append("freedom= belongs to folding one adapter")
+    if request.learned is not None and not chosen.learned:
+        problems.append(f"learned= belongs to methods that learn coefficients, not to {request.method!r}")
+    if coefficient is not None and not math.isfinite(coefficient):
+        problems.append(f"coefficient must be finite, found {coefficient}")
+    if weights is not None and not all(math.isfinite(weight) for weight in weights):
+        problems.append(f"weights must be finite, found {list(weights)}")
+    if request.freedom not in ("global", "module", "free"):
+        problems.append(f"freedom must be global, module or free, found {request.freedom!r}")
+    return problems
+
+
+def make_request(
+    method: str,
+    curvature: Curvatures,
+    coefficient: float | None,
+    freedom: Freedom,
+    weights: Sequence[float] | None,
+    options: Mapping[str, Any] | None,
+    learned: Learned | None,
+) -> Request:
+    """The request with the method's options read and checked."""
+    return Request(method, curvature, coefficient, freedom, weights, read_options(method, options), learned)
+
+
+def _check_same_base(adapters: Sequence[Adapter]) -> None:
+    bases = {base_name(adapter.config): str(adapter.path) for adapter in adapters}
+    if len(bases) > 1:
+        raise InputError(f"adapters of different base models cannot be merged: {bases}")
+    for key, what in (("revision", "revisions of the base model"), ("task_type", "task types")):
+        if len(found := {adapter.config[key] for adapter in adapters if adapter.config.get(key)}) > 1:
+            raise InputError(f"adapters of different {what} cannot be merged: {sorted(found)}")
+    fused = {tuple(sorted(adapter.config.get("target_parameters") or [])) for adapter in adapters}
+    if len(fused) > 1:
+        raise InputError(
+            f"adapters with different target_parameters cannot be merged, found {sorted(fused)}: the tensors of fused "
+            "parameters are named by the order in which PEFT wrapped them"
+        )
+    for module in {name for adapter in adapters for name in adapter.layouts}:
+        sites = {adapter.layouts[module].site for adapter in adapters if module in adapter.layouts}
+        if len(sites) > 1:
+            shapes = sorted({adapter.shape(module) for adapter in adapters if module in adapter.layouts})
+            raise InputError(f"{module} has different shapes in the adapters: {shapes}")
+    embeddings = any(layout.kind in ("embedding", "fused") for a in adapters for layout in a.layouts.values())
+    if embeddings and any(adapter.config.get("lora_bias") for adapter in adapters):
+        raise InputError(
+            "lora_bias and LoRA on embeddings or fused parameters do not go together in PEFT; merge without"
+        )

@@ -1,0 +1,77 @@
+"""Which PEFT configurations are a LoRA whose products are the whole update, and the way out for the others.
+
+Each way out was run with peft 0.21.2 (tests/test_merge_kinds_refused.py): PEFT's own commands run without an error
+on some adapters that they convert wrongly.
+"""
+
+from collections.abc import Mapping
+
+# initialisations that leave the base weights alone, so that scaling·BA is all that the adapter adds
+PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+# settings that only say where LoRA sits, how it was trained or who made it: the weights already tell
+HARMLESS = frozenset(
+    (
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
+        *("bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern"),
+        *("rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "runtime_config", "eva_config"),
+        *("loftq_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying"),
+        *("target_parameters", "lora_bias"),
+    )
+)
+# how AdaLoRA chose its ranks; what it learned is in the weights
+ADALORA = frozenset(
+    ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
+)
+SAVE_AS_LORA = "load it with PEFT and call peft.save_as_lora(folder, model, rank=1.0), which keeps every singular value"
+DIFFERENCE = "subtract the base's weights from those of PeftModel.merge_and_unload() and factor the difference by SVD"
+ADDITIVE = ("LOHA", "LOKR", "VERA", "RANDLORA", "FOURIERFT", "MISS", "VBLORA", "C3A", "DELORA")
+NO_UPDATE = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "ADAPTION_PROMPT", "CPT", "XLORA")
+INITS = {
+    "loftq": "name the quantised base that it was trained on as its base, with init_lora_weights: true",
+    "pissa": "save it again with model.save_pretrained(folder, path_initial_model_for_weight_conversion=FIRST), FIRST "
+    "the adapter as it was saved before training",
+}
+SETTINGS = {
+    "use_dora": "a DoRA update has full rank; train with use_dora=False",
+    "use_qalora": "train with use_qalora=False",
+    "kasa_config": f"it changes the base weights; {DIFFERENCE}",
+    "use_bdlora": DIFFERENCE,
+    "alora_invocation_tokens": "it acts on some tokens only; train a plain LoRA",
+    "trainable_token_indices": "its rows are absolute values; train the embedding with LoRA or in modules_to_save",
+    "layer_replication": "save the expanded base once and set layer_replication to null",
+    "velora_config": SAVE_AS_LORA,
+    "monteclora_config": SAVE_AS_LORA,
+    "arrow_config": "it routes between adapters; merge the adapters that it routes to",
+}
+
+
+def peft_type(config: Mapping) -> str:
+    """PEFT's name of the method, upper case."""
+    kind = config.get("peft_type")
+    return str(getattr(kind, "value", kind)).upper()
+
+
+def config_problems(config: Mapping) -> list[str]:
+    """Why this PEFT configuration is not a LoRA whose products are the whole update; empty if it is."""
+    kind = peft_type(config)
+    if kind not in ("LORA", "ADALORA"):
+        way_out = SAVE_AS_LORA if kind in ADDITIVE else f"it is no sum of low-rank products; {DIFFERENCE}"
+        way_out = "it is no update of weights; train a LoRA" if kind in NO_UPDATE else way_out
+        return [f"expected peft_type LORA, found {config.get('peft_type')}; {way_out}"]
+    problems, init = [], config.get("init_lora_weights", True)
+    if init not in PLAIN_INITS:
+        way_out = INITS.get(str(init), INITS["pissa"])
+        problems.append(
+            f"init_lora_weights={init!r} rewrites the base weights, so BA is not the task vector; {way_out}"
+        )
+    if config.get("bias", "none") != "none":
+        problems.append(
+            f"bias={config['bias']!r} trains the base's biases, which are saved as absolute values; train with "
+            "bias='none', or with lora_bias=True"
+        )
+    known = HARMLESS | ADALORA if kind == "ADALORA" else HARMLESS
+    for key in sorted(key for key, value in config.items() if key not in known and value):
+        way_out = SETTINGS.get(key, f"this pm_hf does not know it; {DIFFERENCE}, or train a plain LoRA")
+        problems.append(f"{key}={config[key]!r} makes the update more than scaling·BA; {way_out}")
+    return problems

@@ -8,6 +8,7 @@ in memory, b after saving and loading again. PEFT's svd keeps its default rank, 
 and 8-bit bases need bitsandbytes; run the script with an environment that has it.
 """
 
+# mypy: disable-error-code="import-not-found"
 import argparse
 import copy
 import importlib.util
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from environment import environment  # noqa: E402
-from peft_adapters import (  # type: ignore[import-not-found]  # noqa: E402
+from peft_adapters import (  # noqa: E402
     KINDS,
     Kind,
     active_update,
@@ -35,7 +36,7 @@ from peft_adapters import (  # type: ignore[import-not-found]  # noqa: E402
     seeded,
     update,
 )
-from peft_refused import REFUSED, trained  # type: ignore[import-not-found]  # noqa: E402
+from peft_refused import REFUSED, trained  # noqa: E402
 
 from pm_hf import InputError, merge_adapters  # noqa: E402
 from pm_hf.files import write_json  # noqa: E402

@@ -7,6 +7,7 @@ FOLDER holds settings.json and, in float64, base, task-i (task vectors), mask-i,
 imports nothing of pm_hf.
 """
 
+# mypy: disable-error-code="import-not-found"
 import json
 import sys
 from collections.abc import Iterator

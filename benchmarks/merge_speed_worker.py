@@ -5,6 +5,8 @@ line with RssAnon after the imports, then a line with the result: seconds of the
 the measurement.
 """
 
+# mypy: disable-error-code="import-not-found"
+
 import json
 import os
 import shutil
@@ -45,6 +47,7 @@ class Task:
 
 def make(task: Task) -> Result:
     """Two random adapters."""
+    ready()
     for seed, path in enumerate(task.adapters):
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
@@ -76,7 +79,7 @@ def disk(task: Task) -> Result:
     """Read both adapters and write a result of the size of ours: float32, both side by side."""
     ready()
     start = time.perf_counter()
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for i, path in enumerate(task.adapters):
         tensors |= {f"{name}.{i}": t.float() for name, t in load_file(path / "adapter_model.safetensors").items()}
     output = task.folder / "disk.safetensors"
@@ -140,7 +143,8 @@ def approximation(task: Task, folder: Path) -> tuple[torch.Tensor, float]:
 def factors(folder: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(lora_B, lora_A) of a module in float64."""
     tensors = load_file(folder / "adapter_model.safetensors")
-    return tuple(tensors[f"{PREFIX}{name}.lora_{side}.weight"].double() for side in "BA")  # type: ignore[return-value]
+    B, A = (tensors[f"{PREFIX}{name}.lora_{side}.weight"].double() for side in "BA")
+    return B, A
 
 
 def norm(B: torch.Tensor, A: torch.Tensor) -> float:
@@ -156,6 +160,7 @@ def make_fisher(task: Task) -> Result:
     from pm_hf.adapters import open_adapter
     from pm_hf.merging.curvature import FORMAT, delta_probe, quadratic_forms
 
+    ready()
     delta = open_adapter(task.adapters[1]).products()
     tiles = {size: torch.rand(size, generator=torch.Generator().manual_seed(0)) for size in set(task.sizes.values())}
     names = [name for name, _ in task.modules()]

@@ -134,6 +134,10 @@ def open_adapter(path: str | os.PathLike) -> Adapter:
     problems += [f"{CONFIG} has no {key!r}" for key in needed if not config.get(key) and not problems]
     raise_all(problems, f"adapter {path}")
     shapes = _shapes(path / WEIGHTS)
+    if peft_type(config) != "ADALORA":  # which prunes modules to rank 0
+        problems += [f"{n} is empty; gather the shards before saving" for n, shape in shapes.items() if 0 in shape][:1]
+    if compiled := [name for name in shapes if "_orig_mod." in name]:
+        problems.append(f"{compiled[0]} comes from a compiled model; save the model that torch.compile was given")
     layouts, saved = find_layouts(config, shapes, problems)
     problems += _target_problems(config, layouts) + _bias_problems(config, layouts)
     labels = read_json(path / LABELS) if (path / LABELS).is_file() else {}

@@ -95,7 +95,8 @@ def learn_coefficients(
     predict(model, batch): logits (N, C) or (N, T, C), by default `model(**batch).logits`. seed: of the random state
     during the learning (a shuffling loader draws from it); the global one is left alone.
 
-    λ and m are float64. Task vectors act as factors, Σᵢ λᵢ(xAᵢᵀ)Bᵢᵀ, for "adamerging++" dense; float32, in a base
+    The entropy also falls when predictions collapse onto few classes, as a high learning rate makes them: check the
+    accuracy where there are labels. λ and m are float64. Task vectors act as factors, Σᵢ λᵢ(xAᵢᵀ)Bᵢᵀ, for "adamerging++" dense; float32, in a base
     of float64 that. Cost: `steps` forward and backward passes of a batch of each loader.
 
     Raises InputError: settings, adapters or model that do not fit, a layer that the forward pass does not reach, no
@@ -127,8 +128,8 @@ def _problems(model: nn.Module, method: str, per: str, steps: int, learning_rate
         problems.append(f"method must be one of {', '.join(LEARNED)}, found {method!r}")
     if per not in ("module", "task"):
         problems.append(f"per must be module or task, found {per!r}")
-    if steps < 1:
-        problems.append(f"steps must be at least 1, found {steps}")
+    if not isinstance(steps, int) or steps < 1:
+        problems.append(f"steps must be an integer from 1, found {steps}")
     if not (learning_rate > 0 and math.isfinite(learning_rate)):
         problems.append(f"learning_rate must be above 0 and finite, found {learning_rate}")
     if not math.isfinite(start):

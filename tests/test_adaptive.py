@@ -128,7 +128,8 @@ def test_adam_walks_as_on_dense_weights(model, folders, method, per, count):
     assert list(found.matrices) == list(scales)
     for name, expected in scales.items():
         learned = torch.tensor(found.matrices[name]["coefficients"], dtype=torch.float64)
-        torch.testing.assert_close(learned, expected.detach(), rtol=0, atol=1e-6)
+        exact = 1e-6 if method == "adamerging++" else 1e-9  # it trims the float32 product, as the merge does
+        torch.testing.assert_close(learned, expected.detach(), rtol=0, atol=exact)
         assert found.matrices[name].get("masks", masks[name]) == masks[name]
     assert found.history == pytest.approx(history, abs=1e-7)
     moved = {value for own in found.matrices.values() for value in own["coefficients"]}
@@ -310,6 +311,10 @@ def learn(folders, model=None, data=None, **settings):
     return learn_coefficients(model or tiny_bert(), data, folders, **{"steps": 2} | settings)
 
 
+def cusp(logits):
+    return logits + (logits - logits.detach()).abs().sqrt()
+
+
 def unrelated(model, inputs):
     return torch.zeros(4, 3, requires_grad=True)
 
@@ -318,7 +323,7 @@ def unrelated(model, inputs):
     ("settings", "message"),
     [
         ({"method": "ties"}, "method must be one of adamerging, adamerging\\+\\+, adarank, found 'ties'"),
-        ({"per": "layer", "steps": 0}, "2 problems: per must be module or task, found 'layer'; steps must be at least"),
+        ({"per": "layer", "steps": 1.5}, "2 problems: per must be module or task, found 'layer'; steps must be an int"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, found 0.0"),
         ({"start": float("inf")}, "start must be finite, found inf"),
         ({"options": {"density": 0.2}}, "method adamerging: unknown option 'density'; valid: none"),
@@ -328,7 +333,8 @@ def unrelated(model, inputs):
         ({"data": (item for item in loaders()[0][:1])}, "no batches; expected at least one whenever it is iterated"),
         ({"data": [[("x", "y")]]}, "expected batches as dicts of tensors, found a tuple"),
         ({"predict": logits}, "predict= must not run under torch.no_grad"),
-        ({"predict": lambda m, b: m(**b).logits * torch.nan}, "step 0: expected an entropy .* found entropy nan"),
+        ({"predict": lambda m, b: torch.cat([m(**b).logits, torch.full((1, 3), torch.nan)])}, "found entropy nan"),
+        ({"predict": lambda m, b: cusp(m(**b).logits)}, r"step 0: expected an entropy and a .* found entropy [01]\.\d"),
         ({"predict": lambda m, b: m(**b).logits[:, :1]}, r"of 2 classes or more, found \(4, 1\)"),
         ({"predict": unrelated}, "does not reach 3 adapted layers, first bert.encoder.layer.0.attention.self.key"),
     ],

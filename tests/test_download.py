@@ -1,6 +1,7 @@
 """Adapters by Hub id: the real client against a server on the loopback."""
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -164,7 +165,11 @@ def test_merge_adapters_takes_hub_ids(hub, tmp_path, repos):
     for name, content in repos["owner/plain"]["v2"].items():
         (tmp_path / "one" / name).write_bytes(content)
     assert_same(dense(tmp_path / "out"), dense(tmp_path / "one"))
-    assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["inputs"] == sources
+    names = ("owner/plain v2", "owner/many main")
+    commits = [hashlib.sha1(name.encode()).hexdigest() for name in names]
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["inputs"] == [
+        f"{source} (commit {commit})" for source, commit in zip(sources, commits, strict=True)
+    ]
 
 
 def test_a_local_folder_wins(tmp_path, monkeypatch):

@@ -112,7 +112,7 @@ def test_domains_have_one_head_of_all_labels_and_are_learned(domain_run):
 
 def test_coefficient_in_the_step_file_is_the_solver_s(domain_run):
     folder, _ = domain_run
-    from pm_hf.merge import task_vector
+    from pm_hf.adapter_curvature import task_vector
 
     curvature = Curvature.load(folder / "task-01-odd" / "curvature.safetensors")
     task, running = open_adapter(folder / "task-01-odd" / "adapter"), open_adapter(folder / "task-00-plain" / "merged")

@@ -97,7 +97,8 @@ FOLDERS = {
     "A without B": (tensors(**{Q + "B__weight": None}), "layers.0.q has lora_A only; the file is incomplete"),
     "B without A": (tensors(**{Q + "A__weight": None}), "layers.0.q has lora_B only; the file is incomplete"),
     "unfit factors": (tensors(**{Q + "A__weight": torch.ones(3, 16)}), "lora_A .3, 16. and lora_B .12, 2. are not"),
-    "empty tensor": (tensors(**{Q + "A__weight": torch.ones(0)}), "lora_A .0,. and lora_B"),
+    "empty tensor": (tensors(**{Q + "A__weight": torch.ones(0)}), "A.weight is empty; gather the shards .*lora_A .0,."),
+    "compiled": (tensors(_orig_mod__q__lora_A__weight=torch.ones(2, 9)), "_orig_mod.q.* comes from a compiled model"),
     "half a convolution": (tensors(**{Q + "A__weight": torch.ones(2, 16, 1, 1)}), "are not the factors of a matrix"),
     "no factors": (
         lambda folder: save_file({"x": torch.ones(1)}, folder / WEIGHTS),

@@ -331,7 +331,7 @@ def test_arguments_without_perturbation_settings_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "use_dora make the update more than scaling·BA; convert it first"),
+        ({"use_dora": True}, "use_dora=True makes the update more than scaling·BA; .*train with use_dora=False"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' rewrites the base weights"),
         ({"bias": "lora_only"}, "bias='lora_only' trains the base's biases"),
     ],

@@ -96,8 +96,8 @@ def learn_coefficients(
     during the learning (a shuffling loader draws from it); the global one is left alone.
 
     The entropy also falls when predictions collapse onto few classes, as a high learning rate makes them: check the
-    accuracy where there are labels. λ and m are float64. Task vectors act as factors, Σᵢ λᵢ(xAᵢᵀ)Bᵢᵀ, for "adamerging++" dense; float32, in a base
-    of float64 that. Cost: `steps` forward and backward passes of a batch of each loader.
+    accuracy where there are labels. λ and m are float64; the task vectors act in float32 (float64 in such a base), as
+    factors Σᵢ λᵢ(xAᵢᵀ)Bᵢᵀ, dense for "adamerging++". Cost: `steps` forward and backward passes of every loader's batch.
 
     Raises InputError: settings, adapters or model that do not fit, a layer that the forward pass does not reach, no
     batches, an entropy that is not finite.

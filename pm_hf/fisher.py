@@ -64,7 +64,7 @@ def estimate_curvature(
     with _evaluation(model):
         pass_ = _Pass(kind, labels, torch.Generator().manual_seed(seed))
         examples = _run(model, watched, dataloader, samples, pass_, autocast)
-    measured = {name: (total / examples).cpu() for name, total in pass_.sums.items()}
+    measured = {name: total.div_(examples).cpu() for name, total in pass_.sums.items()}
     delta = {name: layer_product(layer, [adapter]) for name, layer in layers.items()}
     optimum = {name: layer_product(layer, layer.active_adapters) for name, layer in layers.items()}
     for name, before in (heads or {}).items():

@@ -275,7 +275,7 @@ class Run:
             autocast=self.scorer.autocast,
         )
         curvature.save(self._task_folder(index) / CURVATURE)
-        return curvature
+        return Curvature.load(self._task_folder(index) / CURVATURE)  # from here on it is read a chunk at a time
 
     def _merge(self, folder: Path, state: State, curvature: Curvature | None, index: int) -> MergeReport:
         settings = self.config.merge

@@ -148,7 +148,7 @@ def _plan_batch(request: Request, adapters: list[Adapter]) -> Plan:
         options=request.options,
         each=one_for_each(request.method, request.curvature, adapters, fold=False),
     )
-    return replace(plan, state=_learned(request.learned, plan)) if method.learned else plan
+    return replace(plan, state=_learned(request, plan)) if method.learned else plan
 
 
 def _plan_fold(request: Request, task: Adapter, running: Adapter | None) -> Plan:
@@ -226,22 +226,30 @@ def _state(adapter: Adapter) -> Mapping | None:
     return read_json(path).get("state") if path.is_file() else None
 
 
-def _learned(learned: Learned | None, plan: Plan) -> dict[str, Any]:
-    """{matrix: {"coefficients": [...], "masks": [...]}} that fits the plan's adapters."""
-    if learned is None:
+def _learned(request: Request, plan: Plan) -> dict[str, Any]:
+    """{matrix: {"coefficients": [...], "masks": [...]}} that fits the plan's adapters and the request."""
+    if request.learned is None:
         raise InputError("this method needs learned= (--learned FILE), made by pm_hf.learn_coefficients")
-    content = learned if isinstance(learned, Mapping) else read_json(Path(learned))
+    content = request.learned if isinstance(request.learned, Mapping) else read_json(Path(request.learned))
     matrices = content.get("matrices") if isinstance(content, Mapping) else None
     if not isinstance(matrices, Mapping):
         raise InputError(
-            f"learned coefficients: expected {{'matrices': {{name: …}}}}, found {json.dumps(content)[:80]}"
+            f"learned coefficients: expected {{'matrices': {{name: …}}}}, found {json.dumps(content, default=str)[:80]}"
         )
+    for key, here in (("method", request.method), ("options", request.options)):
+        if content.get(key, here) != here:
+            raise InputError(
+                f"the coefficients were learned with {key} {content[key]!r}, the merge has {here!r}; merge with the "
+                "same, or learn them again"
+            )
     names = {n for m in plan.modules for n in plan.layout(m).names(m, plan.has_bias(m))}
     if odd := sorted(names ^ set(matrices)):
         raise InputError(f"the learned coefficients do not fit the adapters: {len(odd)} modules, first {odd[0]}")
-    short = [n for n, found in matrices.items() if len(found["coefficients"]) != len(plan.adapters)]
+    keys = ("coefficients", "masks") if request.method == "adarank" else ("coefficients",)
+    short = [(n, k) for n, found in matrices.items() for k in keys if len(found.get(k, ())) != len(plan.adapters)]
     if short:
-        raise InputError(f"the learned coefficients of {short[0]} are not {len(plan.adapters)} values, one an adapter")
+        name, key = short[0]
+        raise InputError(f"the learned {key} of {name} are not {len(plan.adapters)} values, one an adapter")
     return dict(matrices)
 
 
@@ -269,6 +277,8 @@ def request_problems(request: Request, count: int, folding: bool) -> list[str]:
         problems.append("curvature= belongs to folding one adapter")
     if request.freedom != "global" and (count > 1 or chosen.kernel is not None):
         problems.append("freedom= belongs to folding one adapter")
+    if weights is not None and chosen.learned:
+        problems.append(f"weights= would contradict the coefficients that {request.method!r} has learned")
     if request.learned is not None and not chosen.learned:
         problems.append(f"learned= belongs to methods that learn coefficients, not to {request.method!r}")
     if coefficient is not None and not math.isfinite(coefficient):

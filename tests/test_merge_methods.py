@@ -213,6 +213,18 @@ REFUSED = {
     "learned for nothing": ({"method": "ties", "learned": {}}, "learned= belongs to methods that learn"),
     "learned misfits": ({"method": "adarank", "learned": {"matrices": {}}}, "do not fit the adapters: 2 modules"),
     "learned is no file": ({"method": "adarank", "learned": {"x": 1}}, "expected .*matrices.*found"),
+    "learned and weights": (
+        {"method": "adamerging", "learned": {}, "weights": [0.5, 0.5]},
+        "weights= would contradict the coefficients",
+    ),
+    "learned otherwise": (
+        {"method": "adarank", "learned": {"method": "adamerging", "matrices": {}}},
+        "learned with method 'adamerging', the merge has 'adarank'",
+    ),
+    "learned with other options": (
+        {"method": "adamerging++", "learned": {"options": {"density": 0.4}, "matrices": {}}},
+        r"learned with options \{'density': 0.4\}",
+    ),
     "freedom": ({"method": "ties", "freedom": "module"}, "freedom= belongs to folding one adapter"),
     "option": ({"method": "ties", "options": {"density": 2}}, "density .*found|density .*expected"),
     "rank and energy": ({"method": "ties", "max_rank": "full", "energy": 0.5}, "give one of them"),

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -66,9 +67,9 @@ def main() -> int:
     text = table(rows) + "\n" + refused_table(refused)
     print(text)
     if not options.no_results:
-        origin = environment()
         RESULTS.mkdir(parents=True, exist_ok=True)
-        write_json(RESULTS / "exactness.json", {"rows": rows, "refused": refused, **origin})
+        extra = {"bitsandbytes": version("bitsandbytes")} if any("bit base" in name for name in rows) else {}
+        write_json(RESULTS / "exactness.json", {"rows": rows, "refused": refused, **extra, **environment()})
         (RESULTS / "table.md").write_text(text, encoding="utf-8")
     return 0
 

@@ -2,9 +2,10 @@
 
 python benchmarks/merge_peers.py [--fusion-bench PYTHON] [--mergekit PYTHON] [--no-results]
 
-PYTHON is the interpreter of an environment with the peer: `pip install torch==2.13.0 fusion-bench==0.2.33`, and another
-one with `mergekit==0.1.5`. Each number is ‖ours − theirs‖/‖theirs‖ over all modules, ours as merge_adapters writes it
-with max_rank="full". The peer gets the same task vectors in float64, and where a method draws masks, our masks.
+PYTHON is the interpreter of an environment with the peer: one with torch==2.13.0 fusion-bench==0.2.33 "transformers<5"
+"datasets<5" "peft<0.20" (its OPCM does not import with newer ones), another with torch==2.13.0 mergekit==0.1.5. Each
+number is ‖ours − theirs‖/‖theirs‖ over all modules, ours as merge_adapters writes it with max_rank="full". The peer gets
+the same task vectors in float64, and where a method draws masks, our masks.
 """
 
 import argparse

@@ -4,12 +4,14 @@ It needs neither PEFT nor the base model: an adapter is `adapter_config.json`, `
 carries a classification head, `labels.json` ({head module: [label, …] in row order}).
 """
 
+import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,8 +62,7 @@ class Adapter:
 
     def read(self, module: str, *, bias: bool = False) -> list[LowRank]:
         """The matrices of a module's update, see Layout.read; InputError when a value is not finite."""
-        with self._tensors() as get:
-            return self.layouts[module].read(module, get, bias=bias)
+        return self.layouts[module].read(module, self._get, bias=bias)
 
     def product(self, module: str) -> LowRank:
         """s·B@A of a module whose update is one matrix; InputError for a fused or grouped one or one with a bias."""
@@ -83,8 +84,7 @@ class Adapter:
 
     def tensor(self, name: str) -> Tensor:
         """A saved tensor, in its stored dtype."""
-        with self._tensors() as get:
-            return get(name)
+        return self._get(name)
 
     def head_matrix(self, module: str) -> LowRank:
         """[weight | bias] of a saved linear head as (rows, in + 1) (or (rows, in) without a bias), float32."""
@@ -93,20 +93,17 @@ class Adapter:
             weight = torch.cat([weight, self.tensor(f"{module}.bias").float()[:, None]], dim=1)
         return LowRank(weight, torch.eye(weight.shape[1]))
 
-    @contextmanager
-    def _tensors(self) -> Iterator[Callable[[str], Tensor]]:
-        """Reader of tensors by name; the file is closed after the block so that its mapped pages go."""
-        with safe_open(self.path / WEIGHTS, "pt") as handle:
+    def _get(self, name: str) -> Tensor:
+        """One finite tensor; the file is opened once, and replacing the folder does not change what is read."""
+        tensor = self._handle.get_tensor(PREFIX + name)
+        # the sum is finite unless a value is not, or the sum overflows: only then every value is looked at
+        if not math.isfinite(tensor.sum(dtype=torch.float32).item()) and not torch.isfinite(tensor).all():
+            raise InputError(f"adapter {self.path}: {name} holds NaN or infinite values; the training diverged")
+        return tensor
 
-            def get(name: str) -> Tensor:
-                """One finite tensor."""
-                tensor = handle.get_tensor(PREFIX + name)
-                # the sum is finite unless a value is not, or the sum overflows: only then every value is looked at
-                if not tensor.sum(dtype=torch.float32).isfinite() and not torch.isfinite(tensor).all():
-                    raise InputError(f"adapter {self.path}: {name} holds NaN or infinite values; the training diverged")
-                return tensor
-
-            yield get
+    @cached_property
+    def _handle(self) -> Any:
+        return safe_open(self.path / WEIGHTS, "pt")
 
 
 class _Products(Mapping[str, LowRank]):

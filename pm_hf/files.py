@@ -149,7 +149,14 @@ def same_folder(left: Path, right: Path) -> bool:
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to that takes the name `path` when the block ends without an error."""
+    """Yield a path to write to that takes the name `path` when the block ends without an error.
+
+    Inside a folder that `new_folder` is making it is the name itself: that folder is synced as a whole.
+    """
+    found = LEFTOVER.fullmatch(path.parent.name)
+    if found and int(found["pid"]) == os.getpid():
+        yield path
+        return
     remove_leftovers(path.parent, path.name)
     with _beside(path) as folder:
         yield folder / path.name

@@ -151,7 +151,7 @@ KINDS = {
     "layers_to_transform": Kind(
         NET, PLAIN | {"layers_to_transform": [1], "layers_pattern": "layers"}, {"layers_to_transform": [0]}
     ),
-    "exclude_modules": Kind(NET, PLAIN | {"exclude_modules": ["layers.0.fc1"]}, {"exclude_modules": None}),
+    "exclude_modules": Kind(NET, PLAIN, {"exclude_modules": ["layers.0.fc1"]}),
     "fan_in_fan_out": Kind(
         partial(seeded, gpt2), {"r": 3, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, {"r": 2}
     ),

@@ -140,7 +140,8 @@ def measure_refused(name: str, folder: Path) -> dict[str, Cell]:
 
     found = trained(name, folder)
     kind, expected = Kind(found.row.model, {}, warning=".*"), found.update
-    cells = {"ours": attempt(lambda: {"report": repr(merge_adapters(found.path, folder / "ours", method="average"))})}
+    ours = attempt(lambda: {"report": repr(merge_adapters(found.path, folder / "ours", method="average"))})
+    cells: dict[str, Cell] = {"ours": {key: str(text).replace(str(found.path), name) for key, text in ours.items()}}
     if expected is None:
         return cells  # PEFT has no merged weights to compare with
     lora = found.row.config == "LoraConfig"

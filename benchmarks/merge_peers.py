@@ -4,8 +4,8 @@ python benchmarks/merge_peers.py [--fusion-bench PYTHON] [--mergekit PYTHON] [--
 
 PYTHON is the interpreter of an environment with the peer: one with torch==2.13.0 fusion-bench==0.2.33 "transformers<5"
 "datasets<5" "peft<0.20" (its OPCM does not import with newer ones), another with torch==2.13.0 mergekit==0.1.5. Each
-number is ‖ours − theirs‖/‖theirs‖ over all modules, ours as merge_adapters writes it with max_rank="full". The peer gets
-the same task vectors in float64, and where a method draws masks, our masks.
+number is ‖ours − theirs‖/‖theirs‖ over all modules, ours as merge_adapters writes it with max_rank="full". The peer
+gets the same task vectors in float64, and where a method draws masks, our masks.
 """
 
 import argparse
@@ -45,11 +45,9 @@ SETTINGS = {
 }
 NOTES = {
     ("fusion-bench", "average"): "means of whole models",
-    (
-        "fusion-bench",
-        "ties",
-    ): "one module at a time (it trims over the whole model, we each tensor, as the paper's code "
-    "and PEFT), and a share that makes its number of kept entries ours (it keeps int(share·N) + 1)",
+    ("fusion-bench", "ties"): "one module at a time, and as many entries kept as ours (it keeps int(share·N) + 1)",
+    ("fusion-bench", "ties, whole model"): "differs by convention: it trims over the whole model, we trim each tensor, "
+    "as PEFT and mergekit do",
     ("fusion-bench", "dare"): "our masks",
     ("fusion-bench", "dare_ties"): "our masks, its second trimming after the drop switched off, one module at a time",
     ("fusion-bench", "magmax"): "its default scale 0.5 set to 1; of equals it takes the last, we the first",
@@ -76,11 +74,14 @@ Tensors = Mapping[str, Tensor]
 def main() -> int:
     """Merge, let the peers merge, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fusion-bench", default="/tmp/peers/bin/python", help="interpreter with fusion-bench")
-    parser.add_argument("--mergekit", default="/tmp/peers_mk/bin/python", help="interpreter with mergekit")
+    parser.add_argument("--fusion-bench", help="interpreter with fusion-bench")
+    parser.add_argument("--mergekit", help="interpreter with mergekit")
     parser.add_argument("--no-results", action="store_true", help="print only")
     options = parser.parse_args()
-    peers = {"fusion-bench": options.fusion_bench, "mergekit": options.mergekit}
+    given = {"fusion-bench": options.fusion_bench, "mergekit": options.mergekit}
+    peers = {peer: python for peer, python in given.items() if python}
+    if not peers:
+        parser.error("give --fusion-bench, --mergekit or both")
     torch.set_num_threads(1)
     found: dict[str, dict] = {peer: {"differences": {}} for peer in peers}
     with tempfile.TemporaryDirectory() as temporary:

@@ -7,7 +7,6 @@ FOLDER holds settings.json and, in float64, base, task-i (task vectors), mask-i,
 imports nothing of pm_hf.
 """
 
-# mypy: disable-error-code="import-not-found"
 import json
 import sys
 from collections.abc import Iterator
@@ -106,6 +105,7 @@ def fusion_bench(data: Data) -> Iterator[tuple[str, Tensors]]:
         algorithm = DareTaskArithmetic(scale, drop, only_on_linear_weights=False)
         yield "dare", data.update(algorithm.run(pool(data.pool())))
     yield "ties", {k: v for name in data.base for k, v in _fusion_ties(data.one_module(name), pool).items()}
+    yield "ties, whole model", _fusion_ties(data, pool)
     yield "dare_ties", {k: v for name in data.base for k, v in _fusion_dare_ties(data.one_module(name), pool).items()}
     weights = {f"{name}.weight": [task[name] for task in data.tasks] for name in data.base}
     off_diagonal = 1 - options["shrinkage"]
@@ -123,8 +123,7 @@ def fusion_bench(data: Data) -> Iterator[tuple[str, Tensors]]:
 def _fusion_ties(data: Data, pool) -> Tensors:
     from fusion_bench.method.ties_merging.ties_merging import TiesMergingAlgorithm
 
-    (weight,) = data.base.values()
-    share = data.kept(data.settings["ties_density"], weight.numel())
+    share = data.kept(data.settings["ties_density"], sum(weight.numel() for weight in data.base.values()))
     algorithm = TiesMergingAlgorithm(scaling_factor=1.0, threshold=share, remove_keys=[], merge_func="mean")
     return data.update(algorithm.run(pool(data.pool())))
 

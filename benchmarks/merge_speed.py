@@ -202,11 +202,11 @@ def targets(rows: list[Row]) -> list[str]:
         if not what.startswith("ours"):
             continue
         limit = row["adapters_mb"] + row.get("module_mb", 0) + LIMIT_MB
-        memory = f"{row['increase_mb']:.0f} MB above imports, {row['peak_mb']:.0f} MB in all (target {limit:.0f})"
+        memory = f"{row['peak_mb']:.0f} MB in all (target {limit:.0f}), {row['increase_mb']:.0f} MB above imports"
         text = f"{shape} {what.removeprefix('ours').strip(', ')}, {dtype}: {memory}"
         if "file_mb" in row:
             text += f", {row['seconds']:.1f} s for a file of {row['file_mb']:.0f} MB"
-        line(text, row["increase_mb"] <= limit)
+        line(text, row["peak_mb"] <= limit)
     return lines
 
 

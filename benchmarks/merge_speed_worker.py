@@ -5,8 +5,6 @@ line with RssAnon after the imports, then a line with the result: seconds of the
 the measurement.
 """
 
-# mypy: disable-error-code="import-not-found"
-
 import json
 import os
 import shutil
@@ -69,20 +67,22 @@ def ours(task: Task) -> Result:
 
     ready()
     output, rank = task.folder / "ours", task.rank if task.what == "ours compressed" else None
+    shutil.rmtree(output, ignore_errors=True)
     start = time.perf_counter()
-    report = merge_adapters(task.adapters, output, method="average", weights=[0.3, 0.7], max_rank=rank, overwrite=True)
+    report = merge_adapters(task.adapters, output, method="average", weights=[0.3, 0.7], max_rank=rank)
     seconds = time.perf_counter() - start
     return task.facts() | {"seconds": seconds} | ({"error": report.error} if rank else {})
 
 
 def disk(task: Task) -> Result:
     """Read both adapters and write a result of the size of ours: float32, both side by side."""
+    output = task.folder / "disk.safetensors"
+    output.unlink(missing_ok=True)
     ready()
     start = time.perf_counter()
     tensors: dict[str, torch.Tensor] = {}
     for i, path in enumerate(task.adapters):
         tensors |= {f"{name}.{i}": t.float() for name, t in load_file(path / "adapter_model.safetensors").items()}
-    output = task.folder / "disk.safetensors"
     save_file(tensors, output)
     if task.what == "disk, synced":
         with open(output, "rb") as handle:
@@ -191,8 +191,9 @@ def fisher(task: Task) -> Result:
 
     ready()
     file, output = task.folder / f"{task.shape}-fisher.safetensors", task.folder / "folded"
+    shutil.rmtree(output, ignore_errors=True)
     start = time.perf_counter()
-    report = merge_adapters(task.adapters[1], output, into=task.adapters[0], curvature=file, overwrite=True)
+    report = merge_adapters(task.adapters[1], output, into=task.adapters[0], curvature=file)
     seconds = time.perf_counter() - start
     assert report.coefficient is not None
     assert report.coefficient.raw > 0

@@ -17,6 +17,8 @@ from pm_hf.layouts import CONFIG, Layout
 from pm_hf.merging.lowrank import LowRank, weighted_sum
 from pm_hf.refusals import ADALORA
 
+CARD = "README.md"
+
 
 @dataclass(frozen=True)
 class Update:
@@ -39,13 +41,16 @@ def write_adapter(
     saved: Mapping[str, Tensor],
     labels: Mapping[str, list[str]],
     *,
+    ambiguous: bool = False,
     overwrite: bool = False,
     extra: Mapping[str, object] | None = None,
 ) -> None:
     """Write a plain PEFT adapter (lora_alpha = r, scaling 1), read it back, compare, then let it take its name.
 
-    template: an adapter_config.json whose other fields are kept. updates: {module: Update}, emptied while it is
-    written so that each matrix is in memory once. extra: further JSON files {name: value}.
+    template: an adapter_config.json whose other fields are kept. ambiguous: the ends of the modules' names may match
+    other modules of the base too, so target_modules is written as an expression for the whole names. updates:
+    {module: Update}, emptied while it is written so that each matrix is in memory once. A README.md in the old folder
+    is kept. extra: further JSON files {name: value}.
     InputError when `path` exists and `overwrite` is False; whatever was there stays whole until the new folder has
     been checked.
     """
@@ -53,7 +58,7 @@ def write_adapter(
     # PEFT's rank_pattern cannot tell the parameters of one module apart, so all fused ones share `r`
     shared = max((updates[module].rank for module in fused), default=0)
     ranks = {module: shared if module in fused else update.rank for module, update in updates.items()}
-    config = _merged_config(template, updates, ranks, saved)
+    config = _merged_config(template, updates, ranks, saved, ambiguous)
     modules = set(updates)
     tensors = {PREFIX + name: tensor.contiguous().clone() for name, tensor in saved.items()}
     for module in sorted(modules):
@@ -64,6 +69,8 @@ def write_adapter(
         _write(folder, config, tensors, labels)
         for name, value in (extra or {}).items():
             write_json(folder / name, value)
+        if (path / CARD).is_file():  # perhaps written by hand
+            (folder / CARD).write_bytes((path / CARD).read_bytes())
         _compare(folder, modules, tensors)
 
 
@@ -114,7 +121,11 @@ def _write(folder: Path, config: Mapping, tensors: Mapping[str, Tensor], labels:
 
 
 def _merged_config(
-    template: Mapping, updates: Mapping[str, Update], ranks: Mapping[str, int], saved: Mapping[str, Tensor]
+    template: Mapping,
+    updates: Mapping[str, Update],
+    ranks: Mapping[str, int],
+    saved: Mapping[str, Tensor],
+    ambiguous: bool,
 ) -> dict:
     plain = sorted(module for module, update in updates.items() if update.layout.kind != "fused")
     stored = {module: updates[module].layout.stored_rank(rank) for module, rank in ranks.items()}
@@ -124,7 +135,7 @@ def _merged_config(
     odd = {f"^{re.escape(module)}": stored[module] for module in plain if stored[module] != rank}
     full = "|".join(re.escape(module) for module in plain)
     roots = [root for root in template.get("modules_to_save") or [] if any(under(name, root) for name in saved)]
-    ambiguous = template.get("exclude_modules") or any("." not in module for module in plain)
+    ambiguous = ambiguous or any("." not in module for module in plain)
     kept = {key: value for key, value in template.items() if key not in ADALORA}
     return kept | {
         "peft_type": "LORA",

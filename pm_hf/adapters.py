@@ -4,10 +4,11 @@ It needs neither PEFT nor the base model: an adapter is `adapter_config.json`, `
 carries a classification head, `labels.json` ({head module: [label, …] in row order}).
 """
 
+import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from pm_hf.errors import InputError, raise_all
 from pm_hf.files import read_json
 from pm_hf.layouts import CONFIG, Layout, find_layouts
 from pm_hf.merging.lowrank import LowRank
-from pm_hf.refusals import config_problems, peft_type
+from pm_hf.refusals import config_problems, peft_type, type_problems
 
 WEIGHTS, LABELS = "adapter_model.safetensors", "labels.json"
 REPORT = "merge_report.json"
@@ -53,6 +54,11 @@ class Adapter:
     def scaling(self) -> dict[str, float]:
         """{module: s} of the update s·B@A."""
         return {module: layout.scaling for module, layout in self.layouts.items()}
+
+    def digest(self) -> str:
+        """SHA-256 of the weights file, first 16 hexadecimal digits."""
+        with open(self.path / WEIGHTS, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
     @property
     def base_copies(self) -> tuple[str, ...]:
@@ -127,8 +133,7 @@ def open_adapter(path: str | os.PathLike) -> Adapter:
     path = Path(path)
     config = _config(path)
     problems = config_problems(config)
-    needed = ("init_r", "lora_alpha") if peft_type(config) == "ADALORA" else ("r", "lora_alpha")
-    problems += [f"{CONFIG} has no {key!r}" for key in needed if not config.get(key) and not problems]
+    problems = problems or [f"{CONFIG} {problem}" for problem in type_problems(config)]
     raise_all(problems, f"adapter {path}")
     shapes = _shapes(path / WEIGHTS)
     if peft_type(config) != "ADALORA":  # which prunes modules to rank 0
@@ -138,8 +143,8 @@ def open_adapter(path: str | os.PathLike) -> Adapter:
     layouts, saved = find_layouts(config, shapes, problems)
     problems += _target_problems(config, layouts) + _bias_problems(config, layouts)
     labels = read_json(path / LABELS) if (path / LABELS).is_file() else {}
-    if not isinstance(labels, dict) or not all(isinstance(names, list) for names in labels.values()):
-        raise InputError(f"adapter {path}: {LABELS} must hold {{head module: [label, …]}}")
+    if not isinstance(labels, dict) or not all(_are_labels(names) for names in labels.values()):
+        raise InputError(f"adapter {path}: {LABELS} must hold {{head module: [label, …]}}, labels texts or numbers")
     problems += _label_problems(labels, shapes)
     adapter = Adapter(path, config, layouts, tuple(saved), labels)
     strange = [name for name in adapter.base_copies if name.split(".")[-2:-1] not in [[e] for e in EMBEDDINGS]]
@@ -157,20 +162,33 @@ def base_name(config: Mapping) -> str:
 
 def folded_tasks(adapter: Adapter) -> int:
     """Number of tasks in a merged adapter, from its merge_report.json; 1 for an adapter that is no merge."""
-    path = adapter.path / REPORT
-    return int(read_json(path)["tasks"]) if path.is_file() else 1
+    tasks: int = merge_record(adapter)["tasks"]
+    return tasks
 
 
 def measured_tasks(adapter: Adapter) -> int:
     """Number of its tasks that the running curvature covers: all, unless a past was left unmeasured."""
+    record = merge_record(adapter)
+    measured: int = record["tasks"] if record.get("measured") is None else record["measured"]
+    return measured
+
+
+def merge_record(adapter: Adapter) -> dict:
+    """What merge_report.json says of an adapter's past: at least `tasks`; InputError when it makes no sense."""
     path = adapter.path / REPORT
-    measured = read_json(path).get("measured") if path.is_file() else None
-    return folded_tasks(adapter) if measured is None else int(measured)
+    record = read_json(path) if path.is_file() else {"tasks": 1}
+    tasks, measured = (record.get("tasks"), record.get("measured")) if isinstance(record, dict) else (None, None)
+    if type(tasks) is not int or tasks < 1 or not (measured is None or (type(measured) is int and measured >= 0)):
+        raise InputError(
+            f"{path} is no report of a merge: expected tasks ≥ 1 and measured ≥ 0, found {tasks} and {measured}; "
+            "merge again, or remove the file"
+        )
+    return record
 
 
 def under(name: str, root: str) -> bool:
-    """Whether a tensor belongs to a module of that name, at any depth."""
-    return f".{name}".find(f".{root}.") >= 0
+    """Whether a tensor belongs to a module that PEFT saves for this entry: one whose name ends with it."""
+    return f"{root}." in name
 
 
 def _config(path: Path) -> dict:
@@ -204,19 +222,36 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _target_problems(config: Mapping, layouts: Mapping[str, Layout]) -> list[str]:
     """Modules in the weights that the configuration does not target: PEFT would leave them out without a word."""
-    targets = config.get("target_modules")
-    if targets is None or targets == "all-linear" or config.get("ensure_weight_tying"):
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if config.get("ensure_weight_tying"):  # which adds modules by itself
         return []
-    if isinstance(targets, str):
-        expression = re.compile(targets)
-        outside = [m for m, layout in layouts.items() if layout.kind != "fused" and not expression.fullmatch(m)]
-    else:
-        outside = [
-            module
-            for module, layout in layouts.items()
-            if layout.kind != "fused" and not any(module == t or module.endswith(f".{t}") for t in targets)
-        ]
+    modules = [module for module, layout in layouts.items() if layout.kind != "fused"]
+    every = targets is None or targets == "all-linear"
+    outside = [
+        module
+        for module in modules
+        if not (every or _named(module, targets or ()))
+        or (excluded and _named(module, excluded))
+        or not _in_layers(module, config)
+    ]
     return [f"{len(outside)} modules are not in target_modules of {CONFIG}, first {outside[0]}"] if outside else []
+
+
+def _named(module: str, names: str | Sequence[str]) -> bool:
+    """PEFT's match of target_modules and exclude_modules: an expression for the whole name, or ends of it."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _in_layers(module: str, config: Mapping) -> bool:
+    """PEFT's match of layers_to_transform: the number after a layers_pattern, or after any name, in the module."""
+    wanted, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
+    if wanted is None or wanted == []:
+        return True
+    patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
+    found = next((match for p in patterns if (match := re.match(rf"(?:.*?\.)?{p}\.(\d+)\.", module))), None)
+    return found is None or int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
 
 
 def _bias_problems(config: Mapping, layouts: Mapping[str, Layout]) -> list[str]:
@@ -224,6 +259,10 @@ def _bias_problems(config: Mapping, layouts: Mapping[str, Layout]) -> list[str]:
     odd = [m for m, layout in layouts.items() if layout.kind in ("linear", "conv") and layout.bias != wanted]
     there = "lacks its lora_B.bias" if wanted else "has a lora_B.bias"
     return [f"{CONFIG} says lora_bias {wanted}, but {odd[0]} {there}"] if odd else []
+
+
+def _are_labels(names: object) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str | int | float) for name in names)
 
 
 def _label_problems(labels: Mapping[str, list], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -33,7 +33,8 @@ LEARNED = tuple(name for name, method in METHODS.items() if method.learned)
 class Learned(Mapping[str, Any]):
     """What was learned and from what. It, or the file that `save` writes, is the `learned=` of merge_adapters.
 
-    method, options: what to merge with. settings: those of `learn_coefficients`. inputs: the adapters. matrices:
+    method, options: what to merge with. settings: those of `learn_coefficients`. inputs: the adapters. digests: of
+    their weights files, which merge_adapters compares. matrices:
     {matrix name: {"coefficients": [λ of each adapter], "masks": [[0 or 1 for each singular value, the largest first]
     of each adapter]}}, masks for adarank only; the λ of an adapter that leaves the matrix alone stays at its start.
     history: the objective before each step, in nats.
@@ -43,6 +44,7 @@ class Learned(Mapping[str, Any]):
     options: dict[str, Any]
     settings: dict[str, Any]
     inputs: list[str]
+    digests: list[str]
     matrices: dict[str, dict[str, list]]
     history: list[float]
     versions: dict[str, str] = field(default_factory=versions)
@@ -119,7 +121,8 @@ def learn_coefficients(
         objective = _objective(model, sources, predict or _logits, waiting)
         history = _minimise(objective, coefficients.parameters(), steps, learning_rate)
     used = {"per": per, "steps": steps, "learning_rate": learning_rate, "start": start, "seed": seed}
-    return Learned(method, chosen, used, [str(path) for path in paths], coefficients.values(), history)
+    digests = [adapter.digest() for adapter in plan.adapters]
+    return Learned(method, chosen, used, [str(path) for path in paths], digests, coefficients.values(), history)
 
 
 def _problems(model: nn.Module, method: str, per: str, steps: int, learning_rate: float, start: float) -> list[str]:

@@ -129,12 +129,16 @@ def _merge(options: argparse.Namespace) -> int:
     )
     alpha = report.coefficient
     if alpha is not None:
-        print(f"coefficient {alpha.used:.6f} (raw {alpha.raw:.6f}, 1/t {alpha.one_over_t:.6f})")
+        note = f"; {alpha.note}" if alpha.note and alpha.note != "given" else ""
+        print(f"coefficient {alpha.used:.6f} (raw {alpha.raw:.6f}, 1/t {alpha.one_over_t:.6f}){note}")
     elif report.weights is not None:
         print("weights " + " ".join(f"{weight:.6g}" for weight in report.weights))
     for name, module in report.modules.items():
         ranks = "+".join(str(rank) for rank in module["ranks_in"])
         print(f"{name}: rank {ranks} -> {module['rank_out']}, relative error {module['error']:.2e}")
+    for name, how in report.heads.items():
+        print(f"{name}: {how}")
+    print(f"largest error {report.error:.2e} of the truncation, {report.cast_error:.2e} of the storage dtype")
     memory = "" if report.peak_memory_mb is None else f", peak memory {report.peak_memory_mb:.0f} MB"
     print(f"{report.seconds:.2f} s{memory}")
     print("dry run: nothing written" if options.dry_run else f"written: {options.output}")

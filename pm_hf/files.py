@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from pm_hf.errors import InputError
 
-LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)")
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)(-\d+)?")
+_number, _open = count(), set[Path]()  # temporary folders of this process: how many there were, which are in use
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux <fcntl.h> and <linux/fs.h>
 
@@ -80,7 +82,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file; InputError when it is missing or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
 
 
@@ -107,7 +109,7 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         yield temporary
         for entry in (*temporary.rglob("*"), temporary):
             _sync(entry)
-        _swap(temporary, path)
+        _swap(temporary, path) if overwrite else _claim(temporary, path)
 
 
 def copy_folder(source: Path, target: Path) -> None:
@@ -128,7 +130,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """
     for path in folder.iterdir():
         found = LEFTOVER.fullmatch(path.name)
-        if not found or name not in (None, found["name"]) or _alive(int(found["pid"])):
+        if not found or name not in (None, found["name"]) or path in _open or _alive(int(found["pid"])):
             continue
         target = folder / found["name"]
         if found["kind"] == "old" and not target.exists():
@@ -167,7 +169,8 @@ def _new_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; it is gone afterwards, and an OSError in the block becomes a WriteError."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{next(_number)}")
+    _open.add(temporary)
     try:
         temporary.mkdir()
         yield temporary
@@ -178,6 +181,17 @@ def _beside(path: Path) -> Iterator[Path]:
         _sync(path.parent)  # what was replaced goes only after this
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        _open.discard(temporary)
+
+
+def _claim(new: Path, path: Path) -> None:
+    """Give `new` the name `path`, which nothing else may have taken meanwhile."""
+    try:
+        os.rename(new, path)
+    except OSError as error:
+        if not path.exists():
+            raise
+        raise InputError(f"output {path} exists now, another process wrote it; choose another folder") from error
 
 
 def _swap(new: Path, path: Path) -> None:
@@ -206,7 +220,7 @@ def _exchange(left: Path, right: Path) -> bool:
 
 
 def _alive(pid: int) -> bool:
-    """Whether another process of this number runs; this one writes one thing at a time, so what it left is stale."""
+    """Whether another process of this number runs."""
     if pid == os.getpid():
         return False
     try:

@@ -4,6 +4,7 @@ Updates are ΔW = s·BA, (out, in), one matrix or several (fused experts, groupe
 read in float32, one module at a time; norms, singular values, cosines and angles come from their factors in float64.
 """
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,8 @@ def _place(adapter: Adapter, module: str) -> dict[str, Any]:
 def _module(adapter: Adapter, module: str) -> dict[str, Any]:
     bias = adapter.layouts[module].bias
     matrices = adapter.read(module, bias=bias)
+    if not all(math.isfinite(matrix.norm()) for matrix in matrices):
+        raise InputError(f"{module}: the update overflows float32")
     bias_norm = {"bias_norm": matrices.pop().norm()} if bias else {}
     values = [compact_svd(matrix)[1] for matrix in matrices]
     numbers = {

@@ -159,6 +159,9 @@ def _layout(config: Mapping, module: str, tensors: Mapping[str, Shape], problems
         there = min(tensors).removesuffix(".weight")
         problems.append(f"{module} has lora_{there} only; the file is incomplete")
         return None
+    if more := set(tensors) - wanted - (set() if embedding else {"B.bias"}):
+        problems.append(f"{module} has lora_{min(more)} beside {' and '.join(sorted(wanted))}; save it again with PEFT")
+        return None
     A, B = (tensors[name] for name in sorted(wanted))
     parameters = parameters_of(config, module)
     if ".base_layer" in module and not parameters:
@@ -185,8 +188,9 @@ def _layout(config: Mapping, module: str, tensors: Mapping[str, Shape], problems
     if count is None:
         problems.append(f"{module}: lora_A {A} and lora_B {B} are not the factors of a matrix")
     elif count == 0:
+        overlap = "; give each module an entry of its own in rank_pattern" if config.get("rank_pattern") else ""
         there = f"rank {A[0]}" if kind != "fused" else f"{A[0]} rows in lora_A, no multiple of it"
-        problems.append(f"{module}: {CONFIG} says rank {rank}, the weights have {there}")
+        problems.append(f"{module}: {CONFIG} says rank {rank}, the weights have {there}{overlap}")
     return Layout(kind, scaling, A, B, count, "B.bias" in tensors) if count else None
 
 

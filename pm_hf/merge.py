@@ -27,6 +27,7 @@ from pm_hf.saved import merge_saved, roots
 from pm_hf.versions import versions
 
 FILES = (CONFIG, WEIGHTS, LABELS, REPORT, "README.md")  # what a folder to overwrite may hold
+LONGEST_NAME = 200  # bytes; file systems take 255, and the temporary name is longer
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -101,7 +102,8 @@ def merge_adapters(
     the best approximation. Methods whose result is dense are factored to `max_rank`, by default the sum of the input
     ranks; "full" keeps all. Errors stand in the report. Computed in float32, decompositions and coefficients in
     float64, cast once to `dtype`. Tensors of `modules_to_save` are absolute values: heads merge by label (a new label
-    appends its row), others by the same coefficient. One module is in memory at a time, beside the result.
+    appends its row), others by the same coefficient, and what only one adapter has is taken as it is; they keep their
+    dtype, or are float32 where several were combined. One module is in memory at a time, beside the result.
 
     `output` gets adapter_model.safetensors, adapter_config.json, labels.json (with a head) and merge_report.json;
     it is read back and compared before it takes its name. Raises InputError before anything is written.
@@ -121,7 +123,7 @@ def merge_adapters(
         opened = [open_adapter(adapter_folder(path)) for path in paths]
         running = None if into is None else open_adapter(adapter_folder(into))
         if not dry_run:
-            _check_space(Path(output), sum(a.path.joinpath(WEIGHTS).stat().st_size for a in opened), size)
+            _check_space(Path(output), [*opened, *([running] if running else [])], size)
         plan = make_plan(request, opened, running)
         saved, labels, heads = merge_saved(plan)
         updates, modules, rounding = _merge_modules(plan, size, keep=not dry_run)
@@ -145,10 +147,29 @@ def merge_adapters(
             return replace(report, seconds=time.perf_counter() - start, peak_memory_mb=memory.peak_mb)
 
         if not dry_run:
-            template = plan.adapters[-1].config | {"modules_to_save": roots(plan.adapters)}
-            extra = {REPORT: asdict(finished())}
-            write_adapter(Path(output), template, updates, saved, labels, overwrite=overwrite, extra=extra)
+            write_adapter(
+                Path(output),
+                _template(plan),
+                updates,
+                saved,
+                labels,
+                ambiguous=any(_leaves_some_out(adapter.config) for adapter in plan.adapters),
+                overwrite=overwrite,
+                extra={REPORT: asdict(finished())},
+            )
         return finished()
+
+
+def _template(plan: Plan) -> dict:
+    """The last adapter's settings; what only an earlier one says of the base comes from there."""
+    configs = [adapter.config for adapter in plan.adapters]
+    about = {key: next((c[key] for c in configs if c.get(key)), None) for key in ("revision", "task_type")}
+    return configs[-1] | about | {"modules_to_save": roots(plan.adapters)}
+
+
+def _leaves_some_out(config: Mapping) -> bool:
+    """Whether modules whose names end like those of the adapter were left alone."""
+    return bool(config.get("exclude_modules")) or config.get("layers_to_transform") is not None
 
 
 def _traced(source: str | os.PathLike, adapter: Adapter) -> str:
@@ -167,8 +188,13 @@ def _merge_modules(plan: Plan, size: _Size, keep: bool) -> tuple[dict[str, Updat
         for matrix in plan.matrices(module):
             merged, error = _merge_matrix(plan, module, matrix, size)
             errors.append((error, merged.norm() if layout.count > 1 else 1.0))
+            stored = merged.to(size.dtype)
+            if not (stored.A.isfinite().all() and stored.B.isfinite().all()):
+                raise InputError(
+                    f"{matrix.name}: merged values do not fit {size.dtype}; use dtype='float32' or 'bfloat16'"
+                )
             rounding.append(cast_error(merged, size.dtype))
-            matrices.append(merged.to(size.dtype))
+            matrices.append(stored)
         update = Update(layout, matrices, plan.has_bias(module))
         if keep:
             updates[module] = update
@@ -246,13 +272,25 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise InputError(
             f"output {output} exists; choose another folder, or overwrite=True (--overwrite) to replace it"
         )
-    strange = sorted(p.name for p in output.iterdir() if p.name not in FILES) if output.is_dir() else []
+    try:
+        output = output.resolve()
+        parent = next(folder for folder in output.parents if folder.exists())
+        strange = sorted(p.name for p in output.iterdir() if p.name not in FILES) if output.exists() else []
+    except (OSError, ValueError, RuntimeError) as error:  # a file, a loop of links, a name that cannot be
+        raise InputError(f"output {output} cannot be written: {error}; choose another folder") from error
+    if not parent.is_dir() or not os.access(parent, os.W_OK) or len(os.fsencode(output.name)) > LONGEST_NAME:
+        raise InputError(
+            f"output {output} cannot be written: expected a name of at most {LONGEST_NAME} bytes in a folder that "
+            f"may be written to, found {parent}; choose another folder"
+        )
     if strange:
         raise InputError(f"output {output} is not an adapter folder alone, it holds {strange[:3]}; choose another")
 
 
-def _check_space(output: Path, read: int, size: _Size) -> None:
-    """InputError when the disk has no room for the result; known only where nothing is truncated."""
-    needed = 0 if size.max_rank or size.energy else read * size.dtype.itemsize // 4
+def _check_space(output: Path, adapters: Sequence[Adapter], size: _Size) -> None:
+    """InputError when the disk has no room for the factors of all adapters; a truncated result may be smaller."""
+    layouts = [layout for adapter in adapters for layout in adapter.layouts.values()]
+    needed = sum(math.prod(layout.A) + math.prod(layout.B) for layout in layouts) * size.dtype.itemsize
+    needed = 0 if size.max_rank or size.energy else needed
     if problem := free_space_problem(output, needed):
         raise InputError(problem)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pm_hf.adapter_curvature import Curvatures, load_curvature, one_for_each, task_vector
-from pm_hf.adapters import REPORT, Adapter, base_name, folded_tasks, measured_tasks
+from pm_hf.adapters import EMBEDDINGS, REPORT, Adapter, base_name, folded_tasks, measured_tasks, merge_record, under
 from pm_hf.errors import InputError
 from pm_hf.files import read_json
 from pm_hf.layouts import Layout
@@ -22,7 +22,6 @@ from pm_hf.merging.solve import (
     Coefficient,
     Freedom,
     ZeroCurvatureError,
-    check_fits,
     fixed_coefficient,
     optimal_coefficient,
 )
@@ -203,7 +202,6 @@ def _coefficient(
             "(or the option unmeasured_past: ignore, if the past was never measured and shall have no weight)"
         )
     delta, merged = task_vector(task, running, sums)
-    check_fits(delta, sums)
     try:
         found = optimal_coefficient(delta, merged, sums, freedom="module" if request.freedom == "module" else "global")
     except ZeroCurvatureError:
@@ -221,9 +219,13 @@ def _single(curvature: Curvatures) -> Curvature | None:
 
 
 def _state(adapter: Adapter) -> Mapping | None:
-    """What the method kept beside the running merge."""
-    path = adapter.path / REPORT
-    return read_json(path).get("state") if path.is_file() else None
+    """What the method kept beside the running merge; None where another method folded last."""
+    record = merge_record(adapter)
+    state = record.get("state")
+    numbers = isinstance(state, Mapping) and all(isinstance(value, int | float) for value in state.values())
+    if state is not None and not (numbers and set(state) == {"scale", "mean_norm", "tasks"}):
+        raise InputError(f"{adapter.path / REPORT}: state must hold scale, mean_norm and tasks, found {state!r}")
+    return state if state is not None and state["tasks"] == record["tasks"] else None
 
 
 def _learned(request: Request, plan: Plan) -> dict[str, Any]:
@@ -236,6 +238,9 @@ def _learned(request: Request, plan: Plan) -> dict[str, Any]:
         raise InputError(
             f"learned coefficients: expected {{'matrices': {{name: …}}}}, found {json.dumps(content, default=str)[:80]}"
         )
+    digests = [adapter.digest() for adapter in plan.adapters]
+    if content.get("digests", digests) != digests:
+        raise InputError("the coefficients were learned with other adapters, or in another order; learn them again")
     for key, here in (("method", request.method), ("options", request.options)):
         if content.get(key, here) != here:
             raise InputError(
@@ -246,11 +251,22 @@ def _learned(request: Request, plan: Plan) -> dict[str, Any]:
     if odd := sorted(names ^ set(matrices)):
         raise InputError(f"the learned coefficients do not fit the adapters: {len(odd)} modules, first {odd[0]}")
     keys = ("coefficients", "masks") if request.method == "adarank" else ("coefficients",)
-    short = [(n, k) for n, found in matrices.items() for k in keys if len(found.get(k, ())) != len(plan.adapters)]
+    count = len(plan.adapters)
+    short = [(n, k) for n, found in matrices.items() for k in keys if not _is_row(found, k, count)]
     if short:
         name, key = short[0]
-        raise InputError(f"the learned {key} of {name} are not {len(plan.adapters)} values, one an adapter")
+        raise InputError(f"the learned {key} of {name} are not {count} values, one an adapter")
     return dict(matrices)
+
+
+def _is_row(found: Any, key: str, count: int) -> bool:
+    """Whether found[key] has one finite number, or one mask of 0 and 1, for each adapter."""
+    values = found.get(key) if isinstance(found, Mapping) else None
+    if not isinstance(values, list) or len(values) != count:
+        return False
+    if key == "masks":
+        return all(isinstance(mask, list) and all(bit in (0, 1) for bit in mask) for mask in values)
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 def request_problems(request: Request, count: int, folding: bool) -> list[str]:
@@ -271,12 +287,18 @@ def request_problems(request: Request, count: int, folding: bool) -> list[str]:
         problems.append(
             f"weights need one value for each adapter of a merge of several, found {len(weights)} for {count}"
         )
-    if coefficient is not None and count > 1:
+    if coefficient is not None and (count > 1 or weights is not None or not chosen.fold):
         problems.append("coefficient= belongs to folding one adapter; use weights= for several")
+    elif coefficient is not None and chosen.kernel is not None and "coefficient" not in chosen.options:
+        problems.append(f"method {request.method!r} has no coefficient; leave coefficient= out")
     if count > 1 and request.curvature is not None and chosen.curvature in (None, "sums"):
         problems.append("curvature= belongs to folding one adapter")
-    if request.freedom != "global" and (count > 1 or chosen.kernel is not None):
+    elif request.curvature is not None and chosen.curvature is None:
+        problems.append(f"method {request.method!r} uses no curvature; leave curvature= out")
+    if request.freedom != "global" and count > 1:
         problems.append("freedom= belongs to folding one adapter")
+    elif request.freedom != "global" and (request.method != "pm" or coefficient is not None):
+        problems.append("freedom= belongs to method 'pm' with a curvature; leave it out")
     if weights is not None and chosen.learned:
         problems.append(f"weights= would contradict the coefficients that {request.method!r} has learned")
     if request.learned is not None and not chosen.learned:
@@ -300,7 +322,13 @@ def make_request(
     learned: Learned | None,
 ) -> Request:
     """The request with the method's options read and checked."""
-    return Request(method, curvature, coefficient, freedom, weights, read_options(method, options), learned)
+    chosen = read_options(method, options)
+    try:
+        alpha = None if coefficient is None else float(coefficient)
+        shares = None if weights is None else [float(weight) for weight in weights]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"coefficient and weights must be numbers, found {coefficient!r} and {weights!r}") from error
+    return Request(method, curvature, alpha, freedom, shares, chosen, learned)
 
 
 def _check_same_base(adapters: Sequence[Adapter]) -> None:
@@ -321,8 +349,30 @@ def _check_same_base(adapters: Sequence[Adapter]) -> None:
         if len(sites) > 1:
             shapes = sorted({adapter.shape(module) for adapter in adapters if module in adapter.layouts})
             raise InputError(f"{module} has different shapes in the adapters: {shapes}")
+    _check_whole_modules(adapters)
     embeddings = any(layout.kind in ("embedding", "fused") for a in adapters for layout in a.layouts.values())
     if embeddings and any(adapter.config.get("lora_bias") for adapter in adapters):
         raise InputError(
             "lora_bias and LoRA on embeddings or fused parameters do not go together in PEFT; merge without"
         )
+
+
+def _check_whole_modules(adapters: Sequence[Adapter]) -> None:
+    """InputError where one trains a module whole and another by LoRA, or where only one ties its embeddings."""
+    for saver in adapters:
+        for root in saver.config.get("modules_to_save") or []:
+            for other in adapters:
+                both = [module for module in other.layouts if under(f"{module}.", root)]
+                if both:
+                    raise InputError(
+                        f"{both[0]} is trained whole in {saver.path} and by LoRA in {other.path}; an exact merge would "
+                        "need the base; train it one way in both"
+                    )
+    names = [[*adapter.layouts, *(name.rpartition(".")[0] for name in adapter.saved)] for adapter in adapters]
+    ties = {
+        bool(adapter.config.get("ensure_weight_tying"))
+        for adapter, modules in zip(adapters, names, strict=True)
+        if any(module.rpartition(".")[2] in EMBEDDINGS for module in modules)
+    }
+    if len(ties) > 1:
+        raise InputError("ensure_weight_tying is set in some of the adapters only; train the embeddings one way in all")

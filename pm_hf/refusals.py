@@ -4,7 +4,10 @@ Each way out was run with peft 0.21.2 (tests/test_merge_kinds_refused.py): PEFT'
 on some adapters that they convert wrongly.
 """
 
+import math
+import re
 from collections.abc import Mapping
+from typing import Any
 
 # initialisations that leave the base weights alone, so that scaling·BA is all that the adapter adds
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
@@ -55,17 +58,19 @@ def peft_type(config: Mapping) -> str:
 def config_problems(config: Mapping) -> list[str]:
     """Why this PEFT configuration is not a LoRA whose products are the whole update; empty if it is."""
     kind = peft_type(config)
+    if "peft_type" not in config:
+        return ["its configuration has no peft_type; expected LORA, as PEFT writes it"]
     if kind not in ("LORA", "ADALORA"):
         way_out = SAVE_AS_LORA if kind in ADDITIVE else f"it is no sum of low-rank products; {DIFFERENCE}"
         way_out = "it is no update of weights; train a LoRA" if kind in NO_UPDATE else way_out
         return [f"expected peft_type LORA, found {config.get('peft_type')}; {way_out}"]
     problems, init = [], config.get("init_lora_weights", True)
-    if init not in PLAIN_INITS:
-        way_out = INITS.get(str(init), INITS["pissa"])
+    if init is not None and (init.lower() if isinstance(init, str) else init) not in PLAIN_INITS:
+        way_out = INITS.get(str(init).lower(), INITS["pissa"])
         problems.append(
             f"init_lora_weights={init!r} rewrites the base weights, so BA is not the task vector; {way_out}"
         )
-    if config.get("bias", "none") != "none":
+    if (config.get("bias") or "none") != "none":
         problems.append(
             f"bias={config['bias']!r} trains the base's biases, which are saved as absolute values; train with "
             "bias='none', or with lora_bias=True"
@@ -75,3 +80,54 @@ def config_problems(config: Mapping) -> list[str]:
         way_out = SETTINGS.get(key, f"this pm_hf does not know it; {DIFFERENCE}, or train a plain LoRA")
         problems.append(f"{key}={config[key]!r} makes the update more than scaling·BA; {way_out}")
     return problems
+
+
+def type_problems(config: Mapping) -> list[str]:
+    """Settings that a merge computes with and that have another type or value than PEFT gives them."""
+    adalora = peft_type(config) == "ADALORA"
+    wanted = {"init_r" if adalora else "r": _is_rank, "lora_alpha": _is_number}
+    problems = [f"has no {key!r}" for key in wanted if config.get(key) is None]
+    checks = {key: (check, "a positive integer" if check is _is_rank else "a number") for key, check in wanted.items()}
+    checks["alpha_pattern"] = (lambda value: _is_pattern(value, _is_number), "{expression: number}")
+    if not adalora:
+        checks["rank_pattern"] = (lambda value: _is_pattern(value, _is_rank), "{expression: positive integer}")
+    checks |= dict.fromkeys(("target_modules", "exclude_modules"), (_is_targets, "a list of names or an expression"))
+    checks |= dict.fromkeys(("target_parameters", "modules_to_save"), (_is_names, "a list of names"))
+    checks |= dict.fromkeys(("base_model_name_or_path", "revision", "task_type"), (_is_text, "a text"))
+    for key, (check, expected) in checks.items():
+        value = config.get(key)
+        if value is not None and not check(value):
+            problems.append(f"says {key} {value!r}, expected {expected}")
+    return problems
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_number(value) and value > 0 and value == int(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in value)
+
+
+def _is_expression(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (TypeError, re.error):
+        return False
+    return isinstance(value, str)
+
+
+def _is_targets(value: Any) -> bool:
+    return _is_expression(value) or _is_names(value)
+
+
+def _is_pattern(value: Any, check: Any) -> bool:
+    return isinstance(value, Mapping) and all(_is_expression(key) and check(item) for key, item in value.items())

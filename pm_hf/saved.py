@@ -31,6 +31,7 @@ def merge_saved(plan: Plan) -> tuple[dict[str, Tensor], dict[str, list[str]], di
         values = [(adapter.tensor(name), weight) for adapter, weight in holders]
         shapes = {tuple(value.shape) for value, _ in values}
         copies = any(name in adapter.base_copies for adapter, _ in holders)
+        _check_classes(name, [a for a, _ in holders], [value for value, _ in values])
         if len(shapes) > 1:
             way_out = (
                 "resize both to one vocabulary"
@@ -52,6 +53,22 @@ def merge_saved(plan: Plan) -> tuple[dict[str, Tensor], dict[str, list[str]], di
 def roots(adapters: Sequence[Adapter]) -> list[str]:
     """Every entry of `modules_to_save`."""
     return list(dict.fromkeys(root for adapter in adapters for root in adapter.config.get("modules_to_save") or []))
+
+
+def _check_classes(name: str, adapters: Sequence[Adapter], values: Sequence[Tensor]) -> None:
+    """InputError for class heads that differ and whose rows nobody named: row i may be another class in each."""
+    classifiers = all(adapter.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") for adapter in adapters)
+    head = name.split(".")[0] in ("classifier", "score")
+    if (
+        classifiers
+        and head
+        and not all(torch.equal(value, values[0]) for value in values if value.shape == values[0].shape)
+    ):
+        module = name.rpartition(".")[0]
+        raise InputError(
+            f"{name} differs between the adapters and no labels.json says which class a row is; write labels.json "
+            f'{{"{module}": [label, …]}} into each folder'
+        )
 
 
 def _tied(adapter: Adapter, name: str) -> bool:
@@ -86,6 +103,10 @@ def _blend(name: str, values: Sequence[tuple[Tensor, float]], whole: float) -> T
             f"{name} is an absolute value, so its weights must sum to 1; found {whole:.6g}; give weights= that do"
         )
     total = sum(weight for _, weight in values)
+    if total <= 0 or min(weight for _, weight in values) < 0:
+        raise InputError(
+            f"{name} is an absolute value: expected weights of 0 or more, not all 0, found {[w for _, w in values]}"
+        )
     return sum(
         (value.float() * (weight / total) for value, weight in values), torch.zeros_like(first, dtype=torch.float32)
     )

@@ -149,7 +149,9 @@ KINDS = {
     "regex targets": Kind(NET, PLAIN | {"target_modules": r".*\.0\.fc\d"}, {"target_modules": r"layers.*fc1|head"}),
     "regex and list": Kind(NET, PLAIN | {"target_modules": r".*fc\d"}, {"target_modules": ["head"]}),
     "layers_to_transform": Kind(
-        NET, PLAIN | {"layers_to_transform": [1], "layers_pattern": "layers"}, {"layers_to_transform": [0]}
+        partial(seeded, llama),
+        {"r": 3, "target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"layers_to_transform": [0]},
     ),
     "exclude_modules": Kind(NET, PLAIN, {"exclude_modules": ["layers.0.fc1"]}),
     "fan_in_fan_out": Kind(

@@ -140,6 +140,13 @@ def trained(name: str, folder: Path) -> Trained:
     return Trained(row, model, path, initial, update)
 
 
+def exists(name: str) -> bool:
+    """Whether the installed PEFT has this kind: KaSA is younger than the oldest that is supported."""
+    from peft.tuners.lora import config
+
+    return all(hasattr(config, NESTED[key]) for key in NESTED if key in REFUSED[name].settings)
+
+
 def _config(row: Refused):
     import peft
     from peft.tuners.lora import config

@@ -226,7 +226,7 @@ def test_everything_is_on_the_disk_before_the_folder_takes_its_name(tmp_path, mo
     done, sync, swap = [], files._sync, files._swap
     monkeypatch.setattr(files, "_sync", lambda path: (done.append(path.name), sync(path)))
     monkeypatch.setattr(files, "_swap", lambda new, path: (done.append("swap"), swap(new, path)))
-    with new_folder(tmp_path / "out", overwrite=False) as folder:
+    with new_folder(tmp_path / "out", overwrite=True) as folder:
         (folder / "a").mkdir()
         (folder / "a" / "x.txt").write_text("1")
     assert set(done[:3]) == {"a", "x.txt", folder.name}

@@ -128,7 +128,7 @@ FOLDERS = {
     "tokens": (setting(trainable_token_indices=[3]), "trainable_token_indices=.* makes the update more than"),
     "future key": (setting(use_future_trick={"gain": 2}), "use_future_trick=.* makes the update more than"),
     "peft_type": (setting(peft_type="LOHA"), "expected peft_type LORA, found LOHA"),
-    "no peft_type": (setting(peft_type=...), "expected peft_type LORA, found None"),
+    "no peft_type": (setting(peft_type=...), "has no peft_type; expected LORA"),
     "embedding": (tensors(words__lora_embedding_A=torch.ones(2, 9)), "words has lora_embedding_A only"),
     "magnitude": (tensors(q__lora_magnitude_vector=torch.ones(9)), "lora_magnitude_vector is not part of a plain"),
     "two problems": (setting(use_dora=True, bias="all"), "2 problems: .*bias='all'.*; use_dora"),

@@ -389,7 +389,7 @@ def test_the_file_is_what_was_learned_and_fits_these_adapters_only(folders, tmp_
     for name, given in (("object", learned), ("file", file)):
         merge_adapters(folders, tmp_path / name, method="adarank", learned=given)
     assert_same(dense(tmp_path / "object"), dense(tmp_path / "file"), 0.0)
-    for adapters, message in ((folders[:1], "do not fit the adapters: 1 modules"), ([*folders, folders[0]], "not 3")):
-        with pytest.raises(InputError, match=message):
+    for adapters in (folders[:1], [*folders, folders[0]], folders[::-1]):
+        with pytest.raises(InputError, match="learned with other adapters, or in another order"):
             merge_adapters(adapters, tmp_path / "no", method="adarank", learned=file)
     assert not (tmp_path / "no").exists()

@@ -67,7 +67,9 @@ def main() -> int:
 
         RESULTS.mkdir(parents=True, exist_ok=True)
         name = "quick" if options.quick else "speed"
-        write_json(RESULTS / f"{name}.json", {"rows": rows, "load_before": load, "rank": RANK, **environment()})
+        write_json(
+            RESULTS / f"{name}.json", {"rows": rows, "load": [load, os.getloadavg()[0]], "rank": RANK, **environment()}
+        )
         (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
     return 0
 
@@ -120,8 +122,8 @@ class Bench:
         task = {"what": what, "folder": str(self.folder), "shape": shape, "dtype": dtype, "rank": RANK}
         task |= {"layers": layers, "modules": modules}
         command = [python, str(WORKER), json.dumps(task)]
-        peers = python != sys.executable
-        environment = os.environ | ({} if peers else {"PYTHONPATH": str(ROOT)})
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        environment |= {"PYTHONPATH": str(ROOT)} if python == sys.executable else {}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert process.stdout is not None
         base, peak = json.loads(process.stdout.readline() or "{}").get("base_mb", 0.0), 0.0

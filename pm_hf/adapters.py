@@ -102,8 +102,7 @@ class Adapter:
     def _get(self, name: str) -> Tensor:
         """One finite tensor; the file is opened once, and replacing the folder does not change what is read."""
         tensor = self._handle.get_tensor(PREFIX + name)
-        # the sum is finite unless a value is not, or the sum overflows: only then every value is looked at
-        if not math.isfinite(tensor.sum(dtype=torch.float32).item()) and not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise InputError(f"adapter {self.path}: {name} holds NaN or infinite values; the training diverged")
         return tensor
 
@@ -184,6 +183,11 @@ def merge_record(adapter: Adapter) -> dict:
             "merge again, or remove the file"
         )
     return record
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every value is finite; looked at one by one only where the sum is not, or overflows."""
+    return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(torch.isfinite(tensor).all())
 
 
 def under(name: str, root: str) -> bool:

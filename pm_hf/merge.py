@@ -3,7 +3,8 @@
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from tqdm.auto import tqdm
 
 from pm_hf.adapter_curvature import Curvatures
 from pm_hf.adapter_writer import Update, cast_error, write_adapter
-from pm_hf.adapters import LABELS, REPORT, WEIGHTS, Adapter, open_adapter
+from pm_hf.adapters import LABELS, REPORT, WEIGHTS, Adapter, is_finite, open_adapter
 from pm_hf.download import adapter_folder
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import free_space_problem
 from pm_hf.layouts import CONFIG
 from pm_hf.memory import PeakMemory
 from pm_hf.merging.lowrank import LowRank, Matrix, from_dense, weighted_sum
+from pm_hf.merging.methods import get_method
 from pm_hf.merging.solve import Coefficient, Freedom, free_solution
 from pm_hf.plan import Learned, Plan, make_plan, make_request, request_problems
 from pm_hf.saved import merge_saved, roots
@@ -54,7 +56,7 @@ class MergeReport:
     cast_error: float = 0.0
     measured: int | None = None  # tasks whose curvature has weight in the result
     state: dict[str, float] | None = None  # what the method needs for its next fold
-    versions: dict[str, str] = field(default_factory=versions)
+    versions: dict[str, str] = field(default_factory=lambda: versions(("pm_hf", "torch", "safetensors")))
 
     @property
     def error(self) -> float:
@@ -126,7 +128,8 @@ def merge_adapters(
             _check_space(Path(output), [*opened, *([running] if running else [])], size)
         plan = make_plan(request, opened, running)
         saved, labels, heads = merge_saved(plan)
-        updates, modules, rounding = _merge_modules(plan, size, keep=not dry_run)
+        with _threads(None if get_method(method).dense or plan.free else 1):
+            updates, modules, rounding = _merge_modules(plan, size, keep=not dry_run)
         report = MergeReport(
             method,
             freedom,
@@ -147,17 +150,30 @@ def merge_adapters(
             return replace(report, seconds=time.perf_counter() - start, peak_memory_mb=memory.peak_mb)
 
         if not dry_run:
-            write_adapter(
-                Path(output),
-                _template(plan),
-                updates,
-                saved,
-                labels,
-                ambiguous=any(_leaves_some_out(adapter.config) for adapter in plan.adapters),
-                overwrite=overwrite,
-                extra={REPORT: asdict(finished())},
-            )
+            with _threads(1):
+                write_adapter(
+                    Path(output),
+                    _template(plan),
+                    updates,
+                    saved,
+                    labels,
+                    ambiguous=any(_leaves_some_out(adapter.config) for adapter in plan.adapters),
+                    overwrite=overwrite,
+                    extra={REPORT: asdict(finished())},
+                )
         return finished()
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Torch with at most `count` threads: on thin factors more of them gain nothing, and lose seconds when a core is
+    busy with something else."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, count or before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _template(plan: Plan) -> dict:
@@ -189,7 +205,7 @@ def _merge_modules(plan: Plan, size: _Size, keep: bool) -> tuple[dict[str, Updat
             merged, error = _merge_matrix(plan, module, matrix, size)
             errors.append((error, merged.norm() if layout.count > 1 else 1.0))
             stored = merged.to(size.dtype)
-            if not (stored.A.isfinite().all() and stored.B.isfinite().all()):
+            if not is_finite(stored.A) or not is_finite(stored.B):
                 raise InputError(
                     f"{matrix.name}: merged values do not fit {size.dtype}; use dtype='float32' or 'bfloat16'"
                 )

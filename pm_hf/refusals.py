@@ -26,7 +26,10 @@ HARMLESS = frozenset(
 ADALORA = frozenset(
     ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
 )
-SAVE_AS_LORA = "load it with PEFT and call peft.save_as_lora(folder, model, rank=1.0), which keeps every singular value"
+SAVE_AS_LORA = (
+    "load it with PEFT and call peft.save_as_lora(folder, model, rank=R), R an integer that holds the update (rank=1.0 "
+    "cuts up to 3e-4 of its norm)"
+)
 DIFFERENCE = "subtract the base's weights from those of PeftModel.merge_and_unload() and factor the difference by SVD"
 ADDITIVE = ("LOHA", "LOKR", "VERA", "RANDLORA", "FOURIERFT", "MISS", "VBLORA", "C3A", "DELORA")
 NO_UPDATE = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "ADAPTION_PROMPT", "CPT", "XLORA")

@@ -93,6 +93,7 @@ def _train(options: argparse.Namespace) -> int:
 
     from pm_hf.config import load_config
     from pm_hf.learner import ForgettingError, learn
+    from pm_hf.stopping import StoppedError
 
     datasets.disable_progress_bars()
     config = load_config(options.config, options.overrides)
@@ -100,6 +101,9 @@ def _train(options: argparse.Namespace) -> int:
         report = learn(config)
     except ForgettingError as error:
         print(error.report.table())
+        print(f"pm-hf: {error}", file=sys.stderr)
+        return FAILED
+    except StoppedError as error:
         print(f"pm-hf: {error}", file=sys.stderr)
         return FAILED
     print(report.table())

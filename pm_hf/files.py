@@ -23,9 +23,15 @@ from torch import Tensor
 
 from pm_hf.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None  # type: ignore[assignment]
+
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)(-\d+)?")
 _number, _open = count(), set[Path]()  # temporary folders of this process: how many there were, which are in use
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
+LOCK = ".lock"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux <fcntl.h> and <linux/fs.h>
 
 
@@ -110,6 +116,34 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         for entry in (*temporary.rglob("*"), temporary):
             _sync(entry)
         _swap(temporary, path) if overwrite else _claim(temporary, path)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold an existing folder for this process; InputError when another one holds it.
+
+    The lock is the kernel's: it goes with the process, however that ends. Systems without flock are not protected.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = folder / LOCK
+    with open(path, "a+", encoding="ascii") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(path).st_ino != os.fstat(handle.fileno()).st_ino:
+                raise FileExistsError(path)  # its holder has just removed it, and another made a new one
+        except OSError as error:
+            handle.seek(0)
+            holder = handle.read().strip() or "unknown"
+            raise InputError(f"{folder} is in use by process {holder}; wait for it or choose another folder") from error
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def copy_folder(source: Path, target: Path) -> None:

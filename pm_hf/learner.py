@@ -16,7 +16,7 @@ from pm_hf.adapter_writer import replace_head, save_adapter
 from pm_hf.adapters import open_adapter
 from pm_hf.config import RunConfig, config_text, load_config, save_config
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import copy_folder, read_json, remove_leftovers, same_folder, write_json
+from pm_hf.files import LOCK, copy_folder, locked, read_json, remove_leftovers, same_folder, write_json
 from pm_hf.fisher import adapted_layers, estimate_curvature, head_matrix
 from pm_hf.heads import HeadStatistics, merge_temperature, ridge_drift
 from pm_hf.merge import MergeReport, merge_adapters
@@ -28,6 +28,7 @@ from pm_hf.modeling import TASK, TaskModel, build_task_model, find_head, load_to
 from pm_hf.released import CURVATURE, STATISTICS, STEP, State, released
 from pm_hf.report import Report
 from pm_hf.scoring import Scorer
+from pm_hf.stopping import Stop, stop_on_sigterm
 from pm_hf.tasks import Task, TaskStream, batches, encode, load_stream, sample
 from pm_hf.training import precision, train, training_arguments
 
@@ -49,8 +50,9 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
     """Run a stream of tasks, or continue it after the last finished one, and return its report.
 
     config: YAML file, mapping or RunConfig; overrides: dotted keys, as in `learn("c.yaml", **{"lora.r": 4}, seed=1)`.
-    All input is checked before any training. Raises InputError for bad input (a different config in the output
-    folder included) and ForgettingError when `max_forgetting` is exceeded.
+    All input is checked before any training. SIGTERM ends it after the step, with a checkpoint to continue from. Raises
+    InputError for bad input (another config in the output folder, or another run at work in it, included), StoppedError
+    after SIGTERM, and ForgettingError when `max_forgetting` is exceeded.
     """
     source = config if isinstance(config, Mapping | RunConfig) else Path(config)
     settings = load_config(source, values=overrides)
@@ -59,13 +61,15 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
             f"found {os.environ['WORLD_SIZE']} processes; launch with one: accelerate launch --num_processes 1"
         )
     run = Run(settings, load_stream(settings))
-    done = run.finished()
+    run.finished()
     run.folder.mkdir(parents=True, exist_ok=True)
-    save_config(settings, run.folder / CONFIG)
-    run.publish(done)
-    for index in range(done, len(run.stream.tasks)):
-        run.learn_task(index)
-        run.publish(index + 1)
+    with locked(run.folder), stop_on_sigterm() as stop:
+        done = run.finished()  # again: another process may have held the folder until now
+        save_config(settings, run.folder / CONFIG)
+        run.publish(done)
+        for index in range(done, len(run.stream.tasks)):
+            run.learn_task(index, stop)
+            run.publish(index + 1)
     return run.report(len(run.stream.tasks))  # publish has written it
 
 
@@ -101,7 +105,7 @@ class Run:
         if not path.is_file():
             if self.folder.exists() and not self.folder.is_dir():
                 raise InputError(f"output_dir {self.folder} is a file, expected a folder")
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+            if self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir()):
                 raise InputError(f"output_dir {self.folder} is not empty and holds no {CONFIG}; choose another folder")
             return 0
         done = 0
@@ -122,7 +126,7 @@ class Run:
             self._tidy(index)
         return done
 
-    def learn_task(self, index: int) -> None:
+    def learn_task(self, index: int, stop: Stop) -> None:
         """Train, measure, merge and score one task; step.json is written last."""
         start, task, folder = time.perf_counter(), self.stream.tasks[index], self._task_folder(index)
         state = self._state(index)
@@ -130,9 +134,7 @@ class Run:
         for stale in ("adapter", "merged"):
             shutil.rmtree(folder / stale, ignore_errors=True)
         remove_leftovers(folder)
-        if not (folder / ROWS).is_file() or read_json(folder / ROWS) != task.fingerprint():
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of other rows
-            write_json(folder / ROWS, task.fingerprint())
+        notes = self._begin(folder, task)
         merged = None if state.merged is None else open_adapter(state.merged)
         built = build_task_model(
             self.config.model,
@@ -154,7 +156,7 @@ class Run:
         trained = {}
         if self._trains(index):
             args = training_arguments(self.config, folder / "checkpoints", index)
-            trained = train(built, rows, self.tokenizer, args)
+            trained = train(built, rows, self.tokenizer, args, [stop])
         curvature = self._measure(built, rows, index, state, before)
         factors, saved, peft_config = task_tensors(built.model)
         save_adapter(folder / "adapter", peft_config, factors, saved, {built.head: list(task.labels)})
@@ -178,10 +180,25 @@ class Run:
             "seconds": time.perf_counter() - start,
             "process_peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "threads": torch.get_num_threads(),
+            "notes": notes,
         }
         write_json(folder / STEP, step)
         self._tidy(index)
         _say(index, len(self.stream.tasks), step)
+
+    def _begin(self, folder: Path, task: Task) -> list[str]:
+        """Remember the rows that are trained on; what is to be said where older checkpoints are continued."""
+        now = {"fingerprint": task.fingerprint(), "threads": torch.get_num_threads()}
+        begun = read_json(folder / ROWS) if (folder / ROWS).is_file() else None
+        if not isinstance(begun, dict) or begun["fingerprint"] != now["fingerprint"]:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of other rows
+            write_json(folder / ROWS, now)
+            return []
+        if begun["threads"] == now["threads"]:
+            return []
+        note = f"continued with {now['threads']} threads, begun with {begun['threads']}: equal up to rounding only"
+        print(f"task {task.name}: {note}", file=sys.stderr, flush=True)
+        return [note]
 
     def _tidy(self, index: int) -> None:
         """Remove what a finished task no longer needs: checkpoints, and the curvature before the published one."""
@@ -220,6 +237,7 @@ class Run:
         steps = [self._step(index) for index in range(done)]
         total = len(steps)
         notes = list(self.stream.notes)
+        notes += [f"task {step['task']}: {note}" for step in steps for note in step.get("notes", [])]
         notes += [
             f"task {step['task']}: {step['coefficient']['note']}"
             for step in steps

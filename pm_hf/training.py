@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorWithPadding, PrinterCallback
+from transformers import DataCollatorWithPadding, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from pm_hf.config import RunConfig
@@ -27,13 +27,17 @@ DEFAULTS = {
 }
 
 
-def train(built: TaskModel, rows: Sequence[dict], tokenizer: Any, args: PMConfig) -> dict[str, Any]:
+def train(
+    built: TaskModel, rows: Sequence[dict], tokenizer: Any, args: PMConfig, callbacks: Sequence[TrainerCallback] = ()
+) -> dict[str, Any]:
     """Train one task in place, from its newest checkpoint if there is one; what step.json says about it.
 
     Raises RuntimeError when the loss is not finite.
     """
     collator = DataCollatorWithPadding(tokenizer)
     trainer = PMTrainer(model=built.model, args=args, train_dataset=rows, data_collator=collator)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
     loss = trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir))).training_loss
     if not math.isfinite(loss):

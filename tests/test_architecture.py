@@ -30,7 +30,7 @@ TIERS = [
         "modeling",
         "inspection",
     ],
-    ["trainer", "fisher", "training", "adaptive", "adaptive_model"],
+    ["trainer", "fisher", "training", "stopping", "adaptive", "adaptive_model"],
     ["learner", "released", "report"],
     ["cli"],
 ]

@@ -54,7 +54,8 @@ def magmax(matrix: Matrix, state: Any) -> Tensor:
     """MagMax: per entry the wᵢτᵢ whose |τᵢ| is largest, the first of equals (arXiv 2407.06322). Data-free.
 
     τᵢ is relative to the pretrained weights. The weights scale after the selection, so equal ones are the paper's λ.
-    Batch, or sequential with terms (running merge, task): with weights 1 folds one by one give the batch result.
+    Batch, or sequential with terms (running merge, task): with weights 1 folds one by one give the batch result
+    as long as nothing is truncated in between.
     Cost: one dense matrix a module.
     """
 
@@ -72,9 +73,9 @@ def cofima(matrix: Matrix, state: Any, *, coefficient: float) -> Tensor:
     """Fisher-weighted mean: θ = Σ wᵢFᵢθᵢ/Σ wᵢFᵢ, per entry (CoFiMA, arXiv 2312.08977; arXiv 2111.09832).
 
     matrix.curvature: Fᵢ ≥ 0, (out, in), one diagonal Fisher for each adapter; the sums run in float64. Entries where
-    no wᵢFᵢ is above 0 take Σwᵢθᵢ/Σwᵢ. Batch, or sequential with terms (θ̂_{t−1}, θ*_t) and weights (1 − λ, λ), which
-    is what `coefficient` λ is for. InputError: a Fisher that is negative or not finite, weights that are negative or
-    all 0. Cost: one dense matrix a module.
+    no wᵢFᵢ is above 0 take Σwᵢθᵢ/Σwᵢ; merge_adapters gives an adapter without the module F = 0 there. Batch, or
+    sequential with terms (θ̂_{t−1}, θ*_t) and weights (1 − λ, λ), which is what `coefficient` λ is for. InputError: a
+    Fisher that is negative or not finite, weights that are negative or all 0. Cost: one dense matrix a module.
     """
     w = mean_weights(matrix)[:, None, None]
     for i, fisher in enumerate(matrix.curvature):

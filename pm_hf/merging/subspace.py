@@ -71,7 +71,8 @@ def lot(matrix: Matrix, state: Any, *, scale: float, shrinkage: float) -> LowRan
 
     The minimiser of Σᵢ wᵢ tr((Θ − Θᵢ)Gᵢ(Θ − Θᵢ)ᵀ), as factors [B₁ … B_N]·[w₁A₁G₁; …](Σ wᵢGᵢ)⁺. matrix.curvature:
     Gᵢ (in, in), the mean over examples of Σxxᵀ of the inputs of task i through its own model; (1−ρ)G + ρ·diag(G) goes
-    into each before both products. InputError: Σ wᵢGᵢ zero or not finite. Cost: a Cholesky factor of in×in a module
+    into each before both products. merge_adapters gives an adapter without the module G = 0 there: it takes no part.
+    InputError: Σ wᵢGᵢ zero or not finite. Cost: a Cholesky factor of in×in a module
     (an eigendecomposition where it is singular).
     """
     total, rows = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64), []

@@ -119,7 +119,7 @@ def _merge(options: argparse.Namespace) -> int:
         options.output,
         into=options.into,
         method=options.method,
-        curvature=options.curvature[0] if options.curvature and len(options.curvature) == 1 else options.curvature,
+        curvature=options.curvature,
         coefficient=options.coefficient,
         freedom=options.freedom,
         weights=options.weights,

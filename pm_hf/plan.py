@@ -213,9 +213,10 @@ def _coefficient(
 
 
 def _single(curvature: Curvatures) -> Curvature | None:
-    if isinstance(curvature, Sequence) and not isinstance(curvature, str):
-        raise InputError(f"this method takes one curvature file, found {len(curvature)}")
-    return load_curvature(curvature)
+    given = [curvature] if isinstance(curvature, str) or not isinstance(curvature, Sequence) else list(curvature)
+    if len(given) != 1:
+        raise InputError(f"this method takes one curvature file, found {len(given)}")
+    return load_curvature(given[0])
 
 
 def _state(adapter: Adapter) -> Mapping | None:

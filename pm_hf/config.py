@@ -240,8 +240,11 @@ def value_problems(config: RunConfig) -> list[str]:
         problems.append("stream.scenario: class_groups makes a class_incremental stream")
     if config.merge.method == "pm" and config.merge.coefficient is None and config.curvature.kind is None:
         problems.append("curvature.kind: method pm needs fisher or gram, or merge.coefficient")
-    if config.merge.freedom == "free" and config.merge.coefficient is not None:
-        problems.append("merge.coefficient: freedom free has no coefficient")
+    if config.merge.freedom in ("module", "free"):
+        if config.merge.coefficient is not None:
+            problems.append(f"merge.coefficient: freedom {config.merge.freedom} has no single coefficient")
+        if config.merge.method not in (None, "pm"):
+            problems.append(f"merge.freedom: {config.merge.freedom} belongs to merge.method pm")
     managed = sorted(MANAGED & set(config.training))
     if _uses_evaluation(config.training):
         problems.append(

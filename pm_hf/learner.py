@@ -314,7 +314,7 @@ class Run:
             method=method,
             curvature=curvature,
             coefficient=coefficient,
-            freedom=settings.freedom or "global",
+            freedom=settings.freedom or "global" if coefficient is None else "global",
             options=options,
             max_rank=settings.max_rank,
         )

@@ -167,7 +167,8 @@ def test_unknown_keys_and_impossible_values_are_reported_at_once():
         ({"head__strict": True}, "head.strict: belongs to head.kind: lda"),
         ({"trains": False}, "trains: false needs head.kind: lda"),
         ({"method": "sequential", "merge__method": "pm"}, "method pm needs fisher or gram, or merge.coefficient"),
-        ({"method": "pm_gram_lda", "merge__coefficient": 0.5}, "freedom free has no coefficient"),
+        ({"method": "pm_gram_lda", "merge__coefficient": 0.5}, "freedom free has no single coefficient"),
+        ({"method": "average", "merge__freedom": "module"}, "merge.freedom: module belongs to merge.method pm"),
         ({"lora": 3}, "lora: expected settings by name, found 3"),
     ],
 )

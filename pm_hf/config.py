@@ -90,7 +90,7 @@ class CurvatureSettings:
 class MergeSettings:
     """The fold of a task into the running merge."""
 
-    method: Literal["pm", "average", "sequential"] | None = None
+    method: Literal["pm", "average", "coma", "sequential"] | None = None
     freedom: Literal["global", "module", "free"] | None = None  # one coefficient, one a module, the whole matrix
     coefficient: float | None = None  # a coefficient of one's own instead of the computed one
     max_rank: int | None = 64  # rank kept; null: exact, the rank grows with every task
@@ -150,6 +150,7 @@ SEQUENTIAL["merge"]["max_rank"] = None
 METHODS = {
     "sequential": SEQUENTIAL,
     "average": _method("average", 0.0, None, "global", "linear"),
+    "coma": _method("coma", 0.0, None, "global", "linear"),
     "merge_only": _method("pm", 0.0, "fisher", "global", "linear"),
     "pm": _method("pm", 0.5, "fisher", "global", "linear"),
     "pm_gram": _method("pm", 0.5, "gram", "free", "linear"),

@@ -71,7 +71,7 @@ def test_method_learns_every_task(runs, method):
 
 
 def test_methods_that_were_run_are_all_there_are():
-    assert len(METHODS) == 8
+    assert len(METHODS) == 9
 
 
 def test_protecting_the_past_beats_sequential_training(runs):
@@ -169,7 +169,7 @@ def test_coefficients_are_those_of_the_method(runs):
     assert 0 < pm[1]["used"] < 1
 
 
-@pytest.mark.parametrize("method", ["sequential", "average", "merge_only", "pm", "best"])
+@pytest.mark.parametrize("method", ["sequential", "average", "coma", "merge_only", "pm", "best"])
 def test_running_merge_is_the_recursion_over_the_saved_task_vectors(runs, method):
     folder, _, _ = runs(method)
     reference = {}

@@ -139,7 +139,7 @@ def merge_adapters(
             modules,
             heads,
             [_traced(*pair) for pair in zip(([] if into is None else [into]) + paths, plan.adapters, strict=True)],
-            options=plan.options,
+            options=request.options,
             cast_error=rounding,
             measured=plan.measured,
             state=getattr(plan.state, "to_save", None),

@@ -1,7 +1,8 @@
 """Curvature files beside adapter folders: the task vector they were measured with, one file for each adapter."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 
 from pm_hf.adapters import Adapter
 from pm_hf.errors import InputError, raise_all
@@ -38,24 +39,7 @@ def task_vector(
             )
         past[head] = running.head_matrix(head)
         heads[head] = LowRank(heads[head].B - past[head].B, heads[head].A)
-    return _Overlay(heads, delta), _Overlay(past, merged)
-
-
-class _Overlay(Mapping[str, LowRank]):
-    """Two mappings as one, the first before the second."""
-
-    def __init__(self, first: Mapping[str, LowRank], second: Mapping[str, LowRank]) -> None:
-        self._parts = first, second
-
-    def __getitem__(self, name: str) -> LowRank:
-        first, second = self._parts
-        return first[name] if name in first else second[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys(name for part in self._parts for name in part))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+    return ChainMap(heads, delta), ChainMap(past, merged)  # type: ignore[arg-type]  # read only
 
 
 def one_for_each(method: str, given: Curvatures, adapters: Sequence[Adapter], fold: bool) -> tuple[Curvature, ...]:
@@ -63,7 +47,7 @@ def one_for_each(method: str, given: Curvatures, adapters: Sequence[Adapter], fo
     kind = get_method(method).curvature
     if kind not in ("fisher", "gram"):
         return ()
-    files = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    files = listed(given)
     if None in files or len(files) != len(adapters):
         there = sum(file is not None for file in files)
         raise InputError(
@@ -86,6 +70,11 @@ def one_for_each(method: str, given: Curvatures, adapters: Sequence[Adapter], fo
     for adapter, own in list(zip(adapters, sums, strict=True))[-1 if fold else 0 :]:
         check_fits(task_vector(adapter, None, own)[0], own)  # the sums of a running merge have no Δ of it
     return sums
+
+
+def listed(given: Curvatures) -> list[str | os.PathLike | Curvature | None]:
+    """One or several curvatures as a list."""
+    return [given] if isinstance(given, str) or not isinstance(given, Sequence) else list(given)
 
 
 def load_curvature(curvature: str | os.PathLike | Curvature | None) -> Curvature | None:

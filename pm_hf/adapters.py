@@ -26,6 +26,7 @@ from pm_hf.refusals import config_problems, peft_type, type_problems
 
 WEIGHTS, LABELS = "adapter_model.safetensors", "labels.json"
 REPORT = "merge_report.json"
+FILES = (CONFIG, WEIGHTS, LABELS, REPORT)  # all that an adapter folder of ours needs
 PREFIX = "base_model.model."
 
 # modules whose base weights PEFT saves beside LoRA when the vocabulary was resized or the embedding is adapted

@@ -179,6 +179,7 @@ def _objective(
     """The sum of the sources' mean entropies on their next batches; its gradient is added to the parameters'."""
 
     def objective() -> float:
+        """One evaluation, on the next batch of every source."""
         total = 0.0
         for source in sources:
             batch = next(source)

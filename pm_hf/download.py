@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from pm_hf.adapters import LABELS, REPORT, WEIGHTS
+from pm_hf.adapters import FILES, WEIGHTS
 from pm_hf.errors import InputError
 from pm_hf.layouts import CONFIG
 
-FILES = (CONFIG, WEIGHTS, LABELS, REPORT)  # all that is fetched; a pickle never is
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
 SYNTAX = "a local folder or a Hub id owner/name[@revision][/subfolder]"
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
@@ -76,6 +75,7 @@ def _download(place: _Place, subject: str) -> Path:
     from huggingface_hub import snapshot_download
 
     inside = f"{place.folder}/" if place.folder else ""
+    # a pickle is never fetched
     wanted = [glob.escape(inside + name) for name in FILES]
     try:
         with _errors_only():

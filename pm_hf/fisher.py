@@ -173,7 +173,10 @@ def _watch(
     keep_gradient = pass_.kind == "fisher"
 
     def hook(name: str):
+        """The forward hook of one module."""
+
         def capture(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            """Keep the input, and the output's gradient once it is known."""
             if name in seen:
                 raise InputError(f"{name} is used more than once in a forward pass; its curvature is not supported")
             if keep_gradient and not output.requires_grad:  # nothing below is trainable

@@ -20,7 +20,7 @@ from torch import Tensor
 from pm_hf.adapters import WEIGHTS, Adapter, base_name, folded_tasks, open_adapter
 from pm_hf.download import adapter_folder
 from pm_hf.errors import InputError
-from pm_hf.merging.lowrank import LowRank, compact_svd
+from pm_hf.merging.lowrank import LowRank, compact_svd, row_slices
 
 UNTRAINED, NEAR_ZERO = 1e-6, 1e-4  # a norm below this; a root mean square entry below this share of the others' median
 EXPLODING = 10  # a root mean square entry above this many times the others' median
@@ -225,9 +225,9 @@ def _angles(left: Tensor, right: Tensor) -> Tensor:
 
 def _sign_conflicts(left: LowRank, right: LowRank) -> int:
     """Number of entries where both are non-zero and the signs differ, from a few dense rows at a time."""
-    rows, count = max(1, CHUNK // left.shape[1]), 0
-    for one, other in zip(left.B.split(rows), right.B.split(rows), strict=True):
-        signs = (one @ left.A).sign_().mul_((other @ right.A).sign_())
+    count = 0
+    for rows in row_slices(left.shape, CHUNK):
+        signs = (left.B[rows] @ left.A).sign_().mul_((right.B[rows] @ right.A).sign_())
         count += int((signs < 0).sum())
     return count
 

@@ -14,12 +14,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pm_hf.adapter_curvature import Curvatures
-from pm_hf.adapter_writer import Update, cast_error, write_adapter
-from pm_hf.adapters import LABELS, REPORT, WEIGHTS, Adapter, is_finite, open_adapter
+from pm_hf.adapter_writer import CARD, Update, cast_error, write_adapter
+from pm_hf.adapters import FILES, REPORT, Adapter, is_finite, open_adapter
 from pm_hf.download import adapter_folder
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import free_space_problem
-from pm_hf.layouts import CONFIG
 from pm_hf.memory import PeakMemory
 from pm_hf.merging.lowrank import LowRank, Matrix, from_dense, weighted_sum
 from pm_hf.merging.methods import get_method
@@ -28,7 +27,6 @@ from pm_hf.plan import Learned, Plan, make_plan, make_request, request_problems
 from pm_hf.saved import merge_saved, roots
 from pm_hf.versions import versions
 
-FILES = (CONFIG, WEIGHTS, LABELS, REPORT, "README.md")  # what a folder to overwrite may hold
 LONGEST_NAME = 200  # bytes; file systems take 255, and the temporary name is longer
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -114,9 +112,7 @@ def merge_adapters(
     paths = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
     request = make_request(method, curvature, coefficient, freedom, weights, options, learned)
     problems = request_problems(request, len(paths), into is not None)
-    if method == "slao" and (max_rank is not None or energy is not None):
-        problems.append("slao merges the factors, which max_rank= and energy= would replace; leave them out")
-    raise_all(problems + _size_problems(max_rank, energy, dtype, freedom), "merge_adapters")
+    raise_all(problems + _size_problems(method, max_rank, energy, dtype, freedom), "merge_adapters")
     storage = dtype if isinstance(dtype, torch.dtype) else DTYPES[dtype or "float32"]
     size = _Size(max_rank if isinstance(max_rank, int) else None, energy, max_rank == "full", storage)
     if not dry_run:
@@ -268,8 +264,10 @@ def _joint(errors: Sequence[tuple[float, float]]) -> float:
     return lost / whole if whole else 0.0
 
 
-def _size_problems(max_rank: object, energy: float | None, dtype: object, freedom: str) -> list[str]:
+def _size_problems(method: str, max_rank: object, energy: float | None, dtype: object, freedom: str) -> list[str]:
     problems = []
+    if get_method(method).factors and (max_rank is not None or energy is not None):
+        problems.append(f"{method} merges the factors, which max_rank= and energy= would replace; leave them out")
     if max_rank not in (None, "full") and not (isinstance(max_rank, int) and max_rank is not True and max_rank > 0):
         problems.append(f"max_rank must be at least 1, or 'full', found {max_rank!r}")
     if energy is not None and not 0 < energy <= 1:
@@ -291,7 +289,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
     try:
         output = output.resolve()
         parent = next(folder for folder in output.parents if folder.exists())
-        strange = sorted(p.name for p in output.iterdir() if p.name not in FILES) if output.exists() else []
+        strange = sorted(p.name for p in output.iterdir() if p.name not in (*FILES, CARD)) if output.exists() else []
     except (OSError, ValueError, RuntimeError) as error:  # a file, a loop of links, a name that cannot be
         raise InputError(f"output {output} cannot be written: {error}; choose another folder") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK) or len(os.fsencode(output.name)) > LONGEST_NAME:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pm_hf.adapter_curvature import Curvatures, load_curvature, one_for_each, task_vector
+from pm_hf.adapter_curvature import Curvatures, listed, load_curvature, one_for_each, task_vector
 from pm_hf.adapters import EMBEDDINGS, REPORT, Adapter, base_name, folded_tasks, measured_tasks, merge_record, under
 from pm_hf.errors import InputError
 from pm_hf.files import read_json
@@ -76,16 +76,17 @@ class Plan:
 
     def weights_for(self, module: str) -> list[float]:
         """Weights of one module; they differ where each module has a coefficient of its own."""
-        if self.coefficient is None or self.coefficient.modules is None or module not in self.coefficient.modules:
-            return self.weights
-        return [1.0, self.coefficient.for_module(module)][-len(self.adapters) :]
+        alpha = self._own_coefficient(module)
+        return self.weights if alpha is None else [1.0, alpha][-len(self.adapters) :]
 
     def absolute_for(self, module: str) -> list[float]:
         """Weights of an absolute value: a fold is (1 − α)·running + α·task."""
-        if self.coefficient is None or self.coefficient.modules is None or module not in self.coefficient.modules:
-            return self.absolute
-        alpha = self.coefficient.for_module(module)
-        return [1 - alpha, alpha][-len(self.adapters) :]
+        alpha = self._own_coefficient(module)
+        return self.absolute if alpha is None else [1 - alpha, alpha][-len(self.adapters) :]
+
+    def _own_coefficient(self, module: str) -> float | None:
+        modules = None if self.coefficient is None else self.coefficient.modules
+        return modules[module].used if modules is not None and module in modules else None
 
     def has_bias(self, module: str) -> bool:
         """Whether this module of the result has a LoRA bias; PEFT then wants one in every such layer."""
@@ -213,7 +214,7 @@ def _coefficient(
 
 
 def _single(curvature: Curvatures) -> Curvature | None:
-    given = [curvature] if isinstance(curvature, str) or not isinstance(curvature, Sequence) else list(curvature)
+    given = listed(curvature)
     if len(given) != 1:
         raise InputError(f"this method takes one curvature file, found {len(given)}")
     return load_curvature(given[0])
@@ -239,8 +240,7 @@ def _learned(request: Request, plan: Plan) -> dict[str, Any]:
         raise InputError(
             f"learned coefficients: expected {{'matrices': {{name: …}}}}, found {json.dumps(content, default=str)[:80]}"
         )
-    digests = [adapter.digest() for adapter in plan.adapters]
-    if content.get("digests", digests) != digests:
+    if "digests" in content and content["digests"] != [adapter.digest() for adapter in plan.adapters]:
         raise InputError("the coefficients were learned with other adapters, or in another order; learn them again")
     for key, here in (("method", request.method), ("options", request.options)):
         if content.get(key, here) != here:

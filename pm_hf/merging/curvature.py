@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pm_hf.errors import InputError
-from pm_hf.merging.lowrank import LowRank
+from pm_hf.merging.lowrank import LowRank, row_slices
 
 Kind = Literal["fisher", "gram"]
 FORMAT = "pm_hf.curvature.v1"
@@ -194,7 +194,7 @@ def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
 
 def row_chunks(tensors: Mapping[str, Tensor], name: str) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their values in float64) of one matrix from top to bottom, about `CHUNK` entries at a time."""
-    for rows in _row_slices(shape_of(tensors, name)):
+    for rows in row_slices(shape_of(tensors, name), CHUNK):
         lazy = isinstance(tensors, FileTensors)
         values = tensors.rows(name, rows.start, rows.stop) if lazy else tensors[name][rows]  # type: ignore[attr-defined]
         yield rows, values.double()
@@ -281,7 +281,7 @@ def _anchored(kind: Kind, measured: Mapping[str, Tensor], name: str, theta: LowR
             result[rows] = (B[rows] @ A).mul_(H)
         return result
     A = sum((A[:, rows] @ G for rows, G in row_chunks(measured, name)), torch.zeros_like(A))
-    for rows in _row_slices(theta.shape):
+    for rows in row_slices(theta.shape, CHUNK):
         result[rows] = B[rows] @ A
     return result
 
@@ -347,11 +347,6 @@ def _inconsistency(loaded: Curvature, stored: Mapping[str, tuple[tuple[int, ...]
 def _noise(key: str, size: int) -> Tensor:
     raw = torch.frombuffer(bytearray(hashlib.shake_256(key.encode()).digest(PROBES * size)), dtype=torch.uint8)
     return (raw.double().view(PROBES, size) - 127.5) / ((256**2 - 1) / 12) ** 0.5  # uniform on 256 steps, standardised
-
-
-def _row_slices(shape: Sequence[int]) -> Iterator[slice]:
-    step = max(1, CHUNK // shape[1])
-    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 def _nbytes(tensors: Mapping[str, Tensor]) -> int:

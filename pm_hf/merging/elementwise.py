@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pm_hf.errors import InputError
-from pm_hf.merging.lowrank import LowRank, Matrix
+from pm_hf.merging.lowrank import LowRank, Matrix, row_slices
 from pm_hf.merging.selection import kth_largest
 
 BLOCK = 2**20  # entries of a block of rows
@@ -124,7 +124,7 @@ def smallest_kept(term: LowRank, density: float) -> float:
 
 def row_blocks(term: LowRank) -> Iterator[tuple[slice, Tensor]]:
     """The dense product, block by block of rows; the same rounding whenever it is made again."""
-    for rows in _blocks(term.shape):
+    for rows in row_slices(term.shape, BLOCK):
         yield rows, term.B[rows] @ term.A
 
 
@@ -142,16 +142,10 @@ def _masks(matrix: Matrix, density: float, seed: int) -> list[Tensor]:
     return [dare_mask(matrix.name, i, matrix.shape, density=density, seed=seed) for i in range(len(matrix.terms))]
 
 
-def _blocks(shape: tuple[int, int]) -> Iterator[slice]:
-    step = max(1, BLOCK // shape[1])
-    for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0]))
-
-
 def _by_rows(matrix: Matrix, merge: Callable[[slice, Tensor], Tensor]) -> Tensor:
     """`merge` of the stacked dense terms (N, rows, in), so that they never stand side by side whole."""
     merged = matrix.terms[0].B.new_empty(matrix.shape)
-    for rows in _blocks(matrix.shape):
+    for rows in row_slices(matrix.shape, BLOCK):
         merged[rows] = merge(rows, torch.stack([term.B[rows] @ term.A for term in matrix.terms]))
     return merged
 

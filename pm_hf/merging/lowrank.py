@@ -1,6 +1,6 @@
 """Matrices kept as a product of two thin factors, and their exact and truncated sums."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +92,12 @@ class Matrix:
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self.terms[0].shape
+
+
+def row_slices(shape: Sequence[int], entries: int) -> Iterator[slice]:
+    """The rows of a matrix from top to bottom, about `entries` of its values at a time."""
+    step = max(1, entries // shape[1])
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 def add(*terms: LowRank) -> LowRank:

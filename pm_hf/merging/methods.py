@@ -66,7 +66,8 @@ class Method:
     kernel: None means Σ wᵢΔᵢ. prepare: what must be known of the whole model first. dense: the kernel returns a
     dense tensor, which has to be factored. weight: default weight of each of N adapters; None is 1/N.
     curvature: "sums" is the running file of `pm`, "fisher" and "gram" are one file for each adapter.
-    learned: needs coefficients that are learned from unlabelled inputs.
+    learned: needs coefficients that are learned from unlabelled inputs. factors: works on A and B themselves, not on
+    their product, so the running merge must keep its factors.
     """
 
     about: str
@@ -82,6 +83,7 @@ class Method:
     weight: float | None = None
     curvature: Literal["sums", "fisher", "gram"] | None = None
     learned: bool = False
+    factors: bool = False
     options: Mapping[str, Option] = field(default_factory=dict)
 
 
@@ -283,6 +285,7 @@ METHODS: dict[str, Method] = {
         batch=False,
         train_from="last",
         kernel=slao,
+        factors=True,
     ),
     "adamerging": Method(
         "Σ λᵢτᵢ, λᵢ learned for each module to minimise the prediction entropy",

@@ -204,7 +204,7 @@ def _check_useful(name: str, finite: bool, some: bool) -> None:
         raise InputError(f"the curvature is zero or not finite in module {name}; measure it again")
 
 
-def _solve_right(matrix: Tensor, S: Tensor) -> Tensor:
+def solve_right(matrix: Tensor, S: Tensor) -> Tensor:
     """X with X S = matrix: see `_right_division`."""
     return _right_division(S)(matrix)
 

@@ -16,7 +16,7 @@ from pm_hf.errors import InputError
 from pm_hf.merging.curvature import shrink
 from pm_hf.merging.elementwise import learned, mean_weights
 from pm_hf.merging.lowrank import LowRank, Matrix, common_bases, compact_svd, numerical_rank, weighted_sum
-from pm_hf.merging.solve import _solve_right
+from pm_hf.merging.solve import solve_right
 
 LEADING_SHARE = 0.5  # of the sum of the singular values: α of OPCM
 
@@ -83,7 +83,7 @@ def lot(matrix: Matrix, state: Any, *, scale: float, shrinkage: float) -> LowRan
     if not (total.isfinite().all() and total.diagonal().max() > 0):
         raise InputError(f"{matrix.name}: the weighted sum of the Grams is zero or not finite; measure them again")
     columns = torch.cat([term.B.double() for term in matrix.terms], dim=1)
-    return LowRank(columns, _solve_right(torch.cat(rows), total)).scale(scale).to(_dtype(matrix))
+    return LowRank(columns, solve_right(torch.cat(rows), total)).scale(scale).to(_dtype(matrix))
 
 
 def lore(matrix: Matrix, state: Any, *, threshold: float, rounds: int, scale: float) -> LowRank:

@@ -16,7 +16,9 @@ Curvatures = str | os.PathLike | Curvature | None | Sequence[str | os.PathLike |
 
 def head_modules(adapter: Adapter, curvature: Curvature) -> list[str]:
     """Saved linear heads that the curvature covers (one shared head over all tasks)."""
-    return [name for name in curvature.M if name not in adapter.layouts and f"{name}.weight" in adapter.saved]
+    return [
+        name for name in sorted(curvature.modules) if name not in adapter.layouts and f"{name}.weight" in adapter.saved
+    ]
 
 
 def task_vector(
@@ -63,7 +65,7 @@ def one_for_each(method: str, given: Curvatures, adapters: Sequence[Adapter], fo
     problems += [
         f"the curvature of {a.path} lacks {missing[0]}"
         for a, c in zip(adapters, sums, strict=True)
-        if (missing := sorted(set(a.layouts) - set(c.M)))
+        if (missing := sorted(set(a.layouts) - c.modules))
     ]
     problems += [f"{a.path} has LoRA biases, which no curvature covers" for a in adapters if a.config.get("lora_bias")]
     raise_all(problems, f"method {method!r}")

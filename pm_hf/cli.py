@@ -156,8 +156,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     scores = evaluate(config, options.adapter or Path(config.output_dir) / "merged")
     for name, score in scores.items():
-        whole, inside = score["class_incremental"], score["task_incremental"]
-        print(f"{name}: class-incremental {whole:.4f}, task-incremental {inside:.4f}")
+        print(f"{name}: " + ", ".join(f"{metric.replace('_', '-')} {value:.4f}" for metric, value in score.items()))
     return DONE
 
 

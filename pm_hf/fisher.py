@@ -11,11 +11,14 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from pm_hf.errors import InputError
+from pm_hf.language import IGNORED
 from pm_hf.merging.curvature import Curvature, Kind, Settings, accumulate
 from pm_hf.merging.lowrank import LowRank, add
 from pm_hf.modeling import find_head
+from pm_hf.processes import sum_counts, sum_over_processes, together
+from pm_hf.targets import bare, is_language, target_logits
 
-KINDS, LABELS = ("fisher", "gram"), ("empirical", "mc")
+KINDS, LABELS, REDUCTIONS = ("fisher", "gram", "factored"), ("empirical", "mc"), ("mean", "sum")
 SHRINKAGE = 0.1  # ρ of the Gram: without it a Gram of fewer tokens than inputs is singular
 CHUNK_BYTES = 128 * 2**20  # per-example gradients of one module are formed for this many bytes at a time
 
@@ -27,6 +30,7 @@ def estimate_curvature(
     adapter: str,
     kind: Kind = "fisher",
     labels: Literal["empirical", "mc"] = "empirical",
+    loss_reduction: Literal["mean", "sum"] = "mean",
     samples: int | None = None,
     shrinkage: float | None = None,
     previous: Curvature | None = None,
@@ -39,12 +43,16 @@ def estimate_curvature(
     kind="fisher": mean over examples of G∘G, G = Σ_tokens δxᵀ the gradient of one example's loss with respect to
     the dense weight (out, in); with labels="mc" the labels are drawn from the model, otherwise they are the
     data's (empirical Fisher, as published). kind="gram": mean over examples of Σ_tokens xxᵀ (in, in), then
-    (1−ρ)G + ρ·diag(G) with ρ = `shrinkage` (None: 0.1); no backward pass. Padding (attention_mask 0) is excluded.
+    (1−ρ)G + ρ·diag(G) with ρ = `shrinkage` (None: 0.1); no backward pass. kind="factored": the means of F over its
+    columns and over its rows, (out + in,), without F; H ≈ rcᵀ/mean(r). Padding (attention_mask 0) is excluded.
     Runs in eval mode, unperturbed; x and δ are cast to float32 before the product (`autocast` is the dtype of the
     forward). Sums, factors and results are on the CPU.
 
-    model: a PeftModel for sequence or image classification, `adapter` the task's adapter among the active ones.
-    dataloader: batches with `labels`; `samples`: number of examples used at most (None: all).
+    model: a PeftModel, `adapter` the task's adapter among the active ones. A classifier has `labels` (N,); a language
+    model has token ids (N, T), -100 where nothing is predicted, and an example's loss is the mean over its own target
+    tokens (`loss_reduction="sum"`: their sum; stored with the sums, never mixed); with "mc" every target token is
+    drawn given the given prefix. In several processes each one passes its own share of the examples, and all get the
+    sums over all of them. samples: number of examples used at most in a process (None: all).
     previous: sums of the earlier tasks. heads: {module: its weight before the task, [weight | bias]} of linear
     heads shared by all tasks, to be inside the curvature. The model's mode and gradients are left as they were.
     Raises InputError when samples < 1, when a module was not reached, or when there is no data.
@@ -54,6 +62,8 @@ def estimate_curvature(
             raise InputError(f"{name} must be one of {', '.join(valid)}, found {value!r}")
     if samples is not None and samples < 1:
         raise InputError(f"samples must be at least 1, found {samples}; leave it out to use every example")
+    if loss_reduction not in REDUCTIONS:
+        raise InputError(f"loss_reduction must be one of {', '.join(REDUCTIONS)}, found {loss_reduction!r}")
     if shrinkage is not None and kind != "gram":
         raise InputError("shrinkage belongs to kind='gram'; the diagonal Fisher has nothing off its diagonal")
     rho = SHRINKAGE if shrinkage is None else shrinkage
@@ -62,16 +72,28 @@ def estimate_curvature(
     layers = adapted_layers(model, adapter)
     watched = dict(layers) | {name: find_head(model, name) for name in heads or {}}
     with _evaluation(model):
-        pass_ = _Pass(kind, labels, torch.Generator().manual_seed(seed))
-        examples = _run(model, watched, dataloader, samples, pass_, autocast)
+        pass_ = _Pass(kind, labels, loss_reduction, torch.Generator().manual_seed(seed))
+        counted = together(lambda: _run(model, watched, dataloader, samples, pass_, autocast))
+    examples = sum_counts(counted)
+    sum_over_processes(pass_.sums)
     measured = {name: total.div_(examples).cpu() for name, total in pass_.sums.items()}
     delta = {name: layer_product(layer, [adapter]) for name, layer in layers.items()}
     optimum = {name: layer_product(layer, layer.active_adapters) for name, layer in layers.items()}
     for name, before in (heads or {}).items():
         optimum[name] = head_matrix(watched[name])
         delta[name] = LowRank(optimum[name].B - before.B, before.A)
-    settings = Settings(kind, "none", rho) if kind == "gram" else Settings(kind, labels)
+    settings = Settings(kind, "none", rho) if kind == "gram" else Settings(kind, labels, loss_reduction=loss_reduction)
     return accumulate(measured, optimum, delta, settings, examples, owner=pass_.owner, previous=previous)
+
+
+def curvature_bytes(model: nn.Module, adapter: str, kind: Kind) -> int:
+    """Size of the sums S and M in float32, without a shared head; for the Gram at most, as layers may share inputs."""
+    total = 0
+    for layer in adapted_layers(model, adapter).values():
+        rows, columns = layer.lora_B[adapter].weight.shape[0], layer.lora_A[adapter].weight.shape[1]
+        entries = {"fisher": 2 * rows * columns, "gram": columns * (rows + columns), "factored": rows + columns}
+        total += 4 * entries[kind]
+    return total
 
 
 def adapted_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
@@ -127,6 +149,7 @@ class _Pass:
 
     kind: Kind
     labels: str
+    reduction: str
     generator: torch.Generator
     sums: dict[str, Tensor] = field(default_factory=dict)
     owner: dict[str, str] = field(default_factory=dict)
@@ -148,13 +171,15 @@ def _run(
         if samples is not None and examples >= samples:
             break
         batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+        if is_language(batch) and bare(model).config.is_encoder_decoder:
+            batch = _told_apart(batch)
         if samples is not None:
             batch = {key: value[: samples - examples] for key, value in batch.items()}
         seen = _watch(model, watched, batch, pass_, autocast)
         missing = [name for name in watched if name not in seen]
         if missing:
             raise InputError(f"{len(missing)} adapted modules were not reached by the forward pass, first {missing[0]}")
-        (_add_gram if pass_.kind == "gram" else _add_fisher)(pass_, seen, batch)
+        {"gram": _add_gram, "fisher": _add_fisher, "factored": _add_factored}[pass_.kind](pass_, seen, batch)
         examples += len(batch["labels"])
     if not examples:
         raise InputError("the curvature needs at least one example, found none")
@@ -170,7 +195,7 @@ def _watch(
 ) -> dict[str, dict[str, Any]]:
     """Run the batch; {module: {"x": input, "d": output gradient, "bias": a trained bias to count}}."""
     seen: dict[str, dict[str, Any]] = {}
-    keep_gradient = pass_.kind == "fisher"
+    keep_gradient = pass_.kind != "gram"
 
     def hook(name: str):
         """The forward hook of one module."""
@@ -195,23 +220,44 @@ def _watch(
     try:
         with torch.set_grad_enabled(keep_gradient):
             with precision:
-                logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+                loss = _loss(model, batch, pass_)
             if keep_gradient:
-                _losses(logits.float(), batch["labels"], pass_).sum().backward()
+                loss.backward()
     finally:
         for handle in handles:
             handle.remove()
     return {name: found for name, found in seen.items() if "d" in found or not keep_gradient}
 
 
-def _losses(logits: Tensor, labels: Tensor, pass_: _Pass) -> Tensor:
-    """Cross-entropy of each example, (N,), for its own label or for one drawn from the model."""
+def _loss(model: nn.Module, batch: Mapping[str, Tensor], pass_: _Pass) -> Tensor:
+    """Sum over examples of the loss of each, for its own labels or for labels drawn from the model; float32."""
+    if is_language(batch):
+        logits, truth, example = target_logits(model, batch)
+        share = torch.bincount(example, minlength=len(batch["labels"]))[example].float()
+        if pass_.reduction == "sum":
+            share = torch.ones_like(share)
+        return (F.cross_entropy(logits.float(), _labels(logits, truth, pass_), reduction="none") / share).sum()
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     if logits.ndim != 2:
         raise InputError(f"expected logits of shape (examples, classes), found {tuple(logits.shape)}")
-    if pass_.labels == "mc":
-        probabilities = logits.detach().softmax(-1).cpu()
-        labels = torch.multinomial(probabilities, 1, generator=pass_.generator)[:, 0].to(logits.device)
-    return F.cross_entropy(logits, labels, reduction="none")
+    return F.cross_entropy(logits.float(), _labels(logits, batch["labels"], pass_), reduction="sum")
+
+
+def _labels(logits: Tensor, labels: Tensor, pass_: _Pass) -> Tensor:
+    """The data's labels, (n,), or ones drawn from softmax(logits), (n, C)."""
+    if pass_.labels != "mc":
+        return labels
+    probabilities = logits.detach().float().softmax(-1).cpu()
+    return torch.multinomial(probabilities, 1, generator=pass_.generator)[:, 0].to(logits.device)
+
+
+def _told_apart(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with one more padded column for the encoder where its length would equal the decoder's."""
+    if batch["input_ids"].shape[1] != batch["labels"].shape[1]:
+        return batch
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    wider = {"input_ids": F.pad(batch["input_ids"], (0, 1)), "attention_mask": F.pad(mask, (0, 1))}
+    return batch | wider
 
 
 def _add_fisher(pass_: _Pass, seen: Mapping[str, dict[str, Any]], batch: Mapping[str, Tensor]) -> None:
@@ -221,6 +267,15 @@ def _add_fisher(pass_: _Pass, seen: Mapping[str, dict[str, Any]], batch: Mapping
         for start in range(0, len(x), rows):
             gradient = torch.bmm(d[start : start + rows].transpose(1, 2), x[start : start + rows])  # (n, out, in)
             pass_.add(name, gradient.square_().sum(0))
+
+
+def _add_factored(pass_: _Pass, seen: Mapping[str, dict[str, Any]], batch: Mapping[str, Tensor]) -> None:
+    """Σ_examples of the means of G∘G over its columns and over its rows, from (T, T) products instead of G."""
+    for name, found in seen.items():
+        x, d = _tokens(name, found, batch), found["d"].float().reshape(len(batch["labels"]), -1, found["d"].shape[-1])
+        rows = ((x @ x.transpose(1, 2) @ d) * d).sum((0, 1)) / x.shape[-1]  # (out,)
+        columns = ((d @ d.transpose(1, 2) @ x) * x).sum((0, 1)) / d.shape[-1]  # (in,)
+        pass_.add(name, torch.cat([rows, columns]).clamp_(min=0))
 
 
 def _add_gram(pass_: _Pass, seen: Mapping[str, dict[str, Any]], batch: Mapping[str, Tensor]) -> None:
@@ -245,6 +300,8 @@ def _tokens(name: str, found: Mapping[str, Any], batch: Mapping[str, Tensor]) ->
     if found["bias"]:
         x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
     mask = batch.get("attention_mask")
+    if is_language(batch) and x.shape[1] == batch["labels"].shape[1] and (mask is None or mask.shape != x.shape[:2]):
+        mask = batch["labels"] != IGNORED  # the decoder's positions
     if mask is None or x.shape[1] == 1:  # no padding, or one pooled position
         return x
     if mask.shape != x.shape[:2]:

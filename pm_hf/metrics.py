@@ -35,13 +35,14 @@ def task_forgetting(R: Matrix) -> list[float]:
     return [max(_at(R, t, i) for t in range(i, end)) - _at(R, end, i) for i in range(end)]
 
 
-def summary(R: Matrix) -> dict[str, float | None]:
-    """ACC, AAA, BWT and forgetting of a matrix."""
+def summary(R: Matrix, *, lower_is_better: bool = False) -> dict[str, float | None]:
+    """ACC, AAA, BWT and forgetting of a matrix. Forgetting is positive where a task became worse."""
+    better = [[-x if lower_is_better and x is not None else x for x in row] for row in R]
     return {
         "ACC": average_accuracy(R),
         "AAA": average_anytime_accuracy(R),
         "BWT": backward_transfer(R),
-        "forgetting": forgetting(R),
+        "forgetting": forgetting(better),
     }
 
 

@@ -17,24 +17,39 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from pm_hf.adapters import PREFIX, Adapter
-from pm_hf.config import LoraSettings, ModelSettings
 from pm_hf.errors import InputError
 from pm_hf.files import read_json
 from pm_hf.layouts import CONFIG
+from pm_hf.settings import LANGUAGE, LoraSettings, ModelSettings
 
 MERGED, TASK = "merged", "task"
 HEADS = ("classifier", "score")  # what PEFT saves by itself for a sequence classifier
+TEXT = "text-classification"
+# kind of stream: (class that loads the model, PEFT's task type)
+KINDS: dict[str, tuple[Any, str | None]] = {
+    TEXT: (AutoModelForSequenceClassification, "SEQ_CLS"),
+    "image-classification": (AutoModelForImageClassification, None),  # PEFT has no type for it
+    "causal-lm": (AutoModelForCausalLM, "CAUSAL_LM"),
+    "seq2seq-lm": (AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM"),
+}
 
 
 @dataclass(frozen=True)
 class TaskModel:
-    """A PeftModel ready to train one task; `head` is the module name of its last Linear."""
+    """A PeftModel ready to train one task; `head` is the module name of its last Linear, None for language models."""
 
     model: PeftModel
-    head: str
+    head: str | None
 
 
 def resolve_base(base: str) -> str:
@@ -60,28 +75,37 @@ def resolve_base(base: str) -> str:
 
 def load_tokenizer(settings: ModelSettings) -> Any:
     """Tokenizer of the base model."""
-    with _clear_error(settings):
-        return AutoTokenizer.from_pretrained(resolve_base(settings.base), revision=settings.revision)
+    with _quiet(), _clear_error(settings):
+        return AutoTokenizer.from_pretrained(resolve_base(settings.base), **_source(settings))
 
 
-def load_base(settings: ModelSettings, labels: Sequence[str], seed: int) -> tuple[PreTrainedModel, list[str]]:
-    """Base model with a head of len(labels) rows, and the modules that its checkpoint lacks.
+def load_base(
+    settings: ModelSettings, labels: Sequence[str], seed: int, kind: str = TEXT
+) -> tuple[PreTrainedModel, list[str]]:
+    """Base model, with a head of len(labels) rows for a classifier, and the modules that its checkpoint lacks.
 
     What the checkpoint lacks is initialised with `seed`; the global random state is left as it was.
     """
     names = dict(enumerate(labels))
+    head: dict[str, Any] = {}
+    if kind not in LANGUAGE:
+        head = {"id2label": names, "label2id": {label: index for index, label in names.items()}}
+        head["ignore_mismatched_sizes"] = True
     with _seeded(seed), _quiet(), _clear_error(settings):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = KINDS[kind][0].from_pretrained(
             resolve_base(settings.base),
-            revision=settings.revision,
-            id2label=names,
-            label2id={label: index for index, label in names.items()},
-            ignore_mismatched_sizes=True,
+            **_source(settings),
+            **head,
             output_loading_info=True,
-            dtype=torch.float32,
+            dtype=getattr(torch, settings.dtype),
         )
     lacking = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
+    if kind in LANGUAGE:
+        if lacking:
+            raise InputError(f"model.base {settings.base} is no {kind} checkpoint: it lacks {sorted(lacking)[:3]}")
+        return model, []
     roots = {_saved_root(name) for name in lacking} | {head_root(model)}
+    model.get_submodule(head_root(model)).float()
     return model, sorted(roots)
 
 
@@ -90,9 +114,7 @@ def head_root(model: nn.Module) -> str:
     for name in HEADS:
         if isinstance(getattr(model, name, None), nn.Module):
             return name
-    raise InputError(
-        f"{type(model).__name__} has no head named {' or '.join(HEADS)}; use a sequence classification model"
-    )
+    raise InputError(f"{type(model).__name__} has no head named {' or '.join(HEADS)}; use a model for classification")
 
 
 def head_name(model: nn.Module) -> str:
@@ -112,32 +134,33 @@ def build_task_model(
     seed: int,
     task: int,
     *,
+    kind: str = TEXT,
+    published: Adapter | None = None,
     continue_head: bool = False,
 ) -> TaskModel:
     """Base + frozen `merged` (without its head) + trainable `task`, both active, and a fresh head of the task's rows.
 
-    With `continue_head` the head starts from the running merge's rows instead (one head shared by all tasks).
-
-    Trainable are the task's LoRA factors and the head's last Linear, nothing else: checked before it is returned.
-    What else the checkpoint lacks is frozen, at its seeded value or the running merge's.
+    kind: a key of KINDS; language models have no head. published: the running merge, by default `merged`. What the
+    checkpoint lacks (the head's other layers) is frozen at its value, or at the seeded one; with `continue_head` the
+    rows of labels that it knows start from its rows (a head shared by all tasks). Trainable are the task's LoRA
+    factors and the head's last Linear, nothing else: checked before it is returned.
     """
     if lora.r < 1:
         raise InputError(f"lora.r must be at least 1, found {lora.r}")
-    base, saved_modules = load_base(settings, labels, seed)
-    head = head_name(base)
+    published = published or merged
+    base, saved_modules = load_base(settings, labels, seed, kind)
+    head = None if kind in LANGUAGE else head_name(base)
     base_name = base.config.name_or_path
     with _seeded(seed + 7919 * (task + 1)):
-        linear = base.get_submodule(head)
-        linear.reset_parameters()
-        linear.weight.data.normal_(0, getattr(base.config, "initializer_range", 0.02))
-        if linear.bias is not None:
-            linear.bias.data.zero_()
+        if head is not None:
+            _fresh_rows(base, head, labels, published if continue_head else None)
         config = LoraConfig(
             r=lora.r,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=lora.target_modules,
-            modules_to_save=saved_modules,
+            modules_to_save=saved_modules or None,
+            task_type=None,
             base_model_name_or_path=base_name,
         )
         try:
@@ -150,7 +173,7 @@ def build_task_model(
         raise InputError(f"lora.target_modules: {odd[0]} is not a linear layer; only linear layers are supported")
     if merged is not None:
         _add_merged(model, merged)
-    _restore_shared(model, merged, None if continue_head else head)
+    _restore_shared(model, published, head)
     _activate(model, merged is not None)
     expected = _freeze(model, head)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -159,18 +182,18 @@ def build_task_model(
     return TaskModel(model, head)
 
 
-def load_published(settings: ModelSettings, folder: Path, labels: Sequence[str]) -> nn.Module:
-    """The merged adapter as every user loads it: base with the labels' rows, then PeftModel.from_pretrained."""
-    base, _ = load_base(settings, labels, 0)
+def load_published(settings: ModelSettings, folder: Path, labels: Sequence[str], kind: str = TEXT) -> nn.Module:
+    """The merged adapter as every user loads it: base (with the labels' rows), then PeftModel.from_pretrained."""
+    base, _ = load_base(settings, labels, 0, kind)
     with _seeded(0), _quiet():
         return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
-def task_tensors(model: PeftModel) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+def task_tensors(model: PeftModel, kind: str = TEXT) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
     """(LoRA factors, saved modules, PEFT configuration) of the task adapter, detached, names as in the file."""
     state = get_peft_model_state_dict(model, adapter_name=TASK, save_embedding_layers=False)
     plain = {name.removeprefix(PREFIX): value.detach().cpu().clone() for name, value in state.items()}
-    config = model.peft_config[TASK].to_dict() | {"task_type": "SEQ_CLS", "inference_mode": True}
+    config = model.peft_config[TASK].to_dict() | {"task_type": KINDS[kind][1], "inference_mode": True}
     factors = {name: value for name, value in plain.items() if "lora_" in name}
     return factors, {name: value for name, value in plain.items() if "lora_" not in name}, config
 
@@ -232,14 +255,25 @@ def _add_merged(model: PeftModel, merged: Adapter) -> None:
         )
 
 
+def _fresh_rows(base: PreTrainedModel, head: str, labels: Sequence[str], known: Adapter | None) -> None:
+    """Draw the head's rows anew; those of labels that `known` has continue from there."""
+    linear = base.get_submodule(head)
+    linear.reset_parameters()
+    linear.weight.data.normal_(0, getattr(base.config, "initializer_range", 0.02))
+    if linear.bias is not None:
+        linear.bias.data.zero_()
+    rows = {} if known is None else {label: row for row, label in enumerate(known.labels.get(head, []))}
+    for index, label in enumerate(labels):
+        if known is not None and label in rows:
+            for name, parameter in linear.named_parameters():
+                parameter.data[index] = known.tensor(f"{head}.{name}")[rows[label]]
+
+
 def _restore_shared(model: PeftModel, merged: Adapter | None, head: str | None) -> None:
     """Parameters that the checkpoint lacks, other than the rows of `head`, continue from the running merge."""
     values = {} if merged is None else {n: merged.tensor(n) for n in merged.saved if n.rpartition(".")[0] != head}
     for full, parameter in model.named_parameters():
         if "modules_to_save" in full and (name := _unwrapped(full.removeprefix(PREFIX))) in values:
-            if values[name].shape != parameter.shape:
-                found, needed = tuple(values[name].shape), tuple(parameter.shape)
-                raise InputError(f"{name} has shape {found} in the running merge, the task needs {needed}")
             parameter.data.copy_(values[name])
 
 
@@ -252,19 +286,27 @@ def _activate(model: PeftModel, with_merged: bool) -> None:
             module.set_adapter(TASK)
 
 
-def _freeze(model: PeftModel, head: str) -> set[str]:
+def _freeze(model: PeftModel, head: str | None) -> set[str]:
     """Leave trainable the task's factors and the head's last Linear; returns their names."""
     expected = set()
     for full, parameter in model.named_parameters():
         factor = re.search(rf"\.lora_[AB]\.{TASK}\.weight$", full) is not None
         row = f".modules_to_save.{TASK}" in full and _unwrapped(full.removeprefix(PREFIX)).rpartition(".")[0] == head
+        if factor or row:
+            parameter.data = parameter.data.float()
         parameter.requires_grad_(factor or row)
         if factor or row:
             expected.add(full)
     kinds = {"factor" if ".lora_" in name else "head" for name in expected}
-    if kinds != {"factor", "head"}:
+    if kinds != {"factor", "head"} - ({"head"} if head is None else set()):
         raise InputError(f"nothing to train: found only {kinds or 'no'} parameters of the task adapter")
     return expected
+
+
+def _source(settings: ModelSettings) -> dict[str, Any]:
+    """What from_pretrained is told of the checkpoint."""
+    gguf = {} if settings.gguf_file is None else {"gguf_file": settings.gguf_file}
+    return {"revision": settings.revision, **gguf}
 
 
 def _saved_root(parameter: str) -> str:

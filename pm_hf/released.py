@@ -4,24 +4,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pm_hf.adapters import Adapter, base_name, measured_tasks, open_adapter
-from pm_hf.config import RunConfig
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import same_folder
 from pm_hf.heads import HeadStatistics
 from pm_hf.merging.curvature import Curvature
 from pm_hf.modeling import resolve_base
+from pm_hf.settings import RunConfig
 from pm_hf.tasks import TaskStream
 
 STEP, CURVATURE, STATISTICS = "step.json", "curvature.safetensors", "head_statistics.safetensors"
+OPTIMUM = "optimum"  # adapter folder of the last task's own optimum, for methods that train from it
 
 
 @dataclass(frozen=True)
 class State:
-    """What one task leaves to the next: the running merge, the sums of curvature, the head's statistics."""
+    """What one task leaves to the next: running merge, sums of curvature, the head's statistics, its own optimum."""
 
     merged: Path | None = None
     curvature: Path | None = None
     statistics: Path | None = None
+    optimum: Path | None = None
 
 
 def released(config: RunConfig, stream: TaskStream) -> State | None:
@@ -42,7 +44,7 @@ def released(config: RunConfig, stream: TaskStream) -> State | None:
     def first(name: str) -> Path | None:
         return next((folder / name for folder in beside if (folder / name).is_file()), None)
 
-    state = State(adapter.path, first(CURVATURE), first(STATISTICS))
+    state = State(adapter.path, first(CURVATURE), first(STATISTICS), adapter.path)
     problems = _adapter_misfits(config, stream, adapter)
     if config.merge.method == "pm" and config.merge.coefficient is None and state.curvature is not None:
         problems += _curvature_misfits(config, adapter, Curvature.load(state.curvature))
@@ -64,6 +66,8 @@ def _adapter_misfits(config: RunConfig, stream: TaskStream, adapter: Adapter) ->
     if limit is not None and rank > limit:
         problems.append(f"its rank {rank} is above merge.max_rank {limit}")
     shared = stream.scenario == "domain_incremental"
+    if config.head.kind == "none":
+        return problems
     if len(adapter.labels) != 1:
         problems.append("it has no labels.json with one head, so its rows have no names")
     elif shared and list(next(iter(adapter.labels.values()))) != list(stream.tasks[0].labels):
@@ -73,15 +77,18 @@ def _adapter_misfits(config: RunConfig, stream: TaskStream, adapter: Adapter) ->
 
 def _curvature_misfits(config: RunConfig, adapter: Adapter, curvature: Curvature) -> list[str]:
     ours, theirs, problems = config.curvature, curvature.settings, []
-    wanted = (ours.kind, "none", ours.shrinkage) if ours.kind == "gram" else (ours.kind, ours.labels, 0.0)
-    found = (theirs.kind, theirs.labels, theirs.shrinkage)
+    gram = ours.kind == "gram"
+    wanted: tuple = (ours.kind, "none" if gram else ours.labels, ours.shrinkage if gram else 0.0)
+    found: tuple = (theirs.kind, theirs.labels, theirs.shrinkage)
+    if config.head.kind == "none" and not gram:
+        wanted, found = (*wanted, ours.loss_reduction), (*found, theirs.loss_reduction)
     if found != wanted:
         problems.append(
-            f"its curvature (kind, labels, shrinkage) is {found}, the config's {wanted}; sums are never mixed"
+            f"its curvature (kind, labels, shrinkage, …) is {found}, the config's {wanted}; sums are never mixed"
         )
     if curvature.tasks != measured_tasks(adapter):
         problems.append(f"its curvature covers {curvature.tasks} tasks, the adapter {measured_tasks(adapter)}")
-    strange = sorted(set(adapter.scaling) - set(curvature.M))
+    strange = sorted(set(adapter.scaling) - curvature.modules)
     if strange:
         problems.append(f"its curvature lacks modules of the adapter, first {strange[0]}")
     return problems

@@ -1,7 +1,9 @@
 """A run's report: report.json, the table, the plot."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pm_hf.files import write_json
@@ -9,14 +11,21 @@ from pm_hf.metrics import summary
 from pm_hf.versions import versions
 
 REPORT = "report.json"
+CHOICE, INSIDE, BITS = "class_incremental", "task_incremental", "bits_per_byte"
+LOWER_IS_BETTER = ("loss", "perplexity", BITS)
+
+
+def primary_metric(names: Sequence[str], own: Sequence[Sequence[str]]) -> str:
+    """What a stream is judged by: accuracy among all classes (answers) seen; bits per byte where a task has none."""
+    return CHOICE if CHOICE in names and all(own) else BITS
 
 
 @dataclass(frozen=True)
 class Report:
     """What a run learned and forgot.
 
-    scores: class-incremental accuracy matrix R[t][i], None above the diagonal; task_incremental the same inside each
-    task's own classes. ACC_samples is the last row's accuracy pooled over test rows. coefficients: one dict a task.
+    matrices: {metric: R}, R[t][i] the score on task i after task t, None above the diagonal. A joint run has one row.
+    metric: the one the stream is judged by. coefficients: one dict a task.
     """
 
     folder: Path
@@ -24,47 +33,85 @@ class Report:
     seed: int
     scenario: str
     tasks: list[str]
-    scores: list[list[float | None]]
-    task_incremental: list[list[float | None]]
+    metric: str
+    matrices: dict[str, list[list[float | None]]]
     test_rows: list[int]
     coefficients: list[dict | None]
     seconds: float
     freedom: str = "global"  # "free": the whole matrix was solved for, coefficients are for comparison only
+    train_from: str = "merged"  # where each task's training started
+    held_out: list[dict] = field(default_factory=list)  # {text: {metric: score}} after each task, never trained on
     notes: list[str] = field(default_factory=list)
 
     @property
+    def scores(self) -> list[list[float | None]]:
+        """The matrix of the metric."""
+        return self.matrices[self.metric]
+
+    @property
+    def task_incremental(self) -> list[list[float | None]] | None:
+        """The same inside each task's own classes (answers); None where there are none."""
+        return self.matrices.get(INSIDE)
+
+    @property
+    def signed(self) -> list[list[float | None]]:
+        """The same with more being better."""
+        lower = self.metric in LOWER_IS_BETTER
+        return [[-x if lower and x is not None else x for x in row] for row in self.scores]
+
+    @property
     def metrics(self) -> dict[str, Any]:
-        """ACC, AAA, BWT, forgetting and ACC_samples (class-incremental), and task_incremental ones beside them."""
-        last = [score or 0.0 for score in self.scores[-1][: len(self.scores)]]
+        """ACC, AAA, BWT, forgetting and ACC_samples of the metric, and the same inside each task's own classes.
+
+        ACC_samples is the last row pooled over test rows. final: the mean over tasks of every metric's last row.
+        Forgetting is positive where a task became worse, whichever way the metric runs.
+        """
+        last = [score or 0.0 for score in self.scores[-1]]
         rows = self.test_rows[: len(last)]
         pooled = sum(a * n for a, n in zip(last, rows, strict=True)) / sum(rows)
-        return {
-            **summary(self.scores),
-            "ACC_samples": pooled,
-            "task_incremental": summary(self.task_incremental),
-        }
+        inside = {"task_incremental": self._summary(INSIDE)} if INSIDE in self.matrices else {}
+        return {**self._summary(self.metric), "ACC_samples": pooled, **inside, "final": self._final()}
+
+    def _summary(self, metric: str) -> dict[str, float | None]:
+        R = self.matrices[metric]
+        if len(R) < len(R[0]):  # one joint training
+            known = [score for score in R[-1] if score is not None]
+            return {"ACC": fmean(known), "AAA": None, "BWT": None, "forgetting": None}
+        return summary(R, lower_is_better=metric in LOWER_IS_BETTER)
+
+    def _final(self) -> dict[str, float]:
+        known = {name: [x for x in R[-1] if x is not None] for name, R in self.matrices.items()}
+        return {name: fmean(found) for name, found in known.items() if found}
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json."""
-        fields = {key: value for key, value in vars(self).items() if key != "folder"}
-        return {**fields, "metrics": self.metrics, "versions": versions()}
+        fields = {key: value for key, value in vars(self).items() if key not in ("folder", "matrices")}
+        more = {"scores": self.scores, "task_incremental": self.task_incremental, "matrices": self.matrices}
+        return {**fields, **more, "metrics": self.metrics, "versions": versions()}
 
     def save(self) -> None:
         """Write report.json into the run's folder."""
         write_json(self.folder / REPORT, self.to_dict())
 
     def table(self) -> str:
-        """The accuracy matrix, the metrics and the coefficients as text."""
+        """The matrix of the metric, the metrics and the coefficients as text."""
         width = max(12, *(len(name) for name in self.tasks))
-        header = " " * (width + 2) + " ".join(f"{i:>6d}" for i in range(len(self.scores)))
-        lines = [f"{self.method}, seed {self.seed}: accuracy on each task (row) after each task (column)", header]
-        for i, name in enumerate(self.tasks[: len(self.scores)]):
-            cells = [self.scores[t][i] for t in range(len(self.scores))]
-            lines.append(f"{name:<{width}}  " + " ".join(f"{_number(cell):>6}" for cell in cells))
+        count = len(self.scores)
+        header = " " * (width + 2) + " ".join(f"{i:>6d}" for i in range(count))
+        name = "accuracy" if self.metric == CHOICE else self.metric.replace("_", " ")
+        lines = [f"{self.method}, seed {self.seed}: {name} on each task (row) after each task (column)", header]
+        for i, task in enumerate(self.tasks):
+            lines.append(f"{task:<{width}}  " + " ".join(f"{_number(self.scores[t][i]):>6}" for t in range(count)))
         metrics = self.metrics
         lines.append("  ".join(f"{key} {_number(metrics[key])}" for key in ("ACC", "AAA", "BWT", "forgetting")))
-        inside = metrics["task_incremental"]
-        lines.append(f"inside each task's own classes: ACC {_number(inside['ACC'])}  AAA {_number(inside['AAA'])}")
+        if inside := metrics.get("task_incremental"):
+            lines.append(f"inside each task's own classes: ACC {_number(inside['ACC'])}  AAA {_number(inside['AAA'])}")
+        others = {key: value for key, value in metrics["final"].items() if key not in (CHOICE, INSIDE, self.metric)}
+        if others:
+            lines.append("at the end: " + "  ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in others.items()))
+        for text in self.held_out[0] if self.held_out else ():
+            values = [step[text][BITS] for step in self.held_out]
+            lines.append(f"held out, {text}: bits per byte " + " ".join(_number(value) for value in values))
         known = [c for c in self.coefficients if c]
         if known:
             name = "coefficient, not used (the whole matrix is free)" if self.freedom == "free" else "coefficient used"

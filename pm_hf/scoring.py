@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 import evaluate
@@ -11,9 +10,13 @@ import numpy as np
 import torch
 
 from pm_hf.adapters import open_adapter
-from pm_hf.config import RunConfig
+from pm_hf.encoding import TextEncoder
+from pm_hf.language import CausalEncoder, Seq2SeqEncoder
+from pm_hf.language_scoring import score_rows
 from pm_hf.modeling import forward, load_published
-from pm_hf.tasks import Task, batches, encode
+from pm_hf.rows import Encoder, Examples, Rows
+from pm_hf.settings import RunConfig
+from pm_hf.tasks import Task, batches
 
 DESCRIPTION = "Accuracy of argmax over all classes seen, and of argmax inside the task's own classes."
 
@@ -46,41 +49,61 @@ class Scorer:
     """Runs merged adapters, loaded as every user loads them."""
 
     config: RunConfig
-    tokenizer: Any
+    encoder: Encoder
     batch_size: int
     autocast: torch.dtype | None
     device: torch.device = torch.device("cpu")
 
-    def load(self, merged: Path, head: str) -> torch.nn.Module:
+    def load(self, merged: Path, head: str | None) -> torch.nn.Module:
         """The merged adapter on its base, as every user loads it."""
-        return load_published(self.config.model, merged, open_adapter(merged).labels[head]).to(self.device)
+        labels = () if head is None else open_adapter(merged).labels[head]
+        return load_published(self.config.model, merged, labels, self.config.stream.kind).to(self.device)
 
-    def features(self, merged: Path, rows: Sequence[dict], head: str) -> torch.Tensor:
+    def features(self, merged: Path, rows: Rows, labels: Sequence[str], head: str) -> torch.Tensor:
         """Input of the head's Linear, (n, d)."""
-        return self._forward(self.load(merged, head), rows, head)[0]
+        return self._forward(self.load(merged, head), self.encoder.examples(rows, labels), head)[0]
 
     def logits(
         self, model: torch.nn.Module, task: Task, labels: Sequence[str], head: str
     ) -> tuple[torch.Tensor, list[int]]:
         """Logits of a task's test rows over all `labels`, (n, C), and the row index of each one's label."""
-        rows = encode(self.tokenizer, task.test, labels, self.config.stream.max_length)
-        return self._forward(model, rows, head)[1], [row["labels"] for row in rows]
+        index = {label: i for i, label in enumerate(labels)}
+        examples = self.encoder.examples(task.test, labels)
+        return self._forward(model, examples, head)[1], [index[label] for label in task.test.labels]
 
-    def _forward(self, model: torch.nn.Module, rows: Sequence[dict], head: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, model: torch.nn.Module, rows: Examples, head: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and logits in the order of `rows`; batches are made of texts of like length."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-        back = torch.tensor(order).argsort()
-        together = batches(self.tokenizer, [rows[i] for i in order], self.batch_size)
-        features, logits = forward(model, together, head, self.autocast)
-        return features[back] if len(features) else features, logits[back]
+        if isinstance(self.encoder, TextEncoder):
+            order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+            back = torch.tensor(order).argsort()
+            features, logits = self._forward_in_order(model, [rows[i] for i in order], head)
+            return features[back] if len(features) else features, logits[back]
+        return self._forward_in_order(model, rows, head)
 
-    def score(self, merged: Path, head: str, tasks: Sequence[Task]) -> list[dict[str, float]]:
-        """Class-incremental and task-incremental accuracy of each task."""
-        labels = open_adapter(merged).labels[head]
-        model, metric = self.load(merged, head), IncrementalAccuracy(keep_in_memory=True)
+    def _forward_in_order(self, model: torch.nn.Module, rows: Examples, head: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return forward(model, batches(self.encoder, rows, self.batch_size), head, self.autocast)
+
+    def score(self, merged: Path, head: str | None, tasks: Sequence[Task]) -> list[dict[str, float]]:
+        """Scores of each task: accuracies of a classifier, or those of `score_rows` for a language model."""
+        model = self.load(merged, head)
+        if head is None:
+            return self._score_language(model, tasks)
+        labels, metric = open_adapter(merged).labels[head], IncrementalAccuracy(keep_in_memory=True)
         scores = []
         for task in tasks:
             logits, truth = self.logits(model, task, labels, head)
-            own = [labels.index(label) for label in task.labels]
+            own = [labels.index(label) for label in task.own]
             scores.append(metric.compute(predictions=logits.numpy(), references=truth, own=own))
         return scores
+
+    def _score_language(self, model: torch.nn.Module, tasks: Sequence[Task]) -> list[dict[str, float]]:
+        seen = list(dict.fromkeys(answer for task in tasks for answer in task.own))
+        assert isinstance(self.encoder, CausalEncoder | Seq2SeqEncoder)
+        return [
+            score_rows(
+                *(model, self.encoder, task.test, task.own, seen if task.own else ()),
+                batch_size=self.batch_size,
+                autocast=self.autocast,
+            )
+            for task in tasks
+        ]

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pm_hf.processes import any_process
+
 
 class StoppedError(RuntimeError):
     """The run was asked to stop; the same command continues it."""
@@ -32,8 +34,9 @@ class Stop(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **__: Any
     ) -> TrainerControl:
-        """Save and stop if asked to."""
-        if self.asked:
+        """Save and stop if asked to; of several processes all stop where one was asked."""
+        if any_process(self.asked):
+            self.asked = True
             control.should_save = control.should_training_stop = True
         return control
 

@@ -3,68 +3,72 @@
 import hashlib
 import json
 import random
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-from datasets import ClassLabel, Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
-from transformers import DataCollatorWithPadding
 
-from pm_hf.config import RunConfig, Source, StreamSettings
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import read_json
+from pm_hf.rows import Encoder, Examples, Rows
+from pm_hf.settings import LANGUAGE, RunConfig, Source, StreamSettings, TaskSettings
+from pm_hf.sources import path_of, read_rows
 
-LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Texts and the label name of each."""
-
-    texts: list[str]
-    labels: list[str]
-
-    def __len__(self) -> int:
-        return len(self.texts)
+MOST_ANSWERS = 200  # a language task with more different completions has free answers, none to choose among
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its own classes in row order of its head, and its rows."""
+    """One task: the classes of its head in row order, its rows, and its own classes where the head has others too.
+
+    Of a language model the labels are the answers to choose among, none where the completions are free text.
+    replayed: rows of earlier tasks that are trained on with its own.
+    """
 
     name: str
     labels: tuple[str, ...]
     train: Rows
     test: Rows
+    own: tuple[str, ...] = ()
+    replayed: Rows = field(default_factory=lambda: Rows([], []))
 
     def fingerprint(self) -> str:
         """Digest of labels and rows; a finished task must keep it."""
         digest = hashlib.sha256(json.dumps([self.name, self.labels]).encode())
-        for rows in (self.train, self.test):
-            digest.update(json.dumps([rows.texts, rows.labels]).encode())
+        for rows in (self.train, self.test, self.replayed):
+            digest.update(rows.content() if len(rows) else b"")
         return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class TaskStream:
-    """The tasks in order. In a domain-incremental stream every task has the labels of the whole stream."""
+    """The tasks in order. In a domain-incremental stream every task has the labels of the whole stream.
+
+    scored: what one joint task is scored on; empty: every task is scored on those learned so far.
+    """
 
     scenario: str
     tasks: tuple[Task, ...]
     notes: tuple[str, ...] = ()  # what was left out of the data
+    scored: tuple[Task, ...] = ()
+    held_out: tuple[Task, ...] = ()  # scored after every task, never trained on
+
+    def seen(self, index: int) -> tuple[Task, ...]:
+        """The tasks that are scored after task `index`."""
+        return self.scored or self.tasks[: index + 1]
 
 
 def load_stream(config: RunConfig) -> TaskStream:
     """Read and check all data before any training; one InputError with everything that is wrong."""
+    return replace(_load_tasks(config), held_out=_held_out_texts(config))
+
+
+def _load_tasks(config: RunConfig) -> TaskStream:
     stream, folder = config.stream, config.data_dir
     if stream.tasks is not None:
-        parts = _listed(stream, folder)
+        parts = _listed(config)
     else:
-        data = tuple(_read(stream, folder, test=test, extra=stream.domain_column) for test in (False, True))
+        data = _both(config, stream, extra=stream.domain_column)
         parts = _by_class(stream, folder, *data) if stream.class_groups is not None else _by_domain(*data)
         left = sorted(set(data[0][0].labels) - {label for _, train, _ in parts for label in train.labels})
         if left:
@@ -76,56 +80,117 @@ def load_stream(config: RunConfig) -> TaskStream:
 def make_stream(config: RunConfig, parts: Sequence[tuple[str, Rows, Rows]]) -> TaskStream:
     """A checked stream of (name, training rows, test rows)."""
     stream, scenario = config.stream, config.stream.scenario or "class_incremental"
-    if stream.tasks is not None and not stream.shared_labels and scenario == "class_incremental":
+    language = stream.kind in LANGUAGE
+    if stream.tasks is not None and not stream.shared_labels and scenario == "class_incremental" and not language:
         parts = [(name, _qualified(name, train), _qualified(name, test)) for name, train, test in parts]
-    problems = _problems(scenario, parts)
-    raise_all(problems, "stream")
-    everything = tuple(sorted({label for _, train, _ in parts for label in train.labels}))
+    raise_all(_problems(scenario, parts, language), "stream")
+    own = [_answers(train, test) if language else tuple(sorted(set(train.labels))) for _, train, test in parts]
+    everything = tuple(sorted({label for labels in own for label in labels}))
     tasks = []
-    for name, train, test in parts:
-        labels = everything if scenario == "domain_incremental" else tuple(sorted(set(train.labels)))
-        tasks.append(Task(name, labels, _thinned(train, stream.train_per_class, config.seed, name), test))
+    for (name, train, test), labels in zip(parts, own, strict=True):
+        train = _thinned(train, stream.train_per_class, config.seed, name)
+        train, test = (
+            _cut(rows, count, f"{config.seed}/{name}/{kind}")
+            for rows, count, kind in ((train, stream.train_rows, "train"), (test, stream.test_rows, "test"))
+        )
+        shared = scenario == "domain_incremental"
+        tasks.append(Task(name, everything if shared else labels, train, test, everything if shared else labels))
+    if config.strategy.replay_per_class:
+        tasks = _with_replay(tasks, config.strategy.replay_per_class, config.seed)
+    if config.strategy.joint:
+        return TaskStream(scenario, (_joint(tasks, everything),), scored=tuple(tasks))
     return TaskStream(scenario, tuple(tasks))
 
 
-def encode(tokenizer: Any, rows: Rows, labels: Sequence[str], max_length: int) -> list[dict[str, Any]]:
-    """Tokenised rows with `labels` as indices into `labels`."""
-    index = {label: i for i, label in enumerate(labels)}
-    tokens = tokenizer(rows.texts, truncation=True, max_length=max_length)
-    keys = list(tokens.keys())
-    return [{**{key: tokens[key][i] for key in keys}, "labels": index[label]} for i, label in enumerate(rows.labels)]
-
-
-def batches(tokenizer: Any, encoded: Sequence[dict], size: int) -> Iterator[Mapping[str, Tensor]]:
+def batches(encoder: Encoder, examples: Examples, size: int) -> Iterator[Mapping[str, Tensor]]:
     """Padded batches in order."""
-    collate = DataCollatorWithPadding(tokenizer)
-    for start in range(0, len(encoded), size):
-        yield collate(list(encoded[start : start + size]))
+    for start in range(0, len(examples), size):
+        yield encoder.collate([examples[i] for i in range(start, min(start + size, len(examples)))])
 
 
-def sample(encoded: Sequence[dict], count: int | None, seed: int) -> list[dict]:
+def sample(rows: Rows, count: int | None, seed: int) -> Rows:
     """`count` rows drawn without repetition, or all of them, in a seeded order."""
-    order = random.Random(f"sample/{seed}").sample(range(len(encoded)), len(encoded))
-    return [encoded[i] for i in (order if count is None else order[:count])]
+    order = random.Random(f"sample/{seed}").sample(range(len(rows)), len(rows))
+    return rows.take(order if count is None else order[:count])
 
 
-def _listed(stream: StreamSettings, folder: str | None) -> list[tuple[str, Rows, Rows]]:
+def _answers(train: Rows, test: Rows) -> tuple[str, ...]:
+    """The completions to choose among; none where they are free text."""
+    answers = set(train.labels)
+    free = len(answers) < 2 or len(answers) > MOST_ANSWERS or not set(test.labels) <= answers
+    return () if free or any(rows.inputs[0] == "" for rows in (train, test)) else tuple(sorted(answers))
+
+
+def _with_replay(tasks: Sequence[Task], per_class: int, seed: int) -> list[Task]:
+    """Each task with `per_class` training rows of every earlier class (answer), and a head that has them all."""
+    found: list[Task] = []
+    stored, labels = Rows([], []), tuple[str, ...]()
+    for task in tasks:
+        labels = tuple(dict.fromkeys([*labels, *task.labels]))
+        found.append(replace(task, labels=labels, replayed=stored))
+        free = not task.labels  # free text: so many rows of the task
+        kept = _cut(task.train, per_class, f"{seed}/{task.name}/replay") if free else None
+        stored = stored.with_rows(kept or _thinned(task.train, per_class, seed, task.name))
+    return found
+
+
+def _joint(tasks: Sequence[Task], labels: tuple[str, ...]) -> Task:
+    train, test = tasks[0].train, tasks[0].test
+    for task in tasks[1:]:
+        train, test = train.with_rows(task.train), test.with_rows(task.test)
+    return Task("joint", labels, train, test, labels)
+
+
+def _both(config: RunConfig, source: Source, *, task: str = "", extra: str | None = None) -> list[tuple]:
+    """(rows, values of the extra column) of training and of test rows."""
+    kind, folder, share = config.stream.kind, config.data_dir, config.stream.test_share
+    splits = (False, True) if share is None else (False,)
+    data = [read_rows(kind, source, folder, test=test, task=task, extra=extra) for test in splits]
+    if share is None:
+        return data
+    rows, values = data[0]
+    held = set(_held_out(rows.labels, share, config.seed))
+    sides = ([i for i in range(len(rows)) if i not in held], sorted(held))
+    return [(rows.take(side), [values[i] for i in side] if values else []) for side in sides]
+
+
+def _held_out(labels: Sequence[str], share: float, seed: int) -> Iterator[int]:
+    """Indices of `share` of each class's rows, at least one where a class has two."""
+    for label in sorted(set(labels)):
+        own = [i for i, value in enumerate(labels) if value == label]
+        count = min(max(1, round(share * len(own))), len(own) - 1)
+        yield from random.Random(f"test/{seed}/{label}").sample(own, count)
+
+
+def _listed(config: RunConfig) -> list[tuple[str, Rows, Rows]]:
     parts, problems = [], []
-    for number, task in enumerate(stream.tasks or []):
+    for number, task in enumerate(config.stream.tasks or []):
         if not task.name:
             problems.append(f"tasks[{number}] has no name")
             continue
-        inherited = {key: getattr(stream, key) for key in Source.__dataclass_fields__}
-        if task.train or task.test:
-            inherited["dataset"] = None  # the task's own files
-        source = Source(**{key: getattr(task, key) or value for key, value in inherited.items()})
         try:
-            rows = [_read(source, folder, test=test)[0] for test in (False, True)]
-            parts.append((task.name, rows[0], rows[1]))
+            (train, _), (test, _) = _both(config, _source(config.stream, task), task=task.name)
+            parts.append((task.name, train, test))
         except InputError as error:
             problems.append(f"task {task.name}: {error}")
     raise_all(problems, "stream")
     return parts
+
+
+def _source(stream: StreamSettings, task: TaskSettings) -> Source:
+    """The task's own entries, the stream's where it has none."""
+    inherited = {key: getattr(stream, key) for key in Source.__dataclass_fields__}
+    if task.train or task.test:
+        inherited["dataset"] = None  # the task's own files
+    return Source(**{key: getattr(task, key) or value for key, value in inherited.items()})
+
+
+def _held_out_texts(config: RunConfig) -> tuple[Task, ...]:
+    stream, found = config.stream, []
+    for text in stream.held_out or []:
+        rows, _ = read_rows(stream.kind, _source(stream, text), config.data_dir, test=True, task=text.name)
+        found.append(Task(text.name, (), Rows([], []), _cut(rows, stream.test_rows, f"{config.seed}/{text.name}")))
+    return tuple(found)
 
 
 def _by_class(stream: StreamSettings, folder: str | None, train: tuple, test: tuple) -> list[tuple[str, Rows, Rows]]:
@@ -148,7 +213,7 @@ def _class_groups(groups: int | str | dict | None, folder: str | None, labels: S
         starts = [i * size + min(i, more) for i in range(groups + 1)]
         return {f"classes-{i:02d}": list(labels[a:b]) for i, (a, b) in enumerate(zip(starts, starts[1:], strict=False))}
     if isinstance(groups, str):
-        path = _path(groups, folder)
+        path = path_of(groups, folder)
         if not path.is_file():
             raise InputError(f"stream.class_groups: file {path} does not exist")
         groups = read_json(path)
@@ -172,70 +237,7 @@ def _by_domain(train: tuple, test: tuple) -> list[tuple[str, Rows, Rows]]:
     return [(name, _where(train[0], train[1], {name}), _where(test[0], test[1], {name})) for name in domains]
 
 
-def _read(source: Source, folder: str | None, *, test: bool, extra: str | None = None) -> tuple[Rows, list[str]]:
-    """(rows, values of the extra column)."""
-    data, where = _load(source, folder, test=test)
-    text, label = source.text_column or "text", source.label_column or "label"
-    columns = [text, label] + ([extra] if extra else [])
-    lost = [column for column in columns if column not in data.column_names]
-    if lost:
-        raise InputError(f"{where}: missing column {', '.join(lost)}; found {', '.join(data.column_names)}")
-    texts = list(data[text])
-    bad = next((i for i, value in enumerate(texts) if not isinstance(value, str)), None)
-    if bad is not None:
-        raise InputError(f"{where}: column {text} must hold text, row {bad} holds {texts[bad]!r}")
-    return Rows(texts, _names(data, label, where)), _names(data, extra, where) if extra else []
-
-
-def _load(source: Source, folder: str | None, *, test: bool) -> tuple[Dataset, str]:
-    file = source.test if test else source.train
-    if source.dataset is not None:
-        split = (source.test_split or "test") if test else (source.train_split or "train")
-        local = _path(source.dataset, folder)
-        name = str(local) if local.is_dir() else source.dataset
-        where = f"data set {name}, split {split}"
-        try:
-            return load_dataset(name, source.dataset_config, split=split, revision=source.dataset_revision), where
-        except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
-            raise InputError(f"{where} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    if file is None:
-        raise InputError(f"no {'test' if test else 'train'} file and no dataset given")
-    path = _path(file, folder)
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    if suffix not in LOADERS or path.name.endswith(".parquet.gz"):
-        raise InputError(
-            f"{path}: expected a file ending in .csv, .json, .jsonl (.gz too) or .parquet, found {path.name}"
-        )
-    if not path.is_file():
-        raise InputError(f"file {path} does not exist; set data_dir=FOLDER if it lies elsewhere")
-    # keep_default_na: a text such as "null" or "NA" is text
-    options = {"keep_default_na": False} if LOADERS[suffix] == "csv" else {}
-    try:
-        # a cache of its own: the shared one tells files apart by time of change only
-        with tempfile.TemporaryDirectory() as cache:
-            data = load_dataset(LOADERS[suffix], data_files=str(path), split="train", cache_dir=cache, **options)
-            return Dataset.from_dict(data.to_dict(), features=data.features), str(path)
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        cause = error.__cause__ or error
-        raise InputError(f"{path} cannot be read as {LOADERS[suffix]}: {' '.join(str(cause).split())[:300]}") from error
-
-
-def _names(data: Dataset, column: str, where: str) -> list[str]:
-    feature, values = data.features[column], list(data[column])
-    empty = next((i for i, value in enumerate(values) if value is None or value == ""), None)
-    if empty is not None:
-        raise InputError(f"{where}: column {column} is empty in row {empty}")
-    if isinstance(feature, ClassLabel):
-        hidden = next((i for i, value in enumerate(values) if not 0 <= value < feature.num_classes), None)
-        if hidden is not None:
-            raise InputError(
-                f"{where}: column {column} holds no class in row {hidden} ({values[hidden]}); hidden labels?"
-            )
-        return [feature.int2str(value) for value in values]
-    return [str(value) for value in values]
-
-
-def _problems(scenario: str, parts: Sequence[tuple[str, Rows, Rows]]) -> list[str]:
+def _problems(scenario: str, parts: Sequence[tuple[str, Rows, Rows]], language: bool) -> list[str]:
     problems, names = [], [name for name, _, _ in parts]
     if not names:
         problems.append("no tasks")
@@ -247,18 +249,17 @@ def _problems(scenario: str, parts: Sequence[tuple[str, Rows, Rows]]) -> list[st
                 problems.append(f"task {name!r} is empty: no {kind} rows")
         allowed = known if scenario == "domain_incremental" else set(train.labels)
         strange = sorted(set(test.labels) - allowed)
-        if strange and len(train):
+        if strange and len(train) and not language:
             problems.append(f"task {name!r}: labels in test that train lacks: {strange[:5]}")
     return problems
 
 
 def _qualified(task: str, rows: Rows) -> Rows:
-    return Rows(rows.texts, [f"{task}/{label}" for label in rows.labels])
+    return Rows(rows.inputs, [f"{task}/{label}" for label in rows.labels])
 
 
 def _where(rows: Rows, values: Sequence[str], allowed: set[str]) -> Rows:
-    kept = [i for i, value in enumerate(values) if value in allowed]
-    return Rows([rows.texts[i] for i in kept], [rows.labels[i] for i in kept])
+    return rows.take(i for i, value in enumerate(values) if value in allowed)
 
 
 def _thinned(rows: Rows, per_class: int | None, seed: int, task: str) -> Rows:
@@ -269,9 +270,11 @@ def _thinned(rows: Rows, per_class: int | None, seed: int, task: str) -> Rows:
     for label in sorted(set(rows.labels)):
         own = [i for i, value in enumerate(rows.labels) if value == label]
         kept += random.Random(f"{seed}/{task}/{label}").sample(own, min(per_class, len(own)))
-    kept.sort()
-    return Rows([rows.texts[i] for i in kept], [rows.labels[i] for i in kept])
+    return rows.take(sorted(kept))
 
 
-def _path(name: str, folder: str | None) -> Path:
-    return Path(folder or ".").expanduser() / Path(name).expanduser()
+def _cut(rows: Rows, count: int | None, key: str) -> Rows:
+    """At most `count` rows, drawn with the key, in the original order."""
+    if count is None or count >= len(rows):
+        return rows
+    return rows.take(sorted(random.Random(key).sample(range(len(rows)), count)))

@@ -3,19 +3,24 @@
 import dataclasses
 import math
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from transformers import DataCollatorWithPadding, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from pm_hf.config import RunConfig
 from pm_hf.errors import InputError
 from pm_hf.files import read_json
 from pm_hf.modeling import TASK, TaskModel
-from pm_hf.trainer import PMConfig, PMTrainer
+from pm_hf.penalties import Penalty
+from pm_hf.regularised import RegularisedTrainer
+from pm_hf.rows import Examples
+from pm_hf.settings import RunConfig
+from pm_hf.trainer import PMConfig
 
 DEFAULTS = {
     "save_strategy": "epoch",
@@ -28,15 +33,22 @@ DEFAULTS = {
 
 
 def train(
-    built: TaskModel, rows: Sequence[dict], tokenizer: Any, args: PMConfig, callbacks: Sequence[TrainerCallback] = ()
+    built: TaskModel,
+    examples: Examples,
+    collate: Callable,
+    args: PMConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+    penalties: Sequence[Penalty] = (),
 ) -> dict[str, Any]:
     """Train one task in place, from its newest checkpoint if there is one; what step.json says about it.
 
-    Raises RuntimeError when the loss is not finite.
+    Raises DivergedError at the step whose loss or gradient is not finite; the checkpoint before it stays.
     """
-    collator = DataCollatorWithPadding(tokenizer)
-    trainer = PMTrainer(model=built.model, args=args, train_dataset=rows, data_collator=collator)
-    for callback in callbacks:
+    trainer = RegularisedTrainer(
+        model=built.model, args=args, train_dataset=examples, data_collator=collate, penalties=penalties
+    )
+    times = StepTimes()
+    for callback in (times, *callbacks):
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
     loss = trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir))).training_loss
@@ -44,7 +56,24 @@ def train(
         raise RuntimeError(f"the training loss is {loss}; lower the learning rate")
     built.model.zero_grad(set_to_none=True)
     counts = {f"{factor:g}": count for factor, count in sorted(trainer.perturbation_counts.items())}
-    return {"training_loss": loss, "optimizer_steps": trainer.state.global_step, "factors": counts}
+    timing = {"step_seconds": median(times.seconds)} if times.seconds else {}  # none: a checkpoint of the last step
+    return timing | {"training_loss": loss, "optimizer_steps": trainer.state.global_step, "factors": counts}
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of each optimizer step, without what callbacks and checkpoints take between two."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """The clock starts."""
+        self._began = time.perf_counter()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """The clock stops."""
+        self.seconds.append(time.perf_counter() - self._began)
 
 
 def training_arguments(config: RunConfig, checkpoints: Path, index: int) -> PMConfig:

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from pm_hf.config import LoraSettings, ModelSettings
 from pm_hf.modeling import build_task_model
+from pm_hf.settings import LoraSettings, ModelSettings
 
 PREFIX = "base_model.model."
 

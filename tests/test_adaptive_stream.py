@@ -6,17 +6,20 @@ import torch
 from adapter_folders import peft_quiet
 
 from pm_hf import learn_coefficients, merge_adapters
-from pm_hf.config import LoraSettings, ModelSettings, load_config
+from pm_hf.config import load_config
+from pm_hf.encoding import TextEncoder
 from pm_hf.modeling import TASK, build_task_model, load_base, load_published, load_tokenizer
-from pm_hf.tasks import batches, encode, load_stream
+from pm_hf.settings import LoraSettings, ModelSettings
+from pm_hf.tasks import batches, load_stream
 
 
 def trained(task, number, base, folder):
     """An adapter trained from the base on one task, and its training inputs."""
-    settings, tokenizer = ModelSettings(base=str(base)), load_tokenizer(ModelSettings(base=str(base)))
+    settings = ModelSettings(base=str(base))
+    encoder = TextEncoder(load_tokenizer(settings), 16)
     lora = LoraSettings(r=2, alpha=4, target_modules=["key", "value"])
     model = build_task_model(settings, lora, task.labels, None, 0, number).model
-    data = list(batches(tokenizer, encode(tokenizer, task.train, task.labels, 16), 16))
+    data = list(batches(encoder, encoder.examples(task.train, task.labels), 16))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     for inputs in data * 8:
         optimizer.zero_grad()
@@ -31,9 +34,9 @@ def trained(task, number, base, folder):
 def accuracy(tasks, base, folder):
     """Share of all test rows whose class is found among all classes."""
     labels, settings = [label for task in tasks for label in task.labels], ModelSettings(base=str(base))
-    model, tokenizer, right = load_published(settings, folder, labels), load_tokenizer(settings), []
+    model, encoder, right = load_published(settings, folder, labels), TextEncoder(load_tokenizer(settings), 16), []
     for task in tasks:
-        for inputs in batches(tokenizer, encode(tokenizer, task.test, labels, 16), 16):
+        for inputs in batches(encoder, encoder.examples(task.test, labels), 16):
             with torch.no_grad():
                 right += (model(**inputs).logits.argmax(-1) == inputs["labels"]).tolist()
     return sum(right) / len(right)

@@ -13,7 +13,7 @@ import pm_hf
 
 PACKAGE = Path(pm_hf.__file__).parent
 TIERS = [
-    ["errors", "files", "memory", "versions", "merging", "merging.*", "heads", "metrics", "perturbation"],
+    ["errors", "files", "memory", "versions", "merging", "merging.*", "heads", "metrics", "perturbation", "processes"],
     [
         "layouts",
         "refusals",
@@ -23,15 +23,23 @@ TIERS = [
         "plan",
         "saved",
         "merge",
+        "settings",
+        "checks",
         "config",
         "typed",
+        "rows",
+        "images",
+        "language",
+        "language_scoring",
+        "sources",
         "tasks",
+        "encoding",
         "scoring",
         "modeling",
         "inspection",
     ],
-    ["trainer", "fisher", "training", "stopping", "adaptive", "adaptive_model"],
-    ["learner", "released", "report"],
+    ["trainer", "penalties", "regularised", "fisher", "training", "stopping", "adaptive", "adaptive_model"],
+    ["learner", "runs", "released", "report", "analytic", "strategies"],
     ["cli"],
 ]
 MAX_LINES = 400

@@ -6,8 +6,10 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from pm_hf.config import MANAGED, METHODS, RunConfig, load_config, save_config
+from pm_hf.checks import MANAGED
+from pm_hf.config import METHODS, load_config, save_config
 from pm_hf.errors import InputError
+from pm_hf.settings import RunConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 SMALL = {"output_dir": "out", "model": {"base": "tiny"}, "stream": {"class_groups": 2}}

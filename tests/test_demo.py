@@ -81,7 +81,9 @@ def test_show_prints_tables_verdict_and_loading_lines(demo, tmp_path, monkeypatc
 
 def report(folder, method, score):
     matrix = [[score, None], [score, score]]
-    return Report(folder, method, 0, "class_incremental", ["x", "y"], matrix, matrix, [4, 4], [None, None], 1.0)
+    matrices = {"class_incremental": matrix, "task_incremental": matrix}
+    names = ["x", "y"]
+    return Report(folder, method, 0, "class_incremental", names, "class_incremental", matrices, [4, 4], [None] * 2, 1.0)
 
 
 def test_too_few_texts_are_an_error(demo, tmp_path):

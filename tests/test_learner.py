@@ -104,7 +104,7 @@ def test_step_file_says_what_happened(runs, method):
         assert step["labels"] == list(GROUPS.values())[i]
         assert step["head"] == HEAD
         assert step["test_rows"] == 16
-        assert len(step["class_incremental"]) == len(step["task_incremental"]) == i + 1
+        assert len(step["scores"]["class_incremental"]) == len(step["scores"]["task_incremental"]) == i + 1
         assert step["merge_error"] == 0
         assert step["seconds"] > 0
         assert step["process_peak_memory_mb"] > 50
@@ -144,9 +144,9 @@ def test_report_file_has_its_keys(runs):
     }
     assert expected <= set(found)
     assert (found["method"], found["seed"], found["tasks"]) == ("pm", 0, list(GROUPS))
-    assert {"ACC", "AAA", "BWT", "forgetting", "ACC_samples", "task_incremental"} == set(found["metrics"])
+    assert {"ACC", "AAA", "BWT", "forgetting", "ACC_samples", "task_incremental", "final"} == set(found["metrics"])
     assert found["metrics"] == report.metrics
-    assert [step["class_incremental"] for step in steps(folder)] == [
+    assert [step["scores"]["class_incremental"] for step in steps(folder)] == [
         row[: i + 1] for i, row in enumerate(found["scores"])
     ]
     assert found["metrics"]["ACC"] == pytest.approx(sum(found["scores"][-1]) / 3)

@@ -19,7 +19,6 @@ from transformers import (
 from pm_hf import InputError
 from pm_hf.adapter_writer import save_adapter
 from pm_hf.adapters import open_adapter
-from pm_hf.config import LoraSettings, ModelSettings
 from pm_hf.modeling import (
     build_task_model,
     find_head,
@@ -31,6 +30,7 @@ from pm_hf.modeling import (
     resolve_base,
     task_tensors,
 )
+from pm_hf.settings import LoraSettings, ModelSettings
 
 LORA = LoraSettings(r=2, alpha=4, target_modules=["key", "value"])
 PREFIX = "base_model.model."
@@ -221,9 +221,14 @@ def test_a_shared_head_continues_from_the_running_merge(settings, past):
     assert not torch.equal(find_head(fresh.model, "classifier").weight, saved)
 
 
-def test_a_shared_head_with_other_rows_is_an_input_error(settings, past):
-    with pytest.raises(InputError, match="classifier"):
-        build_task_model(settings, LORA, ["x", "y", "z"], past, 0, 1, continue_head=True)
+def test_a_continued_head_takes_the_rows_of_known_labels_and_draws_the_others(settings, past):
+    built = build_task_model(settings, LORA, ["y", "z", "x"], past, 0, 1, continue_head=True)
+    fresh = build_task_model(settings, LORA, ["y", "z", "x"], past, 0, 1)
+    for name in ("weight", "bias"):
+        row, saved = (getattr(find_head(model.model, "classifier"), name) for model in (built, fresh))
+        known = past.tensor(f"classifier.{name}")
+        assert torch.equal(row[[2, 0]], known)  # x and y, wherever they stand
+        assert torch.equal(row[1], saved[1])
 
 
 def test_a_checkpoint_whose_head_has_another_size_gets_a_fresh_one(settings, tmp_path):

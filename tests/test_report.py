@@ -15,6 +15,9 @@ def coefficient(used, t):
     return {"raw": used, "used": used, "one_over_t": 1 / t, "note": None}
 
 
+ONE = {"class_incremental": [[0.9]], "task_incremental": [[0.9]]}
+
+
 @pytest.fixture
 def report(tmp_path):
     return Report(
@@ -23,8 +26,8 @@ def report(tmp_path):
         seed=3,
         scenario="class_incremental",
         tasks=["news", "a task with a long name", "mail"],
-        scores=SCORES,
-        task_incremental=INSIDE,
+        metric="class_incremental",
+        matrices={"class_incremental": SCORES, "task_incremental": INSIDE},
         test_rows=[100, 50, 50],
         coefficients=[coefficient(1.0, 1), coefficient(0.4, 2), coefficient(0.25, 3)],
         seconds=12.5,
@@ -46,9 +49,7 @@ def test_accuracy_pooled_over_test_rows_weights_the_tasks_by_their_size(report):
 
 
 def test_one_task_has_no_forgetting(report):
-    one = replace(
-        report, tasks=["news"], scores=[[0.9]], task_incremental=[[0.9]], test_rows=[100], coefficients=[None]
-    )
+    one = replace(report, tasks=["news"], matrices=ONE, test_rows=[100], coefficients=[None])
     assert one.metrics["BWT"] is None
     assert one.metrics["forgetting"] is None
     assert one.metrics["ACC"] == one.metrics["AAA"] == one.metrics["ACC_samples"] == 0.9
@@ -118,7 +119,7 @@ def test_loading_lines_run_as_they_are_printed(tiny_base, tmp_path):
 
 def test_plot_writes_a_picture(report, tmp_path):
     pytest.importorskip("matplotlib")
-    short = replace(report, method="sequential", tasks=["news"], scores=[[0.9]], task_incremental=[[0.9]])
+    short = replace(report, method="sequential", tasks=["news"], matrices=ONE)
     plot([report, short], tmp_path / "plot.png")
     content = (tmp_path / "plot.png").read_bytes()
     assert content.startswith(b"\x89PNG")

@@ -5,9 +5,10 @@ from conftest import CLASSES
 from streams import settings, write_data
 
 from pm_hf.config import load_config
-from pm_hf.modeling import load_base, load_tokenizer
+from pm_hf.encoding import make_encoder
+from pm_hf.modeling import load_base
 from pm_hf.scoring import IncrementalAccuracy, Scorer
-from pm_hf.tasks import encode, load_stream
+from pm_hf.tasks import load_stream
 
 LOGITS = np.array([[3, 1, 2, 0], [0, 1, 2, 3], [0, 5, 1, 2], [9, 0, 2, 1]], dtype=np.float32)
 
@@ -48,12 +49,12 @@ def test_scores_equal_a_loop_over_random_logits(metric):
 
 def test_logits_come_in_the_order_of_the_rows_whatever_the_batch_size(tiny_base, tmp_path):
     config = load_config(settings(tiny_base, write_data(tmp_path), tmp_path / "out"))
-    task, tokenizer = load_stream(config).tasks[1], load_tokenizer(config.model)
+    task, encoder = load_stream(config).tasks[1], make_encoder(config)
     model, _ = load_base(config.model, CLASSES, seed=0)
     model.eval()
-    logits, truth = Scorer(config, tokenizer, 5, None).logits(model, task, CLASSES, "classifier")
+    logits, truth = Scorer(config, encoder, 5, None).logits(model, task, CLASSES, "classifier")
     assert [CLASSES[index] for index in truth] == task.test.labels
-    rows = encode(tokenizer, task.test, CLASSES, config.stream.max_length)
+    rows = encoder.examples(task.test, CLASSES)
     assert len({len(row["input_ids"]) for row in rows}) > 1
     with torch.no_grad():
         alone = torch.cat([model(input_ids=torch.tensor([row["input_ids"]])).logits for row in rows])

@@ -7,9 +7,11 @@ from conftest import CLASSES, write_rows
 from datasets import ClassLabel, Dataset, Features, Value
 
 from pm_hf.config import load_config
+from pm_hf.encoding import TextEncoder
 from pm_hf.errors import InputError
 from pm_hf.modeling import load_tokenizer
-from pm_hf.tasks import Rows, batches, encode, load_stream, sample
+from pm_hf.rows import Rows
+from pm_hf.tasks import batches, load_stream, sample
 
 TRAIN = [("null", "b"), ("NA", "a"), ("drei, ä\n", "b"), ("vier", "a"), ("", "a")]
 TEST = [("fünf", "a"), ("sechs", "b")]
@@ -50,7 +52,7 @@ def error(folder, **settings):
 
 
 def rows_of(task):
-    return list(zip(task.train.texts, task.train.labels, strict=True))
+    return list(zip(task.train.inputs, task.train.labels, strict=True))
 
 
 def files(folder, train=TRAIN, test=TEST):
@@ -127,7 +129,7 @@ def test_domain_column_makes_a_task_of_each_value_in_order_of_appearance(tmp_pat
     settings = {"train": "train.json", "test": "test.json", "scenario": "domain_incremental", "domain_column": "from"}
     found = stream(tmp_path, **settings).tasks
     assert [task.name for task in found] == ["web", "mail"]
-    assert [task.train.texts for task in found] == [["w1", "w2"], ["m1", "m2"]]
+    assert [task.train.inputs for task in found] == [["w1", "w2"], ["m1", "m2"]]
     assert [task.labels for task in found] == [("a", "b"), ("a", "b")]
 
 
@@ -158,14 +160,14 @@ def test_a_task_s_entry_overrides_the_stream_s_source(tmp_path):
     del tasks[1]["test"]
     write(tmp_path / "common.csv", [("common", "pos")])
     found = stream(tmp_path, tasks=tasks, test="common.csv").tasks
-    assert [task.test.texts for task in found] == [["x", "y"], ["common"]]
+    assert [task.test.inputs for task in found] == [["x", "y"], ["common"]]
 
 
 def test_a_task_s_own_files_override_the_stream_s_data_set(tmp_path):
     tasks = [{"name": "hub"}, *two_tasks(tmp_path)]
     found = stream(tmp_path, tasks=tasks, **hub_folder(tmp_path / "hub")).tasks
-    assert found[0].train.texts == ["text 0", "text 1", "text 2"]
-    assert found[1].train.texts == ["x", "y"]
+    assert found[0].train.inputs == ["text 0", "text 1", "text 2"]
+    assert found[1].train.inputs == ["x", "y"]
 
 
 def thin(folder, per_class, seed=0):
@@ -207,10 +209,10 @@ def test_a_file_s_new_content_is_read_even_with_the_old_time_stamp(tmp_path):
 
     settings = files(tmp_path, [("old", "a")], [("old", "a")])
     before = (tmp_path / "train.jsonl").stat()
-    assert stream(tmp_path, **settings, class_groups=1).tasks[0].train.texts == ["old"]
+    assert stream(tmp_path, **settings, class_groups=1).tasks[0].train.inputs == ["old"]
     write(tmp_path / "train.jsonl", [("new", "a")])
     os.utime(tmp_path / "train.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))  # as rsync -t, cp -p and tar do
-    assert stream(tmp_path, **settings, class_groups=1).tasks[0].train.texts == ["new"]
+    assert stream(tmp_path, **settings, class_groups=1).tasks[0].train.inputs == ["new"]
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +222,7 @@ def tokenizer(tiny_base):
 
 
 def test_encode_truncates_and_indexes_labels(tokenizer):
-    encoded = encode(tokenizer, Rows(["the0 " * 9, "of1"], ["b", "a"]), ("a", "b"), max_length=5)
+    encoded = TextEncoder(tokenizer, 5).examples(Rows(["the0 " * 9, "of1"], ["b", "a"]), ("a", "b"))
     assert [len(row["input_ids"]) for row in encoded] == [5, 3]
     assert [row["labels"] for row in encoded] == [1, 0]
     assert encoded[1]["input_ids"] == tokenizer("of1")["input_ids"]
@@ -228,8 +230,9 @@ def test_encode_truncates_and_indexes_labels(tokenizer):
 
 def test_batches_pad_and_keep_the_order(tokenizer):
     texts = ["the0", "of1 of2 of3", "apple0 apple1", "the2 the3", "of4"]
-    encoded = encode(tokenizer, Rows(texts, list("abcde")), list("abcde"), max_length=16)
-    found = list(batches(tokenizer, encoded, 2))
+    encoder = TextEncoder(tokenizer, 16)
+    encoded = encoder.examples(Rows(texts, list("abcde")), list("abcde"))
+    found = list(batches(encoder, encoded, 2))
     assert [tuple(batch["input_ids"].shape) for batch in found] == [(2, 5), (2, 4), (1, 3)]
     assert torch.cat([batch["labels"] for batch in found]).tolist() == [0, 1, 2, 3, 4]
     for batch, start in zip(found, (0, 2, 4), strict=True):
@@ -239,12 +242,13 @@ def test_batches_pad_and_keep_the_order(tokenizer):
 
 
 def test_sample_is_seeded_and_draws_without_repetition():
-    rows = [{"labels": i} for i in range(40)]
-    drawn = [row["labels"] for row in sample(rows, 10, seed=3)]
+    rows = Rows(list(range(40)), [str(i) for i in range(40)])
+    drawn = sample(rows, 10, seed=3).inputs
     assert len(set(drawn)) == 10
-    assert drawn == [row["labels"] for row in sample(rows, 10, seed=3)]
-    assert drawn != [row["labels"] for row in sample(rows, 10, seed=4)]
-    assert sorted(row["labels"] for row in sample(rows, None, seed=3)) == list(range(40))
+    assert drawn == sample(rows, 10, seed=3).inputs
+    assert drawn != sample(rows, 10, seed=4).inputs
+    assert sorted(sample(rows, None, seed=3).inputs) == list(range(40))
+    assert sample(rows, 10, seed=3).labels == [str(i) for i in drawn]
     assert len(sample(rows, 99, seed=3)) == 40
 
 

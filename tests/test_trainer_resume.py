@@ -22,8 +22,8 @@ from transformers import Trainer, TrainerCallback
 from pm_hf import InputError, PMConfig, PMTrainer
 from pm_hf.adapter_writer import save_adapter
 from pm_hf.adapters import open_adapter
-from pm_hf.config import LoraSettings, ModelSettings
 from pm_hf.modeling import build_task_model, task_tensors
+from pm_hf.settings import LoraSettings, ModelSettings
 from pm_hf.trainer import perturbation_factor
 
 pytestmark = pytest.mark.filterwarnings(OLD_NAME)

@@ -3,7 +3,8 @@
 Every method of the family minimises Σᵢ (θ − θ*ᵢ)ᵀ Hᵢ (θ − θ*ᵢ). With S = ΣHᵢ and M = ΣHᵢθ*ᵢ (θ relative to the
 pretrained weights) the past enters only through S and M. The diagonal Fisher (Perturb-and-Merge,
 arXiv 2505.22389) keeps S of the weight's own shape and acts elementwise; the input Gram (H = I ⊗ G, RegMean
-and LOT merging, arXiv 2505.23859) keeps S of shape (in, in) and acts from the right.
+and LOT merging, arXiv 2505.23859) keeps S of shape (in, in) and acts from the right. The factored Fisher, for
+matrices too large for either, keeps row and column means of the squared gradient only: H ≈ rcᵀ/mean(r).
 
 A file of sums is never read whole: S and M come from disk a chunk of rows at a time, and the quadratic forms are
 computed from the factors of the task vector.
@@ -26,7 +27,7 @@ from torch import Tensor
 from pm_hf.errors import InputError
 from pm_hf.merging.lowrank import LowRank, row_slices
 
-Kind = Literal["fisher", "gram"]
+Kind = Literal["fisher", "gram", "factored"]
 FORMAT = "pm_hf.curvature.v1"
 CHUNK = 2**19  # entries of one matrix held in float64 at a time
 PROBES = 4  # fixed projections of each module's task vector
@@ -41,6 +42,7 @@ class Settings:
     labels: str = "empirical"  # labels of the Fisher: the data's own ("empirical") or drawn from the model ("mc")
     shrinkage: float = 0.0  # ρ of (1−ρ)G + ρ·diag(G), put into each task's Gram before it is summed
     normalisation: str = "mean over examples"
+    loss_reduction: str = "mean"  # language models: an example's loss is the mean or the sum over its target tokens
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,12 @@ class FileTensors(Mapping[str, Tensor]):
 class Curvature:
     """Sums over the tasks 1 … t, the task being folded included.
 
-    S: {module: ΣHᵢ}, float32; (out, in) for `fisher`, (in, in) for `gram`. Modules that read the same input
-       share one Gram: `owner` maps a module to the one whose entry it uses.
-    M: {module: ΣHᵢθ*ᵢ}, float32, (out, in). S and M are dicts, or `FileTensors` when they lie on disk.
+    S: {module: ΣHᵢ}, float32; (out, in) for `fisher`, (in, in) for `gram`, (out + in,) for `factored`: Σr, then Σc.
+       Modules that read the same input share one Gram: `owner` maps a module to the one whose entry it uses.
+    M: {module: ΣHᵢθ*ᵢ}, float32, (out, in); empty for `factored`, whose past is anchored at the merged model.
+       S and M are dicts, or `FileTensors` when they lie on disk.
     current: {module: ΔᵀH_tΔ}, the task's own part of the quadratic form, float64 as Python floats.
+    past: of `factored` only, {module: Δᵀ(Σ_{i<t}Hᵢ)Δ}: a sum of factored curvatures cannot be taken apart again.
     delta_norm, probe: {module: ‖Δ‖} and {module: [uᵀΔv, …]} (see `delta_probe`) of the task vector it was measured
        with; they guard against a file of another adapter. `probe` is empty in files of before it existed.
     examples: number of examples of each task.
@@ -108,6 +112,12 @@ class Curvature:
     examples: list[int]
     owner: dict[str, str] = field(default_factory=dict)
     probe: dict[str, list[float]] = field(default_factory=dict)
+    past: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> set[str]:
+        """Names of the modules that are measured."""
+        return set(self.current)
 
     @property
     def tasks(self) -> int:
@@ -127,6 +137,12 @@ class Curvature:
         """⟨X, (ΣHᵢ)Y⟩ for X = `left` and each Y of `rights`, all (out, in): see `quadratic_forms`."""
         return quadratic_forms(self.settings.kind, self.S, self._owner(module), left, rights)
 
+    def fits(self, module: str, shape: tuple[int, int]) -> bool:
+        """Whether a module's sums belong to an (out, in) matrix."""
+        if self.settings.kind == "factored":
+            return shape_of(self.S, module) == (sum(shape),)
+        return shape_of(self.M, module) == shape
+
     def moment(self, module: str, delta: LowRank) -> float:
         """⟨Δ, ΣHᵢθ*ᵢ⟩ = ⟨B, MAᵀ⟩ for an (out, in) matrix Δ = BA, in float64, a chunk of rows at a time."""
         B, A = delta.B.double(), delta.A.double()
@@ -142,7 +158,7 @@ class Curvature:
         tensors = {f"S.{name}": tensor.contiguous() for name, tensor in self.S.items()}
         tensors |= {f"M.{name}": tensor.contiguous() for name, tensor in self.M.items()}
         header = {"settings": asdict(self.settings), "owner": self.owner, "examples": self.examples}
-        header |= {"current": self.current, "delta_norm": self.delta_norm, "probe": self.probe}
+        header |= {"current": self.current, "delta_norm": self.delta_norm, "probe": self.probe, "past": self.past}
         temporary = path.with_name(path.name + ".tmp")
         try:
             save_file(tensors, temporary, metadata={"format": FORMAT, "curvature": json.dumps(header)})
@@ -205,10 +221,16 @@ def quadratic_forms(
 ) -> list[float]:
     """⟨X, H·Y⟩ for X = BA = `left` and each Y = CD of `rights`, all (out, in), with the curvature tensors[name].
 
-    `fisher` (H·Y = S∘Y): Σ over chunks of rows of ⟨C, (S∘BA)Dᵀ⟩; `gram` (H·Y = YG): ⟨CᵀB, D·GAᵀ⟩, where nothing is as
-    large as (out, in). Sums in float64, one pass over the curvature. A factor may have rank 0: the form is 0.
+    `fisher` (H·Y = S∘Y): Σ over chunks of rows of ⟨C, (S∘BA)Dᵀ⟩; `gram` (H·Y = YG): ⟨CᵀB, D·GAᵀ⟩, and `factored`
+    (H·Y = diag(r)·Y·diag(c)/mean(r)): ⟨Bᵀdiag(r)C, A·diag(c)Dᵀ⟩/mean(r), where nothing is as large as (out, in).
+    Sums in float64, one pass over the curvature. A factor may have rank 0: the form is 0.
     """
     left, others = left.to(torch.float64), [right.to(torch.float64) for right in rights]
+    if kind == "factored":
+        r, c = tensors[name].double().split(list(left.shape))
+        mean = r.mean() if float(r.mean()) else r.new_ones(())  # all zero: the form is 0
+        inner = [((left.B.T * r) @ right.B) * ((left.A * c) @ right.A.T) for right in others]
+        return [float(products.sum() / mean) for products in inner]
     if kind == "gram":
         image = torch.cat([G @ left.A.T for _, G in row_chunks(tensors, name)])  # GAᵀ, (in, r)
         return [float(((right.A @ image) * (right.B.T @ left.B)).sum()) for right in others]
@@ -248,7 +270,8 @@ def accumulate(
 ) -> Curvature:
     """Add one task to the sums: S = S_past + H_t, M = M_past + H_tθ*_t, both float32 in memory.
 
-    measured: {module: H_t}; for `gram` the raw mean of xxᵀ, shrunk here, one entry per shared input.
+    measured: {module: H_t}; for `gram` the raw mean of xxᵀ, shrunk here, one entry per shared input; for `factored`
+    (out + in,), the means over the columns and over the rows of each example's squared gradient, averaged.
     optimum: {module: θ*_t relative to the pretrained weights}; delta: {module: Δ_t}, both (out, in).
     previous: the sums of the past, read one module at a time where they lie on disk.
     Raises InputError when `previous` was measured otherwise or has other modules or shapes.
@@ -258,19 +281,22 @@ def accumulate(
         measured = {name: shrink(gram, settings.shrinkage) for name, gram in measured.items()}
     if previous is not None:
         _check_continues(previous, settings, measured, optimum, owner)
-    S, M, current = {}, {}, {}
+    S, M, current, before = {}, {}, {}, {}
     for name, H in measured.items():
         S[name] = H.float() if previous is None else previous.S[name] + H.float()
     for name, theta in optimum.items():
         source = owner.get(name, name)
         current[name] = quadratic_forms(settings.kind, measured, source, delta[name], [delta[name]])[0]
+        if settings.kind == "factored":
+            before[name] = 0.0 if previous is None else previous.quadratic(name, delta[name], [delta[name]])[0]
+            continue
         M[name] = _anchored(settings.kind, measured, source, theta)
         if previous is not None:
             M[name] += previous.M[name]
     norms = {name: d.norm() for name, d in delta.items()}
     probes = {name: delta_probe(name, d) for name, d in delta.items()}
     past = [] if previous is None else previous.examples
-    return Curvature(settings, S, M, current, norms, [*past, examples], owner, probes)
+    return Curvature(settings, S, M, current, norms, [*past, examples], owner, probes, before)
 
 
 def _anchored(kind: Kind, measured: Mapping[str, Tensor], name: str, theta: LowRank) -> Tensor:
@@ -302,7 +328,7 @@ def _check_continues(
     past |= {("M", name, shape_of(previous.M, name)) for name in previous.M}
     past |= {("input of", *pair) for pair in previous.owner.items()}
     now: set[tuple] = {("S", name, tuple(H.shape)) for name, H in measured.items()}
-    now |= {("M", name, theta.shape) for name, theta in optimum.items()}
+    now |= {("M", name, theta.shape) for name, theta in optimum.items() if settings.kind != "factored"}
     now |= {("input of", *pair) for pair in owner.items()}
     if past != now:
         odd = sorted(past ^ now, key=str)[:3]
@@ -322,21 +348,26 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[tuple[int,
 
 def _inconsistency(loaded: Curvature, stored: Mapping[str, tuple[tuple[int, ...], str]]) -> str | None:
     """What in the names, shapes and dtypes of a file does not fit together, None when all does."""
-    kind, modules = loaded.settings.kind, set(loaded.M)
+    kind, modules = loaded.settings.kind, loaded.modules
     if kind not in get_args(Kind) or not loaded.examples:
         return f"kind {kind!r}, {loaded.tasks} tasks"
     foreign = [name for name, (_, dtype) in stored.items() if name[:2] not in ("S.", "M.") or dtype not in STORED]
     if foreign:
         return f"tensor {foreign[0]} is none of its sums, or not in {' or '.join(STORED)}"
-    named = {"current": loaded.current, "delta_norm": loaded.delta_norm, "probe": loaded.probe or modules}
+    factored = kind == "factored"
+    named: dict[str, Any] = {"past": loaded.past} if factored else {"M": loaded.M}
+    named |= {"delta_norm": loaded.delta_norm, "probe": loaded.probe or modules}
     for key, found in named.items():
         if set(found) != modules:
-            return f"{key} and M name different modules, first {min(set(found) ^ modules)}"
+            return f"{key} and current name different modules, first {min(set(found) ^ modules)}"
     if any(len(values) != PROBES for values in loaded.probe.values()):
         return f"probe has not {PROBES} values a module"
-    owners = {name: loaded._owner(name) for name in loaded.M}
+    owners = {name: loaded._owner(name) for name in modules}
     if set(owners.values()) != set(loaded.S) or not set(loaded.owner) <= modules:
         return "S and M do not belong to the same modules"
+    if factored:
+        odd = [name for name in modules if len(shape_of(loaded.S, name)) != 1 or loaded.M]
+        return f"S of {min(odd)} has shape {shape_of(loaded.S, min(odd))}, or there is an M" if odd else None
     for name, source in owners.items():
         M, S = shape_of(loaded.M, name), shape_of(loaded.S, source)
         if len(M) != 2 or (M if kind == "fisher" else (M[1], M[1])) != S:

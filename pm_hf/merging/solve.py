@@ -88,6 +88,8 @@ def free_solution(
     """
     past = LowRank(delta.B[:, :0], delta.A[:0]) if merged is None else merged
     delta, past = delta.to(torch.float64), past.to(torch.float64)
+    if curvature.settings.kind == "factored":
+        raise InputError("the factored curvature has no free solution; use freedom global or module, or kind fisher")
     solve = _weighted_mean if curvature.settings.kind == "fisher" else _gram_optimum
     found = solve(name, delta, past, curvature)
     full = min(*delta.shape)
@@ -110,7 +112,7 @@ def check_fits(delta: Mapping[str, LowRank], curvature: Curvature) -> None:
     The gaps of ‖Δ‖ and of the fixed projections uᵀΔv, joined over the modules, may be 2 % of the whole ‖Δ‖. A file
     of before the projections existed is compared by norms alone.
     """
-    names, known = set(delta), set(curvature.M)
+    names, known = set(delta), curvature.modules
     if names != known:
         odd = sorted(names ^ known)
         raise InputError(
@@ -119,7 +121,8 @@ def check_fits(delta: Mapping[str, LowRank], curvature: Curvature) -> None:
         )
     norms, gaps, turns = [], [], []
     for name, d in delta.items():
-        if (found := shape_of(curvature.M, name)) != d.shape:
+        if not curvature.fits(name, d.shape):
+            found = shape_of(curvature.M or curvature.S, name)
             raise InputError(
                 f"the curvature does not fit the adapter: {name} is {d.shape} in it, {found} in the curvature"
             )
@@ -137,7 +140,13 @@ def check_fits(delta: Mapping[str, LowRank], curvature: Curvature) -> None:
 
 
 def _terms(name: str, delta: LowRank, merged: LowRank | None, curvature: Curvature) -> tuple[float, float, float]:
-    """(numerator ⟨Δ, M − Sθ̂⟩, past, current) of one module, in float64."""
+    """(numerator ⟨Δ, M − Sθ̂⟩, past, current) of one module, in float64.
+
+    The factored curvature has M ≈ S_{t−1}θ̂_{t−1} + H_tθ*_t, so its numerator is ΔᵀH_tΔ; all was computed when it was
+    measured, with the task vector that `check_fits` compares.
+    """
+    if curvature.settings.kind == "factored":
+        return curvature.current[name], curvature.past[name], curvature.current[name]
     whole, *drawn = curvature.quadratic(name, delta, [delta] if merged is None else [delta, merged])
     return curvature.moment(name, delta) - sum(drawn), whole - curvature.current[name], curvature.current[name]
 

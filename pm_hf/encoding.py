@@ -1,0 +1,51 @@
+"""The encoder of each kind of stream: what turns its rows into batches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import DataCollatorWithPadding
+
+from pm_hf.images import ImageEncoder, load_image_processor
+from pm_hf.language import CausalEncoder, Seq2SeqEncoder
+from pm_hf.modeling import load_tokenizer, resolve_base
+from pm_hf.rows import Encoder, Rows
+from pm_hf.settings import RunConfig
+
+
+class TextEncoder:
+    """Texts and their class, tokenised, cut to `max_length` tokens, padded to the longest of a batch."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self._pad = DataCollatorWithPadding(tokenizer)
+
+    def training(self, rows: Rows, labels: Sequence[str]) -> list[dict]:
+        """Same as `examples`."""
+        return self.examples(rows, labels)
+
+    def examples(self, rows: Rows, labels: Sequence[str]) -> list[dict]:
+        """Token ids of each row, and `labels` as its class's index in `labels`."""
+        index = {label: i for i, label in enumerate(labels)}
+        tokens = self.tokenizer(list(rows.inputs), truncation=True, max_length=self.max_length)
+        columns = list(tokens.keys())
+        return [
+            {**{key: tokens[key][i] for key in columns}, "labels": index[label]} for i, label in enumerate(rows.labels)
+        ]
+
+    def collate(self, examples: list[dict]) -> dict[str, Tensor]:
+        """A padded batch."""
+        return dict(self._pad(examples))
+
+
+def make_encoder(config: RunConfig) -> Encoder:
+    """The encoder of the config's kind, with the checkpoint's own tokenizer or image processor."""
+    stream, model = config.stream, config.model
+    if stream.kind == "image-classification":
+        return ImageEncoder(
+            load_image_processor(resolve_base(model.base), model.revision), stream.augmentation, config.seed
+        )
+    tokenizer = load_tokenizer(model)
+    if stream.kind == "text-classification":
+        return TextEncoder(tokenizer, stream.max_length)
+    return (CausalEncoder if stream.kind == "causal-lm" else Seq2SeqEncoder)(tokenizer, stream.max_length)

@@ -1,0 +1,201 @@
+"""The folder of one run: what is finished, what is published, what is no longer needed."""
+
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from pm_hf.config import config_text, differing_keys, load_config, save_config
+from pm_hf.errors import InputError, raise_all
+from pm_hf.files import LOCK, copy_folder, read_json, remove_leftovers, same_folder, write_json
+from pm_hf.metrics import task_forgetting
+from pm_hf.released import CURVATURE, OPTIMUM, STATISTICS, STEP, State
+from pm_hf.report import CHOICE, Report, primary_metric
+from pm_hf.settings import RunConfig
+from pm_hf.tasks import Task, TaskStream
+
+ROWS = "rows.json"  # fingerprint of the task that is being trained
+CONFIG = "config.yaml"
+UNIT = {CHOICE: "accuracy"}  # how a metric is called in a message
+
+
+class ForgettingError(RuntimeError):
+    """An old task lost more than `max_forgetting`; the published adapter is still the previous one."""
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class RunFolder:
+    """Files of one stream in one output folder; only the main process writes."""
+
+    def __init__(self, config: RunConfig, stream: TaskStream, start: State | None) -> None:
+        self.config, self.stream, self.start = config, stream, start
+        self.path = Path(config.output_dir).expanduser()
+
+    def task(self, index: int) -> Path:
+        """Folder of one task."""
+        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.stream.tasks[index].name)
+        return self.path / f"task-{index:02d}-{name}"
+
+    def step(self, index: int) -> dict:
+        """What step.json says of a finished task."""
+        return read_json(self.task(index) / STEP)
+
+    def state(self, index: int) -> State:
+        """What the task before `index` left."""
+        if index == 0:
+            return self.start or State()
+        folder = self.task(index - 1)
+        curvature, statistics, optimum = (folder / name for name in (CURVATURE, STATISTICS, OPTIMUM))
+        return State(
+            folder / "merged",
+            curvature if curvature.is_file() else None,
+            statistics if statistics.is_file() else None,
+            optimum if optimum.is_dir() else folder / "adapter",
+        )
+
+    def finished(self) -> int:
+        """Number of finished tasks in the folder; InputError when they contradict the config."""
+        path = self.path / CONFIG
+        if not path.is_file():
+            if self.path.exists() and not self.path.is_dir():
+                raise InputError(f"output_dir {self.path} is a file, expected a folder")
+            if self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir()):
+                raise InputError(f"output_dir {self.path} is not empty and holds no {CONFIG}; choose another folder")
+            return 0
+        done = 0
+        while done < len(self.stream.tasks) and (self.task(done) / STEP).is_file():
+            done += 1
+        started = [*self.path.glob(f"task-*/{STEP}"), *self.path.glob("task-*/checkpoints/checkpoint-*")]
+        if not started and path.read_text(encoding="utf-8") != config_text(load_config(path)):
+            raise InputError(f"{path} is a file of yours; choose another output_dir, the run writes its settings there")
+        problems = differing_keys(load_config(path).to_dict(), self.config.to_dict()) if started else []
+        for index in range(done):
+            if self.step(index)["fingerprint"] != self.stream.tasks[index].fingerprint():
+                problems.append(f"task {index} ({self.stream.tasks[index].name}): its labels or rows differ")
+        steps = len(list(self.path.glob(f"task-*/{STEP}")))
+        if steps > done:
+            problems.append(f"the folder has {steps} finished tasks, the config fits the first {done}")
+        raise_all(problems, f"output_dir {self.path} holds another run; use its config or another output_dir")
+        for index in range(done):
+            self.tidy(index)
+        return done
+
+    def begin_run(self) -> int:
+        """Write the settings and publish what is finished; the number of finished tasks."""
+        done = self.finished()  # again: another process may have held the folder until now
+        save_config(self.config, self.path / CONFIG)
+        self.publish(done)
+        return done
+
+    def begin_task(self, index: int) -> list[str]:
+        """A folder for the task, with its checkpoints if there are any; what is to be said where they are continued."""
+        task, folder = self.stream.tasks[index], self.task(index)
+        folder.mkdir(exist_ok=True)
+        for stale in ("adapter", "merged", OPTIMUM):
+            shutil.rmtree(folder / stale, ignore_errors=True)
+        remove_leftovers(folder)
+        return _continued(folder, task)
+
+    def finish_task(self, index: int, step: Mapping) -> None:
+        """Write step.json, which makes the task a finished one."""
+        write_json(self.task(index) / STEP, step)
+        self.tidy(index)
+
+    def tidy(self, index: int) -> None:
+        """Remove what a finished task no longer needs: checkpoints, and what only the task after it needed."""
+        folder = self.task(index)
+        for name in ("checkpoints", ROWS):
+            path = folder / name
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        # with a gate the published adapter may be the previous one, and its curvature goes with it
+        last = index - 2 if self.config.max_forgetting is not None else index - 1
+        for older in range(last + 1):
+            (self.task(older) / CURVATURE).unlink(missing_ok=True)
+            shutil.rmtree(self.task(older) / OPTIMUM, ignore_errors=True)
+
+    def publish(self, done: int) -> None:
+        """Copy the newest merge to `merged/` unless an old task fell further than allowed; write report.json."""
+        if not done:
+            return
+        report = self.report(done)
+        report.save()
+        limit = self.config.max_forgetting
+        drops = {} if limit is None else dict(zip(report.tasks, task_forgetting(report.signed), strict=False))
+        fallen = {name: drop for name, drop in drops.items() if limit is not None and drop > limit}
+        if fallen:
+            listed = ", ".join(f"{name} by {drop:.3f}" for name, drop in fallen.items())
+            raise ForgettingError(
+                f"forgot more than max_forgetting {limit} after task {report.tasks[done - 1]}: {listed}; "
+                f"{self.path / 'merged'} is still the previous adapter",
+                report,
+            )
+        newest = self.task(done - 1) / "merged"
+        remove_leftovers(self.path)
+        if not self.config.strategy.individual and not same_folder(newest, self.path / "merged"):
+            copy_folder(newest, self.path / "merged")
+
+    def report(self, done: int) -> Report:
+        """Report on the first `done` tasks, from their step.json."""
+        steps = [self.step(index) for index in range(done)]
+        notes = list(self.stream.notes)
+        notes += [f"task {step['task']}: {note}" for step in steps for note in step.get("notes", [])]
+        notes += [
+            f"task {step['task']}: {step['coefficient']['note']}"
+            for step in steps
+            if step["coefficient"] and step["coefficient"]["note"] not in (None, "given")
+        ]
+        width = max(len(step["scores"][next(iter(step["scores"]))]) for step in steps)
+        names = list(dict.fromkeys(name for step in steps for name in step["scores"]))
+
+        def matrix(name: str) -> list[list[float | None]]:
+            found = [step["scores"].get(name, []) for step in steps]
+            return [[*row, *[None] * (width - len(row))] for row in found]
+
+        scored = self.stream.seen(done - 1)
+        return Report(
+            folder=self.path,
+            method=self.config.method,
+            seed=self.config.seed,
+            scenario=self.stream.scenario,
+            tasks=[task.name for task in scored],
+            metric=primary_metric(names, [task.own for task in scored]),
+            matrices={name: matrix(name) for name in names},
+            test_rows=[len(task.test) for task in scored],
+            coefficients=[step["coefficient"] for step in steps],
+            seconds=sum(step["seconds"] for step in steps),
+            freedom=steps[-1]["freedom"],
+            train_from=steps[-1]["train_from"],
+            held_out=[step["held_out"] for step in steps if step["held_out"]],
+            notes=notes,
+        )
+
+
+def say(index: int, total: int, step: Mapping, metric: str) -> None:
+    """One line on stderr for a finished task."""
+    alpha, scores = step["coefficient"], step["scores"][metric]
+    mean = sum(scores) / len(scores)
+    name = UNIT.get(metric, metric.replace("_", " "))
+    line = f"task {index + 1}/{total} {step['task']}: {name} {scores[-1]:.3f}, mean of {len(scores)} {mean:.3f}"
+    scaled = alpha is not None and step["freedom"] != "free"
+    merged = f", coefficient {alpha['used']:.3f} (1/t {alpha['one_over_t']:.3f})" if scaled else ""
+    print(f"{line}{merged}, {step['seconds']:.1f} s", file=sys.stderr, flush=True)
+
+
+def _continued(folder: Path, task: Task) -> list[str]:
+    """Remember the rows that are trained on; what is to be said where older checkpoints are continued."""
+    now = {"fingerprint": task.fingerprint(), "threads": torch.get_num_threads()}
+    begun = read_json(folder / ROWS) if (folder / ROWS).is_file() else None
+    if not isinstance(begun, dict) or begun["fingerprint"] != now["fingerprint"]:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of other rows
+        write_json(folder / ROWS, now)
+        return []
+    if begun["threads"] == now["threads"]:
+        return []
+    note = f"continued with {now['threads']} threads, begun with {begun['threads']}: equal up to rounding only"
+    print(f"task {task.name}: {note}", file=sys.stderr, flush=True)
+    return [note]

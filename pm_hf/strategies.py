@@ -1,0 +1,62 @@
+"""What the config's strategy adds to the training of one task: where it starts, penalties, averaging."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from pm_hf.adapters import open_adapter
+from pm_hf.merging.curvature import Curvature
+from pm_hf.merging.methods import get_method
+from pm_hf.modeling import MERGED, TASK, TaskModel, find_head
+from pm_hf.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, Penalty
+from pm_hf.regularised import SequentialAveraging, orthonormal_start
+from pm_hf.released import State
+from pm_hf.settings import RunConfig
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a task's training starts: with the adapter `frozen` in place, or with the factors of the last task."""
+
+    train_from: str  # merged, last or base
+    frozen: Path | None = None
+    factors: Path | None = None
+
+
+def start_of(config: RunConfig, state: State) -> Start:
+    """The start that the merging method states (`train_from`), unless the config asks for another."""
+    method = get_method(config.merge.method or "pm")
+    where = "base" if config.strategy.individual else config.merge.train_from or method.train_from
+    if method.factors:
+        return Start(where, factors=state.optimum)
+    return Start(where, {"merged": state.merged, "last": state.optimum, "base": None}[where])
+
+
+def prepare(config: RunConfig, built: TaskModel, start: Start) -> None:
+    """Give the task adapter the factors that its start names."""
+    if start.factors is not None:
+        orthonormal_start(built.model, TASK, open_adapter(start.factors))
+
+
+def penalties(config: RunConfig, built: TaskModel, state: State) -> list[Penalty]:
+    """The penalties of the strategy; none of those that need a past before the first task."""
+    strategy, found = config.strategy, list[Penalty]()
+    if strategy.ewc_weight and state.curvature is not None:
+        found.append(ElasticWeights(built.model, TASK, Curvature.load(state.curvature), strategy.ewc_weight))
+    if strategy.olora_weight and state.merged is not None:
+        found.append(OrthogonalSubspaces(built.model, TASK, MERGED, strategy.olora_weight))
+    if strategy.base_kl_weight:
+        found.append(BaseDivergence(strategy.base_kl_weight, strategy.divergence))
+    return found
+
+
+def callbacks(config: RunConfig, built: TaskModel, state: State) -> Sequence[TrainerCallback]:
+    """SFA's averaging, from the second task on."""
+    strategy = config.strategy
+    if not strategy.averaging_interval or state.merged is None:
+        return []
+    shared = built.head is not None and config.stream.scenario == "domain_incremental"
+    head = find_head(built.model, str(built.head)) if shared else None
+    return [SequentialAveraging(built.model, TASK, head, strategy.averaging_interval, strategy.averaging_weight)]

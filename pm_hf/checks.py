@@ -46,11 +46,8 @@ def value_problems(config: RunConfig) -> list[str]:
     scale = config.perturbation.scale
     problems += perturbation_problems(0.0 if scale is None else scale, config.perturbation.probabilities)
     problems += _stream_problems(config) + _merge_problems(config) + _strategy_problems(config)
+    problems += _evaluation_problems(config)
     managed = sorted(MANAGED & set(config.training))
-    if _uses_evaluation(config.training):
-        problems.append(
-            "training: eval_strategy and load_best_model_at_end need an eval data set, which a task has not"
-        )
     if managed:
         problems.append(f"training: {', '.join(managed)} are decided by pm_hf, which never uploads; remove them")
     return problems
@@ -78,8 +75,8 @@ def _stream_problems(config: RunConfig) -> list[str]:
         "augmentation": stream.augmentation != "none" and stream.kind != "image-classification",
         "image_column": stream.image_column is not None and stream.kind != "image-classification",
         "prompt_template": stream.prompt_template is not None and stream.kind not in LANGUAGE,
+        "answers": stream.answers is not None and stream.kind not in LANGUAGE,
         "held_out": stream.held_out is not None and stream.kind not in LANGUAGE,
-        "train_per_class": stream.train_per_class is not None and stream.kind in LANGUAGE,
     }
     problems += [f"stream.{name}: {stream.kind} has no use for it" for name, found in foreign.items() if found]
     if stream.class_groups is not None and stream.kind in LANGUAGE:
@@ -112,16 +109,23 @@ def _merge_problems(config: RunConfig) -> list[str]:
 
 def _strategy_problems(config: RunConfig) -> list[str]:
     strategy, merge = config.strategy, config.merge
-    weights = ("ewc_weight", "olora_weight", "base_kl_weight", "replay_per_class", "averaging_interval")
+    held = ("ewc_weight", "olora_weight", "replay_per_class", "averaging_period")  # what holds on to earlier tasks
+    weights = (*held, "base_kl_weight")
     problems = [f"strategy.{name}: must be at least 0" for name in weights if getattr(strategy, name) < 0]
+    if strategy.averaging_period > 1:
+        problems.append("strategy.averaging_period: must be in [0, 1], a share of a task's steps")
     if not 0 < strategy.averaging_weight <= 1:
         problems.append("strategy.averaging_weight: must be in (0, 1]")
     if strategy.joint and strategy.individual:
         problems.append("strategy: joint and individual exclude each other")
+    if (strategy.joint or strategy.individual) and (idle := [name for name in held if getattr(strategy, name)]):
+        problems.append(f"strategy: with joint or individual no task has a past; leave out {', '.join(idle)}")
     if strategy.olora_weight and (merge.method != "sequential" or merge.max_rank is not None):
         problems.append("strategy.olora_weight: needs merge.method sequential and merge.max_rank null, to keep every A")
     if strategy.ewc_weight and config.curvature.kind != "fisher":
         problems.append(f"strategy.ewc_weight: needs curvature.kind fisher, found {config.curvature.kind}")
+    if strategy.ewc_weight and merge.method == "cofima":
+        problems.append("strategy.ewc_weight: needs the sums over tasks; merge.method cofima keeps one task's Fisher")
     if (strategy.joint or strategy.individual) and (config.start_from or config.max_forgetting is not None):
         problems.append("strategy: joint and individual continue no adapter; leave out start_from and max_forgetting")
     if strategy.individual and config.head.kind == "lda":
@@ -129,8 +133,30 @@ def _strategy_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def _uses_evaluation(training: Mapping) -> bool:
-    return training.get("eval_strategy", "no") not in ("no", False) or bool(training.get("load_best_model_at_end"))
+def _evaluation_problems(config: RunConfig) -> list[str]:
+    training, patience, share = config.training, config.early_stopping_patience, config.stream.eval_share
+    best, metric = bool(training.get("load_best_model_at_end")), training.get("metric_for_best_model")
+    known = ["loss"] if config.stream.kind in LANGUAGE else ["loss", "accuracy"]
+    checks = [
+        (share is None or 0 < share < 1, "stream.eval_share: must be in (0, 1)"),
+        (patience is None or patience >= 1, "early_stopping_patience: must be at least 1"),
+        (
+            share is not None or not (_evaluates(training) or best or patience),
+            "training: eval_strategy and load_best_model_at_end need rows to evaluate on; set stream.eval_share, "
+            "the share of a task's training rows that is held out for it",
+        ),
+        (patience is None or best, "early_stopping_patience: needs training.load_best_model_at_end: true"),
+        (
+            metric is None or str(metric).removeprefix("eval_") in known,
+            f"training.metric_for_best_model: {config.stream.kind} has {' and '.join(known)}, found {metric}",
+        ),
+    ]
+    return [message for fine, message in checks if not fine]
+
+
+def _evaluates(training: Mapping) -> bool:
+    """Whether `training` asks for evaluations during a task's training."""
+    return training.get("eval_strategy", "no") not in ("no", False) or bool(training.get("eval_on_start"))
 
 
 def _within(value: float | None, low: float, high: float) -> bool:

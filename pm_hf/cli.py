@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except InputError as error:
-        print(f"pm-hf: {error}", file=sys.stderr)
+        if _speaks():
+            print(f"pm-hf: {error}", file=sys.stderr)
         return BAD_INPUT
     except OSError as error:
         print(f"pm-hf: {error}", file=sys.stderr)
         return FAILED
+
+
+def _speaks() -> bool:
+    """Whether this process reports its error: of several that have not met yet, the first of each machine."""
+    if int(os.environ.get("LOCAL_RANK", "0")) <= 0:
+        return True
+    from pm_hf.processes import process_count
+
+    return process_count() > 1
 
 
 class _Parser(argparse.ArgumentParser):
@@ -89,25 +100,32 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from pm_hf.config import load_config
+
+    config = load_config(options.config, options.overrides)  # first: what follows takes seconds to load
+
     import datasets
 
-    from pm_hf.config import load_config
     from pm_hf.learner import ForgettingError, learn
+    from pm_hf.processes import OtherProcessError, process_index
+    from pm_hf.regularised import DivergedError
     from pm_hf.stopping import StoppedError
 
     datasets.disable_progress_bars()
-    config = load_config(options.config, options.overrides)
     try:
         report = learn(config)
     except ForgettingError as error:
         print(error.report.table())
         print(f"pm-hf: {error}", file=sys.stderr)
         return FAILED
-    except StoppedError as error:
+    except (StoppedError, DivergedError) as error:
         print(f"pm-hf: {error}", file=sys.stderr)
         return FAILED
-    print(report.table())
-    print(f"merged adapter: {report.folder / 'merged'}")
+    except OtherProcessError as error:  # that process says what it is
+        return BAD_INPUT if error.bad_input else FAILED
+    if process_index() == 0:
+        print(report.table())
+        print(f"merged adapter: {report.folder / 'merged'}")
     return DONE
 
 

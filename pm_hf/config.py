@@ -47,10 +47,11 @@ METHODS = {
     "magmax": _method("magmax", 0.0, None, "global", "linear"),
     "opcm": _method("opcm", 0.0, None, "global", "linear"),
     "slao": _method("slao", 0.0, None, "global", "linear", max_rank=None),
-    "ewc": _sequential("fisher", ewc_weight=1.0),
+    # λ and labels drawn from the model as in its paper: of a fitted task the data's own labels leave no Fisher
+    "ewc": _sequential("fisher", ewc_weight=400.0) | {"curvature": {"kind": "fisher", "labels": "mc"}},
     "olora": _sequential(olora_weight=0.5),
     "base_kl": _sequential(base_kl_weight=1.0),
-    "sfa": _sequential(averaging_interval=10),
+    "sfa": _sequential(averaging_period=0.25),
     "replay": _sequential(replay_per_class=5),
     "joint": _sequential(joint=True),
     "individual": _sequential(individual=True),

@@ -1,11 +1,12 @@
 """The encoder of each kind of stream: what turns its rows into batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers import DataCollatorWithPadding
 
+from pm_hf.errors import InputError
 from pm_hf.images import ImageEncoder, load_image_processor
 from pm_hf.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.modeling import load_tokenizer, resolve_base
@@ -49,3 +50,17 @@ def make_encoder(config: RunConfig) -> Encoder:
     if stream.kind == "text-classification":
         return TextEncoder(tokenizer, stream.max_length)
     return (CausalEncoder if stream.kind == "causal-lm" else Seq2SeqEncoder)(tokenizer, stream.max_length)
+
+
+def check_encoding(encoder: Encoder, rows: Iterable[Rows]) -> None:
+    """Encode the first of each rows; InputError where the tokenizer cannot (no chat template, messages for a T5)."""
+    if isinstance(encoder, CausalEncoder | Seq2SeqEncoder):
+        for some in rows:
+            encoder.examples(some.take(range(min(1, len(some)))))
+
+
+def check_length(config: RunConfig, model: Any) -> None:
+    """InputError where texts of `max_length` tokens have more positions than the model (a transformers config) has."""
+    positions, length = getattr(model, "max_position_embeddings", None), config.stream.max_length
+    if config.stream.kind != "image-classification" and positions is not None and length > positions:
+        raise InputError(f"stream.max_length {length} is more than the {positions} positions of {config.model.base}")

@@ -113,9 +113,29 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         raise InputError(f"output {path} exists; choose another folder, or overwrite=True (--overwrite) to replace it")
     with _beside(path) as temporary:
         yield temporary
-        for entry in (*temporary.rglob("*"), temporary):
-            _sync(entry)
+        sync_folder(temporary)
         _swap(temporary, path) if overwrite else _claim(temporary, path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder unless it is there, and wait until its name is on the disk."""
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder and everything in it is on the disk."""
+    for entry in (*folder.rglob("*"), folder):
+        sync(entry)
 
 
 @contextmanager
@@ -196,7 +216,7 @@ def _new_file(path: Path) -> Iterator[Path]:
     remove_leftovers(path.parent, path.name)
     with _beside(path) as folder:
         yield folder / path.name
-        _sync(folder / path.name)
+        sync(folder / path.name)
         os.replace(folder / path.name, path)
 
 
@@ -212,7 +232,7 @@ def _beside(path: Path) -> Iterator[Path]:
         reason = getattr(error, "reason", None) or _reason(error)
         raise WriteError(path, reason, error.errno) from error
     else:
-        _sync(path.parent)  # what was replaced goes only after this
+        sync(path.parent)  # what was replaced goes only after this
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _open.discard(temporary)
@@ -291,12 +311,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and value != value:  # NaN
         return None
     return value
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

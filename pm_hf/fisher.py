@@ -1,5 +1,6 @@
 """Per-example curvature of the adapted weights, measured by hooks in batches."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ from pm_hf.language import IGNORED
 from pm_hf.merging.curvature import Curvature, Kind, Settings, accumulate
 from pm_hf.merging.lowrank import LowRank, add
 from pm_hf.modeling import find_head
-from pm_hf.processes import sum_counts, sum_over_processes, together
-from pm_hf.targets import bare, is_language, target_logits
+from pm_hf.processes import gather, process_count, process_index, sum_over_processes, together
+from pm_hf.targets import bare, is_language, target_logits, unwrapped
 
 KINDS, LABELS, REDUCTIONS = ("fisher", "gram", "factored"), ("empirical", "mc"), ("mean", "sum")
 SHRINKAGE = 0.1  # ρ of the Gram: without it a Gram of fewer tokens than inputs is singular
@@ -51,8 +52,8 @@ def estimate_curvature(
     model: a PeftModel, `adapter` the task's adapter among the active ones. A classifier has `labels` (N,); a language
     model has token ids (N, T), -100 where nothing is predicted, and an example's loss is the mean over its own target
     tokens (`loss_reduction="sum"`: their sum; stored with the sums, never mixed); with "mc" every target token is
-    drawn given the given prefix. In several processes each one passes its own share of the examples, and all get the
-    sums over all of them. samples: number of examples used at most in a process (None: all).
+    drawn given the given prefix. In several processes each one passes its own share of the examples (process r of P the
+    rows r, r + P, … : then what is drawn is what one process draws), and all get the sums over all. samples: number of examples used at most in a process (None: all).
     previous: sums of the earlier tasks. heads: {module: its weight before the task, [weight | bias]} of linear
     heads shared by all tasks, to be inside the curvature. The model's mode and gradients are left as they were.
     Raises InputError when samples < 1, when a module was not reached, or when there is no data.
@@ -69,12 +70,13 @@ def estimate_curvature(
     rho = SHRINKAGE if shrinkage is None else shrinkage
     if not 0 <= rho < 1:
         raise InputError(f"shrinkage must be in [0, 1), found {shrinkage}")
+    model = unwrapped(model)
     layers = adapted_layers(model, adapter)
     watched = dict(layers) | {name: find_head(model, name) for name in heads or {}}
     with _evaluation(model):
-        pass_ = _Pass(kind, labels, loss_reduction, torch.Generator().manual_seed(seed))
+        pass_ = _Pass(kind, labels, loss_reduction, seed)
         counted = together(lambda: _run(model, watched, dataloader, samples, pass_, autocast))
-    examples = sum_counts(counted)
+    examples = sum(gather(counted))
     sum_over_processes(pass_.sums)
     measured = {name: total.div_(examples).cpu() for name, total in pass_.sums.items()}
     delta = {name: layer_product(layer, [adapter]) for name, layer in layers.items()}
@@ -83,7 +85,9 @@ def estimate_curvature(
         optimum[name] = head_matrix(watched[name])
         delta[name] = LowRank(optimum[name].B - before.B, before.A)
     settings = Settings(kind, "none", rho) if kind == "gram" else Settings(kind, labels, loss_reduction=loss_reduction)
-    return accumulate(measured, optimum, delta, settings, examples, owner=pass_.owner, previous=previous)
+    return together(
+        lambda: accumulate(measured, optimum, delta, settings, examples, owner=pass_.owner, previous=previous)
+    )
 
 
 def curvature_bytes(model: nn.Module, adapter: str, kind: Kind) -> int:
@@ -150,7 +154,8 @@ class _Pass:
     kind: Kind
     labels: str
     reduction: str
-    generator: torch.Generator
+    seed: int
+    done: int = 0  # examples before the present batch
     sums: dict[str, Tensor] = field(default_factory=dict)
     owner: dict[str, str] = field(default_factory=dict)
 
@@ -180,7 +185,7 @@ def _run(
         if missing:
             raise InputError(f"{len(missing)} adapted modules were not reached by the forward pass, first {missing[0]}")
         {"gram": _add_gram, "fisher": _add_fisher, "factored": _add_factored}[pass_.kind](pass_, seen, batch)
-        examples += len(batch["labels"])
+        pass_.done = examples = examples + len(batch["labels"])
     if not examples:
         raise InputError("the curvature needs at least one example, found none")
     return examples
@@ -233,49 +238,76 @@ def _loss(model: nn.Module, batch: Mapping[str, Tensor], pass_: _Pass) -> Tensor
     """Sum over examples of the loss of each, for its own labels or for labels drawn from the model; float32."""
     if is_language(batch):
         logits, truth, example = target_logits(model, batch)
-        share = torch.bincount(example, minlength=len(batch["labels"]))[example].float()
+        counts = torch.bincount(example, minlength=len(batch["labels"]))
+        share = counts[example].float()
         if pass_.reduction == "sum":
             share = torch.ones_like(share)
-        return (F.cross_entropy(logits.float(), _labels(logits, truth, pass_), reduction="none") / share).sum()
+        labels = _labels(logits, truth, pass_, counts.tolist())
+        return (F.cross_entropy(logits.float(), labels, reduction="none") / share).sum()
     logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     if logits.ndim != 2:
         raise InputError(f"expected logits of shape (examples, classes), found {tuple(logits.shape)}")
-    return F.cross_entropy(logits.float(), _labels(logits, batch["labels"], pass_), reduction="sum")
+    labels = _labels(logits, batch["labels"], pass_, [1] * len(logits))
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
-def _labels(logits: Tensor, labels: Tensor, pass_: _Pass) -> Tensor:
-    """The data's labels, (n,), or ones drawn from softmax(logits), (n, C)."""
+def _labels(logits: Tensor, labels: Tensor, pass_: _Pass, counts: list[int]) -> Tensor:
+    """The data's labels, (n,), or ones drawn from softmax(logits), (n, C); counts: of each example, their sum is n.
+
+    Each example has a seed of its own: what is drawn depends neither on the batches nor on the number P of processes,
+    as long as process r has the examples r, r + P, r + 2P, …
+    """
     if pass_.labels != "mc":
         return labels
-    probabilities = logits.detach().float().softmax(-1).cpu()
-    return torch.multinomial(probabilities, 1, generator=pass_.generator)[:, 0].to(logits.device)
+    probabilities, generator, drawn = logits.detach().float().softmax(-1).cpu(), torch.Generator(), []
+    for index, rows in enumerate(probabilities.split(counts), pass_.done):
+        number = process_index() + index * process_count()
+        digest = hashlib.sha256(f"{pass_.seed}/{number}".encode()).digest()
+        generator.manual_seed(int.from_bytes(digest[:7], "big"))
+        drawn += [torch.multinomial(rows, 1, generator=generator)[:, 0]] if len(rows) else []
+    return torch.cat(drawn).to(logits.device)
 
 
 def _told_apart(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch with one more padded column for the encoder where its length would equal the decoder's."""
-    if batch["input_ids"].shape[1] != batch["labels"].shape[1]:
+    """The batch of an encoder-decoder with a mask for each side, (N, T) and (N, U), T ≠ U.
+
+    Where the two would have one length, the encoder gets one more padded column. The decoder's positions end with the
+    last target; the first one, its start token, is always there.
+    """
+    ids, known = batch["input_ids"], batch["labels"] != IGNORED
+    until_last = known.flip(1).cumsum(1).flip(1).clamp(max=1)
+    until_last[:, 0] = 1
+    masks = {"attention_mask": torch.ones_like(ids), "decoder_attention_mask": until_last}
+    batch = masks | batch
+    if ids.shape[1] != known.shape[1]:
         return batch
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-    wider = {"input_ids": F.pad(batch["input_ids"], (0, 1)), "attention_mask": F.pad(mask, (0, 1))}
-    return batch | wider
+    return batch | {name: F.pad(batch[name], (0, 1)) for name in ("input_ids", "attention_mask")}
+
+
+def _chunks(
+    kind: Kind, name: str, found: Mapping[str, Any], batch: Mapping[str, Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(x (n, T, in), δ (n, T, out)) of a module in float32, as many examples at a time as `CHUNK_BYTES` allows."""
+    x, d = _tokens(name, found, batch), found["d"].float().reshape(len(batch["labels"]), -1, found["d"].shape[-1])
+    entries = x.shape[1] ** 2 if kind == "factored" else x.shape[2] * d.shape[2]
+    rows = max(1, CHUNK_BYTES // (4 * entries))
+    return zip(x.split(rows), d.split(rows), strict=True)
 
 
 def _add_fisher(pass_: _Pass, seen: Mapping[str, dict[str, Any]], batch: Mapping[str, Tensor]) -> None:
     for name, found in seen.items():
-        x, d = _tokens(name, found, batch), found["d"].float().reshape(len(batch["labels"]), -1, found["d"].shape[-1])
-        rows = max(1, CHUNK_BYTES // (4 * x.shape[-1] * d.shape[-1]))
-        for start in range(0, len(x), rows):
-            gradient = torch.bmm(d[start : start + rows].transpose(1, 2), x[start : start + rows])  # (n, out, in)
+        for x, d in _chunks("fisher", name, found, batch):
+            gradient = torch.bmm(d.transpose(1, 2), x)  # (n, out, in)
             pass_.add(name, gradient.square_().sum(0))
 
 
 def _add_factored(pass_: _Pass, seen: Mapping[str, dict[str, Any]], batch: Mapping[str, Tensor]) -> None:
     """Σ_examples of the means of G∘G over its columns and over its rows, from (T, T) products instead of G."""
     for name, found in seen.items():
-        x, d = _tokens(name, found, batch), found["d"].float().reshape(len(batch["labels"]), -1, found["d"].shape[-1])
-        rows = ((x @ x.transpose(1, 2) @ d) * d).sum((0, 1)) / x.shape[-1]  # (out,)
-        columns = ((d @ d.transpose(1, 2) @ x) * x).sum((0, 1)) / d.shape[-1]  # (in,)
-        pass_.add(name, torch.cat([rows, columns]).clamp_(min=0))
+        for x, d in _chunks("factored", name, found, batch):
+            rows = ((x @ x.transpose(1, 2) @ d) * d).sum((0, 1)) / x.shape[-1]  # (out,)
+            columns = ((d @ d.transpose(1, 2) @ x) * x).sum((0, 1)) / d.shape[-1]  # (in,)
+            pass_.add(name, torch.cat([rows, columns]).clamp_(min=0))
 
 
 def _add_gram(pass_: _Pass, seen: Mapping[str, dict[str, Any]], batch: Mapping[str, Tensor]) -> None:
@@ -292,21 +324,21 @@ def _add_gram(pass_: _Pass, seen: Mapping[str, dict[str, Any]], batch: Mapping[s
 def _tokens(name: str, found: Mapping[str, Any], batch: Mapping[str, Tensor]) -> Tensor:
     """The module's input as (N, T, in) in float32, padding zeroed, a column of ones appended for a trained bias."""
     x, examples = found["x"].float(), len(batch["labels"])
-    if x.shape[0] != examples:
+    windows = "pixel_values" in batch and x.shape[0] % examples == 0  # attention in windows, an example's side by side
+    if x.shape[0] != examples and not windows:
         raise InputError(f"{name} sees an input of shape {tuple(x.shape)}; expected {examples} examples in dimension 0")
     x = x.reshape(examples, -1, x.shape[-1])
     if found["head"] and found["x"].ndim > 2 and "d" not in found:
         raise InputError(f"the shared head {name} sees every token, so it has no Gram of its own; use kind='fisher'")
     if found["bias"]:
         x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
-    mask = batch.get("attention_mask")
-    if is_language(batch) and x.shape[1] == batch["labels"].shape[1] and (mask is None or mask.shape != x.shape[:2]):
-        mask = batch["labels"] != IGNORED  # the decoder's positions
-    if mask is None or x.shape[1] == 1:  # no padding, or one pooled position
+    masks = [batch[key] for key in ("attention_mask", "decoder_attention_mask") if key in batch]
+    if not masks or x.shape[1] == 1:  # no padding, or one pooled position
         return x
-    if mask.shape != x.shape[:2]:
-        raise InputError(f"{name} sees {x.shape[1]} positions, the attention mask has shape {tuple(mask.shape)}")
-    return x * mask[..., None].to(x.dtype)
+    fitting = [mask for mask in masks if mask.shape == x.shape[:2]]
+    if not fitting:
+        raise InputError(f"{name} sees {x.shape[1]} positions, the attention mask has shape {tuple(masks[0].shape)}")
+    return x * fitting[0][..., None].to(x.dtype)
 
 
 @contextmanager

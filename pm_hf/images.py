@@ -25,7 +25,7 @@ AREA, RATIO = (0.05, 1.0), (3 / 4, 4 / 3)  # of a random crop, as torchvision's 
 
 
 class Pictures:
-    """Pictures of one data set, decoded to RGB when asked for (grey is repeated, alpha is dropped).
+    """Pictures of one data set, decoded to upright RGB when asked for (grey is repeated, alpha is dropped).
 
     store: uint8 array (n, h, w) or (n, h, w, 1 or 3), or a Dataset whose column `image` holds undecoded files.
     """
@@ -38,9 +38,14 @@ class Pictures:
 
     def __getitem__(self, index: int) -> PillowImage.Image:
         if isinstance(self.store, np.ndarray):
-            return PillowImage.fromarray(self.store[index].squeeze()).convert("RGB")
-        with _opened(self.store[int(index)]["image"]) as picture:
-            return picture.convert("RGB")
+            pixels = self.store[index]
+            return PillowImage.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).convert("RGB")
+        file = self.store[int(index)]["image"]
+        try:
+            with _opened(file) as picture:
+                return _rgb(picture)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"{file['path'] or f'picture {index}'} cannot be decoded: {error}") from error
 
     def select(self, indices: Sequence[int]) -> "Pictures":
         """The pictures with these indices, in this order."""
@@ -48,19 +53,22 @@ class Pictures:
         return Pictures(self.store[kept] if isinstance(self.store, np.ndarray) else self.store.select(kept))
 
     def joined(self, others: "Pictures") -> "Pictures":
-        """These pictures, then the others, which must be stored in the same way."""
-        if isinstance(self.store, np.ndarray):
-            return Pictures(np.concatenate([self.store, others.store]))
-        return Pictures(concatenate_datasets([self.store, others.store]))
+        """These pictures, then the others; InputError where they are stored in different ways."""
+        left, right = self.store, others.store
+        if isinstance(left, Dataset) and isinstance(right, Dataset):
+            return Pictures(concatenate_datasets([left, right]))
+        if isinstance(left, np.ndarray) and isinstance(right, np.ndarray) and left.shape[1:] == right.shape[1:]:
+            return Pictures(np.concatenate([left, right]))
+        raise InputError("tasks whose pictures are joined must all be files, or all be arrays of the same shape")
 
     def digest(self) -> str:
-        """Digest of the pixels or of the files' bytes; of files outside the data set: of their names and sizes."""
-        if isinstance(self.store, np.ndarray):
-            return hashlib.sha256(np.ascontiguousarray(self.store).tobytes()).hexdigest()
+        """Digest of the pixels, or of the files' bytes."""
         found = hashlib.sha256()
+        if isinstance(self.store, np.ndarray):
+            found.update(repr(self.store.shape).encode() + np.ascontiguousarray(self.store).tobytes())
+            return found.hexdigest()
         for file in self.store["image"]:
-            path = Path(file["path"] or "")
-            found.update(file["bytes"] or f"{path.parent.name}/{path.name}: {path.stat().st_size}".encode())
+            found.update(hashlib.sha256(file["bytes"] or Path(file["path"]).read_bytes()).digest())
         return found.hexdigest()
 
 
@@ -118,17 +126,18 @@ class ImageEncoder:
     """Pictures and their class; the checkpoint's own processor resizes, rescales and normalises a batch at a time.
 
     augmentation: "none"; "flip", left to right with probability ½; "crop_flip", a random crop of 5–100 % of the area
-    and a ratio of 3:4 to 4:3, resized, then the flip. It is a function of (seed, epoch, row) alone, so a resumed run,
-    another number of workers or of processes see the same pictures.
+    and a ratio of 3:4 to 4:3, resized to the size that the processor gives, then the flip. It is a function of (seed,
+    epoch, row) alone, so a resumed run, another number of workers or of processes see the same pictures.
     """
 
     def __init__(self, processor: Any, augmentation: str, seed: int) -> None:
         self.processor, self.seed = processor, seed
         self._augment = _augmentation(augmentation, processor)
+        self._crops = augmentation == "crop_flip"
 
     def training(self, rows: Rows, labels: Sequence[str]) -> "ImageExamples":
         """Examples with augmentation."""
-        return ImageExamples(rows, labels, self._augment, self.seed)
+        return ImageExamples(rows, labels, self._augment, self.seed, sized=self._crops)
 
     def examples(self, rows: Rows, labels: Sequence[str]) -> "ImageExamples":
         """The same without."""
@@ -136,21 +145,29 @@ class ImageEncoder:
 
     def collate(self, examples: list[dict]) -> dict[str, Tensor]:
         """{"pixel_values": (N, 3, H, W) float32, "labels": (N,)}."""
-        pixels = self.processor([example["image"] for example in examples], return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels, "labels": torch.tensor([example["labels"] for example in examples])}
+        sized = {"do_resize": False, "do_center_crop": False} if examples[0]["sized"] else {}
+        made = self.processor([example["image"] for example in examples], return_tensors="pt", **sized)
+        return {
+            "pixel_values": made["pixel_values"],
+            "labels": torch.tensor([example["labels"] for example in examples]),
+        }
 
 
 class ImageExamples(torch.utils.data.Dataset):
-    """{"image": PIL picture, "labels": class index}; the Trainer's loader tells it the epoch (`set_epoch`)."""
+    """{"image": PIL picture, "labels": class index, "sized": whether it has the model's size already}.
 
-    def __init__(self, rows: Rows, labels: Sequence[str], augment: Any, seed: int) -> None:
+    The Trainer's loader tells it the epoch (`set_epoch`), which workers that outlive an epoch see too.
+    """
+
+    def __init__(self, rows: Rows, labels: Sequence[str], augment: Any, seed: int, *, sized: bool = False) -> None:
         index = {label: i for i, label in enumerate(labels)}
         self.pictures, self.targets = rows.inputs, [index[label] for label in rows.labels]
-        self.augment, self.seed, self.epoch = augment, seed, 0
+        self.augment, self.seed, self.sized = augment, seed, sized
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate's loader at the start of each epoch."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -158,16 +175,16 @@ class ImageExamples(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         picture = self.pictures[index]
         if self.augment is not None:
-            picture = self.augment(picture, random.Random(f"{self.seed}/{self.epoch}/{index}"))
-        return {"image": picture, "labels": self.targets[index]}
+            picture = self.augment(picture, random.Random(f"{self.seed}/{int(self._epoch)}/{index}"))
+        return {"image": picture, "labels": self.targets[index], "sized": self.sized}
 
 
 def load_image_processor(base: str, revision: str | None = None) -> Any:
-    """The checkpoint's image processor, with Pillow's resizing where torchvision is missing."""
+    """The checkpoint's image processor, with Pillow's resizing, so that results do not depend on torchvision."""
     level = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # it warns that torchvision is missing
+    logging.set_verbosity(logging.ERROR)  # it warns of processors that only torchvision has
     try:
-        return AutoImageProcessor.from_pretrained(base, revision=revision)
+        return AutoImageProcessor.from_pretrained(base, revision=revision, backend="pil")
     except (OSError, ValueError) as error:
         raise InputError(f"model.base {base} has no image processor: {str(error).splitlines()[0]}") from error
     finally:
@@ -196,15 +213,25 @@ def _augmentation(name: str, processor: Any) -> Any:
     """The function (picture, random numbers) → picture, None for none."""
     if name == "none":
         return None
-    size = dict(processor.size)
-    edges = (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2
+    size = _size(processor) if name == "crop_flip" else (0, 0)
 
     def augment(picture: PillowImage.Image, draw: random.Random) -> PillowImage.Image:
         if name == "crop_flip":
-            picture = random_crop(picture, edges, draw)
+            picture = random_crop(picture, size, draw)
         return ImageOps.mirror(picture) if draw.random() < 0.5 else picture
 
     return augment
+
+
+def _size(processor: Any) -> tuple[int, int]:
+    """(height, width) of the pictures that a processor makes."""
+    cropped = getattr(processor, "do_center_crop", None) and getattr(processor, "crop_size", None)
+    size = dict(processor.crop_size if cropped else processor.size)
+    edge = size.get("shortest_edge")
+    height, width = size.get("height") or edge, size.get("width") or edge
+    if not height or not width:
+        raise InputError(f"stream.augmentation: crop_flip needs a processor of one size, found {size}; use flip")
+    return height, width
 
 
 def _named(what: str, values: np.ndarray, names: np.ndarray | None, count: int) -> list[str]:
@@ -219,6 +246,16 @@ def _named(what: str, values: np.ndarray, names: np.ndarray | None, count: int) 
 
 def _opened(file: dict) -> PillowImage.Image:
     return PillowImage.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"])
+
+
+def _rgb(picture: PillowImage.Image) -> PillowImage.Image:
+    """Turned as its EXIF data says; transparency dropped; 16 bits of grey scaled to 8."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):
+        picture = PillowImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    return picture.convert("RGB")
 
 
 def _checked(pictures: Pictures, where: str) -> Pictures:

@@ -22,24 +22,30 @@ def language_rows(
     text_column: str | None = None,
     label_column: str | None = None,
     prompt_template: str | None = None,
+    answers: Mapping | None = None,
     task: str = "",
 ) -> Rows:
     """Prompts and completions of a data set, by the columns that it has:
 
     `prompt_template`, filled with any of its columns, {text} (the text column) and {task}: completed by the label, with
-    a space between where the template does not end in white space. `messages` (chat): every assistant message
-    completes what stands before it, one row each. `prompt` and `completion` (or the two columns named): text, or
-    messages. Else plain text: the text column completes the empty prompt.
+    a space between where the template does not end in white space. Some of the template's columns may be empty in a
+    row, not all. `answers` are the words for each label; a label without is an error. `messages` (chat): every
+    assistant message completes what stands before it, one row each. `prompt` and `completion` (or the two columns
+    named): text, or messages. Else plain text: the text column completes the empty prompt.
     """
     names = data.column_names
-    if prompt_template is not None:
-        return _templated(data, where, text_column or "text", label_column or "label", prompt_template, task)
+    if answers is not None and not prompt_template:
+        raise InputError(f"{where}: answers belong to a prompt_template; the completions are the column's own text")
+    if prompt_template:
+        columns = (text_column or "text", label_column or "label")
+        return _templated(data, where, *columns, prompt_template, answers, task)
     if text_column is None and "messages" in names:
         return _conversations(data, where)
-    if (text_column is None and {"prompt", "completion"} <= set(names)) or label_column is not None:
+    if (text_column is None and {"prompt", "completion"} <= set(names)) or label_column:
         return _pairs(data, where, text_column or "prompt", label_column or "completion")
-    texts = _column(data, where, text_column or "text")
-    return Rows([""] * len(texts), [_text(value, where, row) for row, value in enumerate(texts)])
+    column = text_column or "text"
+    texts = _column(data, where, column)
+    return Rows([""] * len(texts), [_text(value, where, row, column) for row, value in enumerate(texts)])
 
 
 class CausalEncoder:
@@ -48,11 +54,11 @@ class CausalEncoder:
     A text prompt has the tokens that it has alone; nothing is put between the two, and the completion ends with eos.
     The empty prompt is bos (or eos). Chat prompts are rendered by the tokenizer's chat template, and the completion
     ends as the template ends a turn. What is longer than `max_length` tokens loses the left of the prompt first, then
-    the right of the completion. `cut` counts the rows that lost something.
+    the right of the completion. `cut` counts the rows of the last call that lost something.
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
-        self.tokenizer, self.max_length, self.cut = tokenizer, max_length, 0
+        self.tokenizer, self.max_length, self.cut = tokenizer, _two_tokens(max_length), 0
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no end-of-text token (eos_token); set one")
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -80,11 +86,12 @@ class CausalEncoder:
         """Token ids of a prompt as it stands before its completion."""
         if not isinstance(prompt, str):
             return self._ids(self._rendered(prompt, add_generation_prompt=True))
-        ids = list(self.tokenizer(prompt)["input_ids"])
-        if ids and ids[-1] == self.tokenizer.eos_token_id and prompt:
+        ids, end = list(self.tokenizer(prompt, verbose=False)["input_ids"]), [self.tokenizer.eos_token_id]
+        plain = self._ids(prompt)
+        if ids[-1:] == end and ids[-len(plain) :] != plain:  # the tokenizer's own end, not the text's
             ids = ids[:-1]
         start = self.tokenizer.bos_token_id
-        return ids or [self.tokenizer.eos_token_id if start is None else start]
+        return ids or (end if start is None else [start])
 
     def completion(self, prompt: Prompt, text: str) -> list[int]:
         """Token ids of a completion, its end included."""
@@ -111,13 +118,13 @@ class CausalEncoder:
         before, after = self.prompt(prompt), self.completion(prompt, text)
         kept, size = after[: self.max_length - 1], len(text.encode())
         if len(kept) < len(after):
-            size = len(self.tokenizer.decode(kept, skip_special_tokens=True).encode())
+            size = min(size, _bytes(self.tokenizer, text, kept))
         left = self.fitted(before, len(kept))
         self.cut += len(kept) < len(after) or len(left) < len(before)
         return {"input_ids": left + kept, "labels": [IGNORED] * len(left) + kept, "bytes": size}
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _rendered(self, messages: Sequence[Mapping], *, add_generation_prompt: bool) -> str:
         if not self.tokenizer.chat_template:
@@ -129,11 +136,12 @@ class CausalEncoder:
 class Seq2SeqEncoder:
     """The prompt is the encoder's input, the completion and its end are what the decoder predicts.
 
-    Both are cut on the right to `max_length` tokens.
+    Both are cut on the right to `max_length` tokens, the end included. `cut` counts the rows of the last call that
+    lost something.
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer, self.max_length, self.cut = tokenizer, _two_tokens(max_length), 0
         self.pad = tokenizer.pad_token_id or 0
 
     def training(self, rows: Rows, labels: Sequence[str] = ()) -> list[dict]:
@@ -142,6 +150,7 @@ class Seq2SeqEncoder:
 
     def examples(self, rows: Rows, labels: Sequence[str] = ()) -> list[dict]:
         """{"input_ids", "labels", "bytes": UTF-8 bytes of the completion that is kept} of each row."""
+        self.cut = 0
         return [self._example(prompt, text) for prompt, text in zip(rows.inputs, rows.labels, strict=True)]
 
     def collate(self, examples: list[dict]) -> dict[str, Tensor]:
@@ -154,19 +163,36 @@ class Seq2SeqEncoder:
 
     def prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of the encoder's input."""
-        if not isinstance(prompt, str):
-            raise InputError("chat messages need stream.kind causal-lm; use prompt and completion columns with text")
-        return list(self.tokenizer(prompt, truncation=True, max_length=self.max_length)["input_ids"])
+        return self._fitted(self._prompt(prompt))
 
     def completion(self, prompt: Prompt, text: str) -> list[int]:
         """Token ids of the decoder's target, its end included."""
-        return list(self.tokenizer(text_target=text, truncation=True, max_length=self.max_length)["input_ids"])
+        return self._fitted(self._target(text))
 
     def _example(self, prompt: Prompt, text: str) -> dict:
-        target = self.completion(prompt, text)
-        whole = len(target) < self.max_length
-        size = len((text if whole else self.tokenizer.decode(target, skip_special_tokens=True)).encode())
-        return {"input_ids": self.prompt(prompt), "labels": target, "bytes": size}
+        source, target = self._prompt(prompt), self._target(text)
+        ids, labels, size = self._fitted(source), self._fitted(target), len(text.encode())
+        if len(labels) < len(target):
+            size = min(size, _bytes(self.tokenizer, text, labels[: len(labels) - self._ends(labels)]))
+        self.cut += len(ids) < len(source) or len(labels) < len(target)
+        return {"input_ids": ids, "labels": labels, "bytes": size}
+
+    def _prompt(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            raise InputError("chat messages need stream.kind causal-lm; use prompt and completion columns with text")
+        return list(self.tokenizer(prompt, verbose=False)["input_ids"])
+
+    def _target(self, text: str) -> list[int]:
+        return list(self.tokenizer(text_target=text, verbose=False)["input_ids"])
+
+    def _ends(self, ids: list[int]) -> bool:
+        return ids[-1:] == [self.tokenizer.eos_token_id]
+
+    def _fitted(self, ids: list[int]) -> list[int]:
+        """Token ids without what is too long, their end kept."""
+        if len(ids) <= self.max_length:
+            return ids
+        return [*ids[: self.max_length - 1], ids[-1]] if self._ends(ids) else ids[: self.max_length]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
@@ -176,22 +202,62 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -
     return torch.tensor([[*fill, *row] if left else [*row, *fill] for row, fill in zip(rows, filled, strict=True)])
 
 
-def _templated(data: Dataset, where: str, text: str, label: str, template: str, task: str) -> Rows:
-    asked = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-    fields = [text if name == "text" else name for name in asked if name != "task"]
+def _two_tokens(max_length: int) -> int:
+    if max_length < 2:
+        raise InputError(f"stream.max_length must be at least 2 for language models, found {max_length}")
+    return max_length
+
+
+def _bytes(tokenizer: Any, text: str, kept: list[int]) -> int:
+    """UTF-8 bytes of the text that its first tokens `kept` stand for, at least 1."""
+    if tokenizer.is_fast:
+        ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"][: len(kept)]
+        return max(1, len(text[: ends[-1][1]].encode()) if ends else 0)
+    return max(1, len(tokenizer.decode(kept, skip_special_tokens=True).encode()))
+
+
+def _templated(
+    data: Dataset, where: str, text: str, label: str, template: str, words: Mapping | None, task: str
+) -> Rows:
+    try:
+        asked = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise InputError(f"prompt_template {template!r}: {error}; a brace of the text is written twice") from error
+    fields = list(dict.fromkeys(text if name == "text" else name for name in asked if name != "task"))
     unknown = [name for name in fields if name not in data.column_names]
     found = ", ".join(data.column_names)
     problems = [f"prompt_template: no column for {{{name}}}; found {found}, text, task" for name in unknown]
     problems += [f"missing column {label}; found {found}"] * (label not in data.column_names)
     raise_all(problems, where)
-    answers = _answers(data, where, label)
+    answers = _worded(_answers(data, where, label), words, where)
     space = "" if template[-1:].isspace() else " "
-    columns = {name: list(data[name]) for name in dict.fromkeys(fields)}
+    columns = {name: _values(data, where, name) for name in fields}
     prompts = []
     for row in range(len(answers)):
-        filled = {name: _text(values[row], where, row, name) for name, values in columns.items()}
-        prompts.append(template.format(**filled | {"task": task} | ({"text": filled[text]} if text in filled else {})))
+        filled = {name: values[row] for name, values in columns.items()}
+        if filled and not any(filled.values()):
+            raise InputError(f"{where}: column {', '.join(filled)} must hold text, row {row} holds none")
+        prompts.append(template.format(**filled | {"task": task, "text": filled.get(text)}))
     return Rows(prompts, [space + answer for answer in answers])
+
+
+def _values(data: Dataset, where: str, column: str) -> list[str]:
+    """A column of the template as text, "" where it is empty; the names of a ClassLabel."""
+    if isinstance(data.features[column], ClassLabel):
+        return _answers(data, where, column)
+    values = enumerate(data[column])
+    return [_text("" if value is None else value, where, row, column, empty=True) for row, value in values]
+
+
+def _worded(labels: list[str], words: Mapping | None, where: str) -> list[str]:
+    """The words that stand for each label; the labels themselves without `words`."""
+    if words is None:
+        return labels
+    named = {str(label): str(word) for label, word in words.items()}
+    lacking = sorted(set(labels) - set(named))
+    if lacking:
+        raise InputError(f"{where}: answers: no words for {', '.join(lacking[:5])}; found {', '.join(named)}")
+    return [named[label] for label in labels]
 
 
 def _answers(data: Dataset, where: str, column: str) -> list[str]:
@@ -201,10 +267,10 @@ def _answers(data: Dataset, where: str, column: str) -> list[str]:
         if hidden:
             raise InputError(f"{where}: column {column} holds no class in row {hidden[0]}; hidden labels?")
         return [str(feature.int2str(value)) for value in values]
-    found = ["" if value is None else str(value) for value in values]
-    if "" in found:
-        raise InputError(f"{where}: column {column} is empty in row {found.index('')}")
-    return found
+    empty = [row for row, value in enumerate(values) if value is None or value == ""]
+    if empty:
+        raise InputError(f"{where}: column {column} is empty in row {empty[0]}")
+    return [_text(value, where, row, column) for row, value in enumerate(values)]
 
 
 def _conversations(data: Dataset, where: str) -> Rows:
@@ -215,7 +281,7 @@ def _conversations(data: Dataset, where: str) -> Rows:
         if not found:
             raise InputError(f"{where}: the messages of row {row} have no assistant message after another one")
         for at in found:
-            prompts.append([{"role": m["role"], "content": m["content"]} for m in messages[:at]])
+            prompts.append(_chat(messages[:at], where, row, "messages"))
             answers.append(_text(messages[at]["content"], where, row, "messages"))
     return Rows(prompts, answers)
 
@@ -227,11 +293,15 @@ def _pairs(data: Dataset, where: str, prompt: str, completion: str) -> Rows:
     inputs: list[Prompt] = []
     texts = []
     for row, (before, after) in enumerate(zip(prompts, answers, strict=True)):
-        chat = isinstance(before, list)
-        inputs.append([dict(message) for message in before] if chat else _text(before, where, row, prompt, empty=True))
+        chat = isinstance(before, list) and before
+        inputs.append(_chat(before, where, row, prompt) if chat else _text(before, where, row, prompt, empty=True))
         after = after[0]["content"] if isinstance(after, list) and len(after) == 1 else after
         texts.append(_text(after, where, row, completion))
     return Rows(inputs, texts)
+
+
+def _chat(messages: Sequence[Mapping], where: str, row: int, column: str) -> list[dict[str, str]]:
+    return [{"role": m["role"], "content": _text(m["content"], where, row, column, empty=True)} for m in messages]
 
 
 def _column(data: Dataset, where: str, name: str) -> list[Any]:

@@ -15,6 +15,7 @@ from pm_hf.targets import bare, only_positions, target_logits
 
 LanguageEncoder = CausalEncoder | Seq2SeqEncoder
 MOST_SEQUENCES = 192  # prompts times answers in one forward pass
+MOST_GENERATED = 64  # tokens; longer completions are not generated to be compared
 
 
 def score_rows(
@@ -29,15 +30,16 @@ def score_rows(
 ) -> dict[str, float]:
     """All scores of one task's rows.
 
-    loss, perplexity, bits_per_byte, token_accuracy: see `token_scores`. exact_match: share of the rows whose greedy
-    generation, stripped, is the completion, stripped. Where there are answers to choose among: class_incremental, the
-    share of the rows whose completion is the likeliest of the answers `seen`, task_incremental the same among the
-    task's `own`; an answer's likelihood is the mean log-probability of its tokens, its end included.
+    loss, perplexity, bits_per_byte, token_accuracy: see `token_scores`. exact_match: see there; for prompts whose
+    completions all have at most 64 tokens. Where there are answers to choose among: class_incremental, the share of the
+    rows whose completion is the likeliest of the answers `seen`, task_incremental the same among the task's `own`; an
+    answer's likelihood is the mean log-probability of its tokens, its end included.
     """
     scores = token_scores(model, encoder, rows, batch_size=batch_size, autocast=autocast)
+    if any(rows.inputs) and _longest(encoder, rows) <= MOST_GENERATED:
+        scores["exact_match"] = exact_match(model, encoder, rows, batch_size=batch_size, autocast=autocast)
     if not seen:
         return scores
-    scores["exact_match"] = exact_match(model, encoder, rows, batch_size=batch_size, autocast=autocast)
     found = answer_likelihoods(model, encoder, rows, seen, batch_size=batch_size, autocast=autocast)
     truth = torch.tensor([list(seen).index(answer) for answer in rows.labels])
     inside = torch.tensor([list(seen).index(answer) for answer in own])
@@ -84,13 +86,16 @@ def answer_likelihoods(
 ) -> Tensor:
     """Mean log-probability of each answer's tokens after each prompt, (rows, answers) float32.
 
-    A prompt's keys and values (or the encoder's output) are computed once and shared by all answers.
+    A prompt's keys and values (or the encoder's output) are computed once and shared by all answers. A prompt that is
+    too long beside the longest answer loses its left.
     """
-    tokens = [[encoder.completion(prompt, answer) for answer in answers] for prompt in rows.inputs]
-    room = [max(len(ids) for ids in found) for found in tokens]
-    prompts = [encoder.prompt(prompt) for prompt in rows.inputs]
-    if isinstance(encoder, CausalEncoder):
-        prompts = [encoder.fitted(ids, most) for ids, most in zip(prompts, room, strict=True)]
+    after_text = [encoder.completion("", answer) for answer in answers]  # the same after any text
+    tokens = [
+        after_text if isinstance(prompt, str) else [encoder.completion(prompt, answer) for answer in answers]
+        for prompt in rows.inputs
+    ]
+    tokens = [[ids[: encoder.max_length - 1] for ids in found] for found in tokens]
+    prompts = _prompts(encoder, rows, [max(len(ids) for ids in found) for found in tokens])
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     result = torch.empty(len(rows), len(answers))
     size = max(1, min(batch_size, MOST_SEQUENCES // len(answers)))
@@ -109,32 +114,80 @@ def answer_likelihoods(
 def exact_match(
     model: nn.Module, encoder: LanguageEncoder, rows: Rows, *, batch_size: int = 16, autocast: torch.dtype | None = None
 ) -> float:
-    """Share of the rows whose greedy generation equals the completion, both stripped of white space at the ends."""
-    texts = [encoder.completion(prompt, text) for prompt, text in zip(rows.inputs, rows.labels, strict=True)]
-    longest, prompts = max(len(ids) for ids in texts), [encoder.prompt(prompt) for prompt in rows.inputs]
-    if isinstance(encoder, CausalEncoder):
-        prompts = [encoder.fitted(ids, longest) for ids in prompts]
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    right, tokenizer = 0, encoder.tokenizer
-    causal = isinstance(encoder, CausalEncoder)
+    """Share of the rows whose greedy generation equals the completion, both stripped of white space at the ends.
+
+    Plain argmax: the checkpoint's generation settings (sampling, penalties) are not used. A generation ends with eos,
+    or as the completions of a chat end, or when it is as long as the longest completion.
+    """
+    longest, ends = _longest(encoder, rows), _ends(encoder, rows)
+    prompts = _prompts(encoder, rows, [longest] * len(rows))
+    order, right = sorted(range(len(rows)), key=lambda i: len(prompts[i])), 0
     with _evaluating(model) as device:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            ids = pad_rows([prompts[i] for i in part], encoder.pad, left=causal).to(device)
-            mask = pad_rows([[1] * len(prompts[i]) for i in part], 0, left=causal).to(device)
             with _precision(device, autocast):
-                made = model.generate(  # type: ignore[operator]
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=longest,
-                    do_sample=False,
-                    pad_token_id=encoder.pad,
-                    eos_token_id=tokenizer.eos_token_id,
-                )
-            made = made[:, ids.shape[1] :] if causal else made
-            said = tokenizer.batch_decode(made, skip_special_tokens=True)
+                made = _greedy(model, encoder, [prompts[i] for i in part], longest, ends)
+            said = encoder.tokenizer.batch_decode(made, skip_special_tokens=True)
             right += sum(text.strip() == rows.labels[i].strip() for i, text in zip(part, said, strict=True))
     return right / len(rows)
+
+
+def _prompts(encoder: LanguageEncoder, rows: Rows, room: Sequence[int]) -> list[list[int]]:
+    """Token ids of each prompt, those of a causal model with room for so many tokens."""
+    prompts = [encoder.prompt(prompt) for prompt in rows.inputs]
+    if not isinstance(encoder, CausalEncoder):
+        return prompts
+    return [encoder.fitted(ids, most) for ids, most in zip(prompts, room, strict=True)]
+
+
+def _completions(encoder: LanguageEncoder, rows: Rows) -> Iterator[list[int]]:
+    return (encoder.completion(prompt, text) for prompt, text in zip(rows.inputs, rows.labels, strict=True))
+
+
+def _longest(encoder: LanguageEncoder, rows: Rows) -> int:
+    """Tokens of the longest completion, its end included, as far as it fits."""
+    return min(max(len(ids) for ids in _completions(encoder, rows)), encoder.max_length - 1)
+
+
+def _ends(encoder: LanguageEncoder, rows: Rows) -> set[int]:
+    """Token ids that end a completion: eos, and the special token that ends a turn of the chat template."""
+    known = encoder.tokenizer.added_tokens_decoder
+    last = {ids[-1] for ids in _completions(encoder, rows) if ids}
+    return {encoder.tokenizer.eos_token_id} | {token for token in last if token in known and known[token].special}
+
+
+def _greedy(
+    model: nn.Module, encoder: LanguageEncoder, prompts: list[list[int]], longest: int, ends: set[int]
+) -> list[list[int]]:
+    """The likeliest token, again and again, up to an end (left out) or `longest` tokens, for each prompt."""
+    causal, device = isinstance(encoder, CausalEncoder), next(model.parameters()).device
+    ids, mask = _padded(prompts, encoder.pad, device, left=causal)
+    said = torch.empty(len(prompts), 0, dtype=torch.long, device=device)
+    if causal:
+        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    else:
+        states = BaseModelOutput(bare(model).get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state)
+        first = ids.new_full((len(ids), 1), bare(model).config.decoder_start_token_id)
+        feed = {"encoder_outputs": states, "attention_mask": mask, "decoder_input_ids": first}
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    stops = torch.tensor(sorted(ends), device=device)
+    while said.shape[1] < longest and not ended.all():
+        out = model(**feed, use_cache=True)
+        token = out.logits[:, -1].argmax(-1)
+        ended |= torch.isin(token, stops)
+        said = torch.cat([said, token.where(~ended, token.new_tensor(IGNORED))[:, None]], 1)
+        feed["decoder_input_ids" if not causal else "input_ids"] = token[:, None]
+        feed["past_key_values"] = out.past_key_values
+        if causal:
+            feed["attention_mask"] = torch.cat([feed["attention_mask"], mask[:, :1] * 0 + 1], 1)
+            feed["position_ids"] = feed["position_ids"][:, -1:] + 1
+    return [[token for token in row if token != IGNORED] for row in said.tolist()]
+
+
+def _padded(rows: list[list[int]], value: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids (N, T) and their mask."""
+    mask = pad_rows([[1] * len(row) for row in rows], 0, left=left)
+    return pad_rows(rows, value, left=left).to(device), mask.to(device)
 
 
 def _likelihoods(model: nn.Module, encoder: LanguageEncoder, prompts: list[list[int]], targets: Tensor) -> Tensor:
@@ -146,8 +199,7 @@ def _likelihoods(model: nn.Module, encoder: LanguageEncoder, prompts: list[list[
 def _after_prompts(model: nn.Module, encoder: CausalEncoder, prompts: list[list[int]], targets: Tensor) -> Tensor:
     """(prompts · answers,): the answers are fed after the prompts' cached keys and values."""
     device, copies = targets.device, len(targets) // len(prompts)
-    ids = pad_rows(prompts, encoder.pad, left=True).to(device)
-    mask = pad_rows([[1] * len(row) for row in prompts], 0, left=True).to(device)
+    ids, mask = _padded(prompts, encoder.pad, device, left=True)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     first = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
     cache = first.past_key_values
@@ -172,8 +224,7 @@ def _after_prompts(model: nn.Module, encoder: CausalEncoder, prompts: list[list[
 def _after_encoder(model: nn.Module, encoder: Seq2SeqEncoder, prompts: list[list[int]], targets: Tensor) -> Tensor:
     """(prompts · answers,): the answers are decoded from the prompts' encoder states."""
     device, copies = targets.device, len(targets) // len(prompts)
-    ids = pad_rows(prompts, encoder.pad).to(device)
-    mask = pad_rows([[1] * len(row) for row in prompts], 0).to(device)
+    ids, mask = _padded(prompts, encoder.pad, device, left=False)
     states = bare(model).get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
     known = targets != IGNORED
     with only_positions(model, known):

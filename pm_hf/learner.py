@@ -15,8 +15,9 @@ import torch
 from pm_hf.adapter_writer import save_adapter
 from pm_hf.adapters import Adapter, open_adapter
 from pm_hf.analytic import update_head
+from pm_hf.conditions import conditions
 from pm_hf.config import load_config
-from pm_hf.encoding import make_encoder
+from pm_hf.encoding import check_encoding, check_length, make_encoder
 from pm_hf.errors import InputError
 from pm_hf.files import locked
 from pm_hf.fisher import adapted_layers, curvature_bytes, estimate_curvature, head_matrix
@@ -24,16 +25,16 @@ from pm_hf.merge import MergeReport, merge_adapters
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank
 from pm_hf.modeling import TASK, TaskModel, build_task_model, find_head, task_tensors
-from pm_hf.processes import on_main, process_count, process_index
+from pm_hf.processes import on_main, process_count, process_index, together
 from pm_hf.released import CURVATURE, OPTIMUM, State, released
 from pm_hf.report import Report, primary_metric
 from pm_hf.runs import ForgettingError, RunFolder, say
-from pm_hf.scoring import Scorer
+from pm_hf.scoring import Scorer, cut_note
 from pm_hf.settings import RunConfig
 from pm_hf.stopping import Stop, stop_on_sigterm
-from pm_hf.strategies import Start, callbacks, penalties, prepare, start_of
+from pm_hf.strategies import Start, callbacks, check_room, penalties, prepare, start_of
 from pm_hf.tasks import Task, TaskStream, batches, load_stream, sample
-from pm_hf.training import precision, train, training_arguments
+from pm_hf.training import EarlyStopping, precision, train, training_arguments
 
 __all__ = ["ForgettingError", "evaluate", "learn"]
 
@@ -43,18 +44,21 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
 
     config: YAML file, mapping or RunConfig; overrides: dotted keys, as in `learn("c.yaml", **{"lora.r": 4}, seed=1)`.
     All input is checked before any training. Under `accelerate launch` every process trains and measures its share of
-    the rows; the first one merges, scores and writes, the others wait, and fail where it fails. SIGTERM ends it after
-    the step, with a checkpoint to continue from. Raises InputError for bad input (another config in the output folder,
+    the rows; the first one merges, scores and writes, the others wait. Where one fails all do: it raises its error, the
+    others OtherProcessError. SIGTERM to any ends all after the step, with a checkpoint to continue from. Raises InputError for bad input (another config in the output folder,
     or another run at work in it, included), StoppedError after SIGTERM, DivergedError for a loss that is not finite,
     and ForgettingError when `max_forgetting` is exceeded.
     """
     source = config if isinstance(config, Mapping | RunConfig) else Path(config)
     settings = load_config(source, values=overrides)
-    run = Run(settings, load_stream(settings))
+    training_arguments(settings, Path(settings.output_dir), 0)  # joins the launcher's other processes
+    run = together(lambda: Run(settings, load_stream(settings)))
     on_main(run.folder.finished)
     with _held(run.folder.path), stop_on_sigterm() as stop:
         done = on_main(run.folder.begin_run)
+        together(run.folder.check_shared)
         for index in range(done, len(run.stream.tasks)):
+            stop.check()
             run.learn_task(index, stop)
             on_main(lambda done=index + 1: run.folder.publish(done))  # type: ignore[misc]
     return on_main(lambda: run.folder.report(len(run.stream.tasks)))  # publish has written it
@@ -100,7 +104,14 @@ class Run:
         self.folder = RunFolder(config, stream, released(config, stream))
         args = training_arguments(config, self.folder.path, 0)
         self.encoder = make_encoder(config)
+        check_encoding(self.encoder, [rows for task in stream.all for rows in (task.train, task.test)])
         self.scorer = Scorer(config, self.encoder, args.per_device_eval_batch_size, precision(args), args.device)
+        fewest = min((len(task.train), task.name) for task in stream.tasks)
+        if self._measures and min(fewest[0], config.curvature.samples or fewest[0]) < process_count():
+            raise InputError(
+                f"task {fewest[1]!r} has {fewest[0]} training rows, curvature.samples is {config.curvature.samples}: each "
+                f"of {process_count()} processes needs one to measure the curvature; launch fewer processes"
+            )
 
     @property
     def language(self) -> bool:
@@ -113,12 +124,14 @@ class Run:
         state, folder = self.folder.state(index), self.folder.task(index)
         notes = on_main(lambda: self.folder.begin_task(index))
         start = start_of(self.config, state)
-        built = self._build(task, state, start, index)
+        built = together(lambda: self._build(task, state, start, index))
         before = None if built.head is None else head_matrix(find_head(built.model, built.head))
         trained: dict[str, Any] = {}
         if self._trains(index):
             trained = self._train(built, task, state, index, stop)
+        stop.check()
         curvature = self._measure(built, task, state, before, index)
+        stop.check()
 
         def finish() -> None:
             self._save(built, task, folder)
@@ -126,7 +139,7 @@ class Run:
             if self.config.head.kind == "lda":
                 moved = self._trains(index)
                 update_head(folder, state, task, str(built.head), self.scorer, self.config.head, moved=moved)
-            scores = self._scores(folder, built.head, index)
+            scores, seen = self._scores(folder, built.head, index), self.stream.seen(index)
             step = {
                 "task": task.name,
                 "labels": list(task.labels),
@@ -137,17 +150,17 @@ class Run:
                 "coefficient": None if merge.coefficient is None else asdict(merge.coefficient),
                 "merge_error": merge.error,
                 "curvature_bytes": 0 if curvature is None else curvature.nbytes,
+                "test_rows": len(task.test),
                 **trained,
                 "scores": scores,
                 "held_out": self._held_out(folder),
                 "seconds": time.perf_counter() - began,
                 "process_peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                "threads": torch.get_num_threads(),
-                "processes": process_count(),
-                "notes": notes,
+                **conditions(),
+                "notes": [*notes, *self._cut(task, trained, index)],
             }
             self.folder.finish_task(index, step)
-            say(index, len(self.stream.tasks), step, primary_metric(list(scores), [task.own]))
+            say(index, len(self.stream.tasks), step, primary_metric(list(scores), [t.own for t in seen]))
 
         on_main(finish)
 
@@ -171,14 +184,16 @@ class Run:
             continue_head=continued,
         )
         prepare(settings, built, start)
-        self._check_built(built, published, state)
+        self._check_built(built, published, state, index)
         return built
 
-    def _check_built(self, built: TaskModel, published: Adapter | None, state: State) -> None:
+    def _check_built(self, built: TaskModel, published: Adapter | None, state: State, index: int) -> None:
         if published is not None and (state.curvature is not None or self._measures):
             strange = set(published.scaling) ^ set(adapted_layers(built.model, TASK))
             if strange:
                 raise InputError(f"lora.target_modules differ from the running merge's in {sorted(strange)[:3]}")
+        check_room(self.config, built, len(self.stream.tasks) - index)
+        check_length(self.config, built.model.get_base_model().config)
         lda = self.config.head.kind == "lda" and built.head is not None
         if lda and find_head(built.model, str(built.head)).bias is None:
             raise InputError(f"head.kind lda needs a head with a bias, {built.head} has none; use head.kind: linear")
@@ -194,15 +209,26 @@ class Run:
 
     def _train(self, built: TaskModel, task: Task, state: State, index: int, stop: Stop) -> dict[str, Any]:
         args = training_arguments(self.config, self.folder.task(index) / "checkpoints", index)
-        examples = self.encoder.training(task.train.with_rows(task.replayed), task.labels)
-        return train(
+        rows = task.train.with_rows(task.replayed)
+        examples = together(lambda: self.encoder.training(rows, task.labels))
+        cut = getattr(self.encoder, "cut", 0)
+        patience = self.config.early_stopping_patience
+        found = train(
             built,
             examples,
             self.encoder.collate,
             args,
-            callbacks=[stop, *callbacks(self.config, built, state)],
+            callbacks=[stop, *callbacks(self.config, built, state), *([EarlyStopping(patience)] if patience else [])],
             penalties=penalties(self.config, built, state),
+            evaluated=self.encoder.examples(task.eval, task.labels) if len(task.eval) else None,
         )
+        return found | ({"cut_rows": cut} if cut else {})
+
+    def _cut(self, task: Task, trained: Mapping, index: int) -> list[str]:
+        """What is to be said of rows that the model does not see whole."""
+        rows, cut = len(task.train) + len(task.replayed), trained.get("cut_rows", 0)
+        scored = [*(self.stream.scored or [task]), *(self.stream.held_out if index == 0 else ())]
+        return [cut_note(cut, rows, "training rows")] * bool(cut) + self.scorer.cut_notes(scored)
 
     @property
     def _measures(self) -> bool:
@@ -219,7 +245,7 @@ class Run:
             built.head is not None
             and self._shared_head
             and self.config.head.kind == "linear"
-            and self.config.merge.method == "pm"
+            and (self.config.merge.method == "pm" or self.config.strategy.ewc_weight > 0)
         ):
             # heads are absolute values: before the first merge there is nothing, so Δ is the head itself
             heads = {built.head: before if state.merged else before.scale(0.0)}

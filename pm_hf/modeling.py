@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -29,6 +30,7 @@ from transformers import (
 from pm_hf.adapters import PREFIX, Adapter
 from pm_hf.errors import InputError
 from pm_hf.files import read_json
+from pm_hf.gguf import load_gguf
 from pm_hf.layouts import CONFIG
 from pm_hf.settings import LANGUAGE, LoraSettings, ModelSettings
 
@@ -92,13 +94,12 @@ def load_base(
         head = {"id2label": names, "label2id": {label: index for index, label in names.items()}}
         head["ignore_mismatched_sizes"] = True
     with _seeded(seed), _quiet(), _clear_error(settings):
-        model, info = KINDS[kind][0].from_pretrained(
-            resolve_base(settings.base),
-            **_source(settings),
-            **head,
-            output_loading_info=True,
-            dtype=getattr(torch, settings.dtype),
-        )
+        auto, path = KINDS[kind][0], resolve_base(settings.base)
+        how = {"revision": settings.revision, "dtype": getattr(torch, settings.dtype), **head}
+        if settings.gguf_file is None:
+            model, info = auto.from_pretrained(path, output_loading_info=True, **how)
+        else:
+            model, info = load_gguf(auto, path, settings.gguf_file, **how)
     lacking = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
     if kind in LANGUAGE:
         if lacking:
@@ -106,11 +107,15 @@ def load_base(
         return model, []
     roots = {_saved_root(name) for name in lacking} | {head_root(model)}
     model.get_submodule(head_root(model)).float()
+    _freeze_statistics(model)
     return model, sorted(roots)
 
 
 def head_root(model: nn.Module) -> str:
     """Top module of the classification head: `classifier` or `score`."""
+    others = [name for name, _ in model.named_children() if "classifier" in name and name not in HEADS]
+    if others:
+        raise InputError(f"{type(model).__name__} has another head {others[-1]}; use a checkpoint without distillation")
     for name in HEADS:
         if isinstance(getattr(model, name, None), nn.Module):
             return name
@@ -303,6 +308,18 @@ def _freeze(model: PeftModel, head: str | None) -> set[str]:
     return expected
 
 
+def _freeze_statistics(model: nn.Module) -> None:
+    """Batch normalisation always uses the checkpoint's running statistics: an adapter could not store new ones."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+            module.train = _same_mode  # type: ignore[method-assign, assignment]
+
+
+def _same_mode(mode: bool = True) -> None:
+    """In place of a module's `train`."""
+
+
 def _source(settings: ModelSettings) -> dict[str, Any]:
     """What from_pretrained is told of the checkpoint."""
     gguf = {} if settings.gguf_file is None else {"gguf_file": settings.gguf_file}
@@ -334,7 +351,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the report of newly initialised weights (they are in the adapter) and PEFT's use of an old name."""
+    """Without the report of newly initialised weights (they are in the adapter) and what PEFT says of its own doing."""
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.ERROR)
@@ -342,6 +359,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False.*Conv1D", category=UserWarning)
             yield
     finally:
         transformers.logging.set_verbosity(level)

@@ -46,7 +46,11 @@ def released(config: RunConfig, stream: TaskStream) -> State | None:
 
     state = State(adapter.path, first(CURVATURE), first(STATISTICS), adapter.path)
     problems = _adapter_misfits(config, stream, adapter)
-    if config.merge.method == "pm" and config.merge.coefficient is None and state.curvature is not None:
+    elastic = config.strategy.ewc_weight > 0
+    if elastic and state.curvature is None:
+        problems.append(f"strategy.ewc_weight needs {CURVATURE} beside it")
+    measured = (config.merge.method == "pm" and config.merge.coefficient is None) or elastic
+    if measured and state.curvature is not None:
         problems += _curvature_misfits(config, adapter, Curvature.load(state.curvature))
     if config.head.kind == "lda" and state.statistics is None:
         problems.append(f"head.kind lda needs {STATISTICS} beside it; use head.kind: linear")

@@ -69,7 +69,9 @@ class Report:
         last = [score or 0.0 for score in self.scores[-1]]
         rows = self.test_rows[: len(last)]
         pooled = sum(a * n for a, n in zip(last, rows, strict=True)) / sum(rows)
-        inside = {"task_incremental": self._summary(INSIDE)} if INSIDE in self.matrices else {}
+        inside = (
+            {"task_incremental": self._summary(INSIDE)} if self.metric == CHOICE and INSIDE in self.matrices else {}
+        )
         return {**self._summary(self.metric), "ACC_samples": pooled, **inside, "final": self._final()}
 
     def _summary(self, metric: str) -> dict[str, float | None]:

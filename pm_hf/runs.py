@@ -5,18 +5,17 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
+from pm_hf.conditions import changed, conditions
 from pm_hf.config import config_text, differing_keys, load_config, save_config
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import LOCK, copy_folder, read_json, remove_leftovers, same_folder, write_json
+from pm_hf.files import LOCK, copy_folder, make_folder, read_json, remove_leftovers, same_folder, write_json
 from pm_hf.metrics import task_forgetting
 from pm_hf.released import CURVATURE, OPTIMUM, STATISTICS, STEP, State
 from pm_hf.report import CHOICE, Report, primary_metric
 from pm_hf.settings import RunConfig
 from pm_hf.tasks import Task, TaskStream
 
-ROWS = "rows.json"  # fingerprint of the task that is being trained
+ROWS = "rows.json"  # rows of the task that is being trained, and under which conditions
 CONFIG = "config.yaml"
 UNIT = {CHOICE: "accuracy"}  # how a metric is called in a message
 
@@ -92,14 +91,21 @@ class RunFolder:
         self.publish(done)
         return done
 
+    def check_shared(self) -> None:
+        """InputError in a process that does not see what process 0 has written."""
+        if not (self.path / CONFIG).is_file():
+            raise InputError(
+                f"output_dir {self.path} is not one folder for all processes; use a file system that they share"
+            )
+
     def begin_task(self, index: int) -> list[str]:
         """A folder for the task, with its checkpoints if there are any; what is to be said where they are continued."""
         task, folder = self.stream.tasks[index], self.task(index)
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         for stale in ("adapter", "merged", OPTIMUM):
             shutil.rmtree(folder / stale, ignore_errors=True)
         remove_leftovers(folder)
-        return _continued(folder, task)
+        return _continued(folder, task, self.step(index - 1) if index else None)
 
     def finish_task(self, index: int, step: Mapping) -> None:
         """Write step.json, which makes the task a finished one."""
@@ -186,16 +192,19 @@ def say(index: int, total: int, step: Mapping, metric: str) -> None:
     print(f"{line}{merged}, {step['seconds']:.1f} s", file=sys.stderr, flush=True)
 
 
-def _continued(folder: Path, task: Task) -> list[str]:
-    """Remember the rows that are trained on; what is to be said where older checkpoints are continued."""
-    now = {"fingerprint": task.fingerprint(), "threads": torch.get_num_threads()}
-    begun = read_json(folder / ROWS) if (folder / ROWS).is_file() else None
-    if not isinstance(begun, dict) or begun["fingerprint"] != now["fingerprint"]:
+def _continued(folder: Path, task: Task, before: Mapping | None) -> list[str]:
+    """Remember the task's rows and the conditions; what is to be said where they have changed.
+
+    With checkpoints they are compared with those of the earlier start, else with step.json of the task before.
+    """
+    now, path = conditions(), folder / ROWS
+    begun = read_json(path) if path.is_file() and any((folder / "checkpoints").glob("checkpoint-*")) else None
+    if not isinstance(begun, dict) or begun["fingerprint"] != task.fingerprint():
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of other rows
-        write_json(folder / ROWS, now)
-        return []
-    if begun["threads"] == now["threads"]:
-        return []
-    note = f"continued with {now['threads']} threads, begun with {begun['threads']}: equal up to rounding only"
-    print(f"task {task.name}: {note}", file=sys.stderr, flush=True)
-    return [note]
+        begun = None
+    notes = [] if begun is None else list(begun.get("notes", []))
+    new = [f"continued with {change}" for change in changed(now, begun or before or {})]
+    for note in new:
+        print(f"task {task.name}: {note}", file=sys.stderr, flush=True)
+    write_json(path, {"fingerprint": task.fingerprint(), **now, "notes": notes + new})
+    return notes + new

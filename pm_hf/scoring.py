@@ -1,7 +1,7 @@
 """Scores of a merged adapter on the tasks seen, loaded as every user loads it; an offline `evaluate.Metric`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -53,6 +53,7 @@ class Scorer:
     batch_size: int
     autocast: torch.dtype | None
     device: torch.device = torch.device("cpu")
+    cut: dict[str, int] = field(default_factory=dict)  # test rows of a language task that were longer than max_length
 
     def load(self, merged: Path, head: str | None) -> torch.nn.Module:
         """The merged adapter on its base, as every user loads it."""
@@ -99,11 +100,25 @@ class Scorer:
     def _score_language(self, model: torch.nn.Module, tasks: Sequence[Task]) -> list[dict[str, float]]:
         seen = list(dict.fromkeys(answer for task in tasks for answer in task.own))
         assert isinstance(self.encoder, CausalEncoder | Seq2SeqEncoder)
-        return [
-            score_rows(
-                *(model, self.encoder, task.test, task.own, seen if task.own else ()),
-                batch_size=self.batch_size,
-                autocast=self.autocast,
+        scores = []
+        for task in tasks:
+            answers = (task.own, seen if task.own else ())
+            found = score_rows(
+                model, self.encoder, task.test, *answers, batch_size=self.batch_size, autocast=self.autocast
             )
+            scores.append(found)
+            self.cut[task.name] = self.encoder.cut
+        return scores
+
+    def cut_notes(self, tasks: Sequence[Task]) -> list[str]:
+        """What is to be said of test rows that were scored without a part of them."""
+        return [
+            cut_note(self.cut[task.name], len(task.test), f"test rows of {task.name}")
             for task in tasks
+            if self.cut.get(task.name)
         ]
+
+
+def cut_note(count: int, rows: int, kind: str) -> str:
+    """What is to be said of rows that are longer than the model is shown."""
+    return f"{count} of {rows} {kind} are longer than stream.max_length and were cut"

@@ -31,6 +31,7 @@ class Source:
     label_column: str | None = None  # default "label"
     image_column: str | None = None  # default "image"
     prompt_template: str | None = None  # language models: prompt made of {text} and {task}, completed by the label
+    answers: dict | None = None  # language models: {label: the words that stand for it}, of every label
 
 
 @dataclass
@@ -57,6 +58,7 @@ class StreamSettings(Source):
     test_share: float | None = (
         None  # share of each class's training rows held out as the test rows, drawn with the seed
     )
+    eval_share: float | None = None  # share of each class's training rows that training.eval_strategy evaluates on
     train_per_class: int | None = None  # training rows kept of each class and task, drawn with the seed
     train_rows: int | None = None  # training rows kept of each task, drawn with the seed
     test_rows: int | None = None  # test rows kept of each task, drawn with the seed
@@ -124,8 +126,8 @@ class StrategySettings:
     olora_weight: float = 0.0  # λ of Σ|A_old A_tᵀ|, O-LoRA
     base_kl_weight: float = 0.0  # weight of the divergence from the frozen base's own prediction
     divergence: Literal["kl", "reverse_kl", "js", "tv"] = "kl"  # of base_kl_weight
-    averaging_interval: int = 0  # SFA: optimizer steps between two averagings with the model before the task; 0: never
-    averaging_weight: float = 0.5  # SFA: β, the share of the model being trained
+    averaging_period: float = 0.0  # SFA: p, share of a task's steps between two averagings with the model before it
+    averaging_weight: float = 0.5  # SFA: 1 − β, the share of the model being trained in an average
     individual: bool = False  # one adapter for each task, none merged: each task is scored with its own
     joint: bool = False  # one training on the data of all tasks
 
@@ -147,6 +149,7 @@ class RunConfig:
     merge: MergeSettings = field(default_factory=MergeSettings)
     head: HeadSettings = field(default_factory=HeadSettings)
     strategy: StrategySettings = field(default_factory=StrategySettings)
+    early_stopping_patience: int | None = None  # a task's training ends after so many evaluations without a better one
     trains: bool | None = None  # false: the backbone stays as it is and only the head is computed
     max_forgetting: float | None = None  # the run fails when an old task lost more accuracy than this
     start_from: str | None = None  # released adapter folder to begin from

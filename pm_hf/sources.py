@@ -28,7 +28,8 @@ def read_rows(
     if kind in LANGUAGE:
         _require(data, [extra] if extra else [], where)
         columns = {"text_column": source.text_column, "label_column": source.label_column}
-        rows = language_rows(data, where, **columns, prompt_template=source.prompt_template, task=task)
+        prompts = {"prompt_template": source.prompt_template, "answers": source.answers, "task": task}
+        rows = language_rows(data, where, **columns, **prompts)
         return rows, label_names(data, extra, where) if extra else []
     return _texts(data, where, source, extra)
 
@@ -50,9 +51,13 @@ def _pictures(source: Source, folder: str | None, *, test: bool, extra: str | No
         if path.suffix == ".npz":
             pictures, labels, domains = read_npz(path, test=test, domain=extra)
             return Rows(pictures, labels), domains
-        if path.is_dir() and extra is None:
+        if path.is_dir():
+            if extra is not None:
+                raise InputError(f"{path}: a folder has no column {extra}; list the domains' folders in stream.tasks")
             pictures, labels = read_folder(path)
             return Rows(pictures, labels), []
+        if not path.suffix:
+            raise InputError(f"folder {path} does not exist; set data_dir=FOLDER if it lies elsewhere")
     data, where = _load(source, folder, test=test)
     image, label = source.image_column or "image", source.label_column or "label"
     _require(data, [image, label] + ([extra] if extra else []), where)

@@ -9,11 +9,14 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pm_hf.processes import any_process
+from pm_hf.processes import any_process, interruptible, together
 
 
-class StoppedError(RuntimeError):
-    """The run was asked to stop; the same command continues it."""
+class StoppedError(BaseException):
+    """The run was asked to stop; the same command continues it.
+
+    As KeyboardInterrupt it is no Exception: no library may swallow it that goes on after one.
+    """
 
     def __init__(self) -> None:
         super().__init__("stopped by SIGTERM; the same command continues from here")
@@ -21,7 +24,8 @@ class StoppedError(RuntimeError):
 
 class Stop(TrainerCallback):
     """Remembers that SIGTERM came. While a Trainer trains, the step is finished and saved; otherwise it raises at once:
-    what was finished is on disk, and what was half done is done again."""
+    what was finished is on disk, and what was half done is done again. One of several processes raises where the
+    others are told of it, at the latest at the next `check`."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -43,13 +47,20 @@ class Stop(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """A stop that was asked for takes place here, after the checkpoint was written."""
         self._training = False
+        self.check()
+
+    def check(self) -> None:
+        """End the run if one of its processes was asked to stop."""
+        together(self._end)
+
+    def _end(self) -> None:
         if self.asked:
             raise StoppedError
 
     def handle(self, _: int, __: FrameType | None) -> None:
         """Signal handler."""
         self.asked = True
-        if not self._training:
+        if not self._training and interruptible():
             raise StoppedError
 
 

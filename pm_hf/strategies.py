@@ -7,6 +7,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from pm_hf.adapters import open_adapter
+from pm_hf.errors import InputError
+from pm_hf.fisher import adapted_layers
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.methods import get_method
 from pm_hf.modeling import MERGED, TASK, TaskModel, find_head
@@ -40,6 +42,20 @@ def prepare(config: RunConfig, built: TaskModel, start: Start) -> None:
         orthonormal_start(built.model, TASK, open_adapter(start.factors))
 
 
+def check_room(config: RunConfig, built: TaskModel, tasks: int) -> None:
+    """InputError where O-LoRA's running merge could not hold the factors of `tasks` more tasks side by side."""
+    if not config.strategy.olora_weight:
+        return
+    for name, layer in adapted_layers(built.model, TASK).items():
+        past = layer.lora_A[MERGED].out_features if MERGED in layer.lora_A else 0
+        rank, limit = past + config.lora.r * (tasks - 1), min(layer.in_features, layer.out_features)
+        if rank > limit:
+            raise InputError(
+                f"strategy.olora_weight keeps the A of every task: rank {rank} before the last one, but {name} has "
+                f"room for {limit}; use a smaller lora.r, or fewer tasks"
+            )
+
+
 def penalties(config: RunConfig, built: TaskModel, state: State) -> list[Penalty]:
     """The penalties of the strategy; none of those that need a past before the first task."""
     strategy, found = config.strategy, list[Penalty]()
@@ -55,8 +71,8 @@ def penalties(config: RunConfig, built: TaskModel, state: State) -> list[Penalty
 def callbacks(config: RunConfig, built: TaskModel, state: State) -> Sequence[TrainerCallback]:
     """SFA's averaging, from the second task on."""
     strategy = config.strategy
-    if not strategy.averaging_interval or state.merged is None:
+    if not strategy.averaging_period or state.merged is None:
         return []
     shared = built.head is not None and config.stream.scenario == "domain_incremental"
     head = find_head(built.model, str(built.head)) if shared else None
-    return [SequentialAveraging(built.model, TASK, head, strategy.averaging_interval, strategy.averaging_weight)]
+    return [SequentialAveraging(built.model, TASK, head, strategy.averaging_period, strategy.averaging_weight)]

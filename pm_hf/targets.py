@@ -11,11 +11,17 @@ from pm_hf.errors import InputError
 from pm_hf.language import IGNORED
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside DistributedDataParallel and compiled modules, however they are nested."""
+    parallel = isinstance(model, nn.parallel.DistributedDataParallel)
+    inner = model.module if parallel else model._modules.get("_orig_mod")
+    return model if inner is None else unwrapped(inner)
+
+
 def bare(model: Any) -> Any:
     """The transformers model inside a PeftModel, DistributedDataParallel or a compiled module."""
-    model = getattr(model, "_orig_mod", model)
-    model = getattr(model, "module", model) if type(model).__name__ == "DistributedDataParallel" else model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = unwrapped(model)
+    return unwrapped(model.get_base_model()) if hasattr(model, "get_base_model") else model
 
 
 def is_language(batch: Mapping[str, Any]) -> bool:

@@ -22,7 +22,8 @@ class Task:
     """One task: the classes of its head in row order, its rows, and its own classes where the head has others too.
 
     Of a language model the labels are the answers to choose among, none where the completions are free text.
-    replayed: rows of earlier tasks that are trained on with its own.
+    replayed: rows of earlier tasks that are trained on with its own. eval: training rows held out for evaluations
+    during the training.
     """
 
     name: str
@@ -31,11 +32,12 @@ class Task:
     test: Rows
     own: tuple[str, ...] = ()
     replayed: Rows = field(default_factory=lambda: Rows([], []))
+    eval: Rows = field(default_factory=lambda: Rows([], []))
 
     def fingerprint(self) -> str:
         """Digest of labels and rows; a finished task must keep it."""
         digest = hashlib.sha256(json.dumps([self.name, self.labels]).encode())
-        for rows in (self.train, self.test, self.replayed):
+        for rows in (self.train, self.test, self.replayed, self.eval):
             digest.update(rows.content() if len(rows) else b"")
         return digest.hexdigest()[:16]
 
@@ -52,6 +54,11 @@ class TaskStream:
     notes: tuple[str, ...] = ()  # what was left out of the data
     scored: tuple[Task, ...] = ()
     held_out: tuple[Task, ...] = ()  # scored after every task, never trained on
+
+    @property
+    def all(self) -> tuple[Task, ...]:
+        """Everything that is trained on or scored."""
+        return (*self.tasks, *self.scored, *self.held_out)
 
     def seen(self, index: int) -> tuple[Task, ...]:
         """The tasks that are scored after task `index`."""
@@ -93,8 +100,11 @@ def make_stream(config: RunConfig, parts: Sequence[tuple[str, Rows, Rows]]) -> T
             _cut(rows, count, f"{config.seed}/{name}/{kind}")
             for rows, count, kind in ((train, stream.train_rows, "train"), (test, stream.test_rows, "test"))
         )
-        shared = scenario == "domain_incremental"
-        tasks.append(Task(name, everything if shared else labels, train, test, everything if shared else labels))
+        train, evaluated = _split_off(train, stream.eval_share, bool(labels), f"eval/{config.seed}/{name}")
+        shared = everything if scenario == "domain_incremental" and (labels or not language) else labels
+        tasks.append(Task(name, shared, train, test, shared, eval=evaluated))
+    few = [] if stream.eval_share is None else [task.name for task in tasks if not len(task.eval)]
+    raise_all([f"task {name!r}: too few training rows for eval_share to hold one out" for name in few], "stream")
     if config.strategy.replay_per_class:
         tasks = _with_replay(tasks, config.strategy.replay_per_class, config.seed)
     if config.strategy.joint:
@@ -135,10 +145,11 @@ def _with_replay(tasks: Sequence[Task], per_class: int, seed: int) -> list[Task]
 
 
 def _joint(tasks: Sequence[Task], labels: tuple[str, ...]) -> Task:
-    train, test = tasks[0].train, tasks[0].test
+    train, test, evaluated = tasks[0].train, tasks[0].test, tasks[0].eval
     for task in tasks[1:]:
         train, test = train.with_rows(task.train), test.with_rows(task.test)
-    return Task("joint", labels, train, test, labels)
+        evaluated = evaluated.with_rows(task.eval)
+    return Task("joint", labels, train, test, labels, eval=evaluated)
 
 
 def _both(config: RunConfig, source: Source, *, task: str = "", extra: str | None = None) -> list[tuple]:
@@ -149,17 +160,31 @@ def _both(config: RunConfig, source: Source, *, task: str = "", extra: str | Non
     if share is None:
         return data
     rows, values = data[0]
-    held = set(_held_out(rows.labels, share, config.seed))
-    sides = ([i for i in range(len(rows)) if i not in held], sorted(held))
+    classes = kind not in LANGUAGE or bool(_answers(rows, rows))
+    sides = _sides(rows, share, classes, f"test/{config.seed}")
     return [(rows.take(side), [values[i] for i in side] if values else []) for side in sides]
 
 
-def _held_out(labels: Sequence[str], share: float, seed: int) -> Iterator[int]:
+def _split_off(rows: Rows, share: float | None, classes: bool, key: str) -> tuple[Rows, Rows]:
+    """(what stays, the share that is held out)."""
+    if share is None:
+        return rows, Rows([], [])
+    stay, held = _sides(rows, share, classes, key)
+    return rows.take(stay), rows.take(held)
+
+
+def _sides(rows: Rows, share: float, classes: bool, key: str) -> tuple[list[int], list[int]]:
+    """Indices of (the rows that stay, the held out `share`): of each class's rows, or of all rows of free text."""
+    held = set(_held_out(rows.labels if classes else [""] * len(rows), share, key))
+    return [i for i in range(len(rows)) if i not in held], sorted(held)
+
+
+def _held_out(labels: Sequence[str], share: float, key: str) -> Iterator[int]:
     """Indices of `share` of each class's rows, at least one where a class has two."""
     for label in sorted(set(labels)):
         own = [i for i, value in enumerate(labels) if value == label]
         count = min(max(1, round(share * len(own))), len(own) - 1)
-        yield from random.Random(f"test/{seed}/{label}").sample(own, count)
+        yield from random.Random(f"{key}/{label}").sample(own, count)
 
 
 def _listed(config: RunConfig) -> list[tuple[str, Rows, Rows]]:
@@ -178,11 +203,12 @@ def _listed(config: RunConfig) -> list[tuple[str, Rows, Rows]]:
 
 
 def _source(stream: StreamSettings, task: TaskSettings) -> Source:
-    """The task's own entries, the stream's where it has none."""
+    """The task's own entries, the stream's where it has none; an empty one ("") undoes the stream's."""
     inherited = {key: getattr(stream, key) for key in Source.__dataclass_fields__}
     if task.train or task.test:
         inherited["dataset"] = None  # the task's own files
-    return Source(**{key: getattr(task, key) or value for key, value in inherited.items()})
+    own = {key: getattr(task, key) for key in inherited}
+    return Source(**{key: value if own[key] is None else own[key] for key, value in inherited.items()})
 
 
 def _held_out_texts(config: RunConfig) -> tuple[Task, ...]:

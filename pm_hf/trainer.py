@@ -1,5 +1,6 @@
 """PMTrainer: the Trainer whose training step scales the current task's LoRA product by 1, 1 + ε or 1 − ε."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pm_hf.adapters import WEIGHTS
 from pm_hf.errors import InputError, raise_all
@@ -87,6 +88,19 @@ def _trains(factor: torch.nn.Module | torch.nn.Parameter) -> bool:
     return any(parameter.requires_grad for parameter in parameters)
 
 
+class _Drawn(TrainerCallback):
+    """What was drawn since a training began; a retry, `auto_find_batch_size`'s too, begins anew."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[float] = Counter()
+        self.since_log: list[float] = []
+        self.micro_step = (-1, -1)  # (global step, micro-step within it)
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.counts.clear()
+        self.since_log, self.micro_step = [], (-1, -1)
+
+
 _Base: Any = Trainer if TYPE_CHECKING else object  # the mixin stands before a Trainer
 
 
@@ -95,11 +109,11 @@ class PerturbationMixin(_Base):
 
     Put it before any Trainer: `class PMSFTTrainer(PerturbationMixin, SFTTrainer)`, with args that include
     `PerturbationArguments`. Besides, resuming and loading the best model restore the trained adapter by name (the
-    Trainer's own code confuses it with a frozen one), and `head_learning_rate` gets its parameter groups.
+    Trainer's own code confuses it with a frozen one), and `head_learning_rate` gets its parameter groups. Where a model
+    takes `num_items_in_batch` and ignores it, as most classifiers do, the loss is the mean over accumulated batches and
+    processes; Trainer would train with their sum (transformers #47688).
     The factors of the steps since the last log are logged as `perturbation_factor` (their mean).
     """
-
-    perturbation_counts: Counter[float]  # how often each factor was used by this process since the start or resume
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -109,31 +123,35 @@ class PerturbationMixin(_Base):
                 f"args of type {kind} have no perturbation settings; define "
                 f"`@dataclass class PM{kind}(PerturbationArguments, {kind})` and pass that"
             )
-        self.perturbation_counts = Counter()
-        self._since_log: list[float] = []
-        self._micro_step = (-1, -1)  # (global step, micro-step within it)
+        self._drawn = _Drawn()
+        self.add_callback(self._drawn)
         self._found: tuple[torch.nn.Module, str, list[LoraLayer]] | None = None
+        self._asked = False  # whether the model was asked what it does with num_items_in_batch
         if self.model is not None:
             self._perturbed()
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's train; the count of micro-steps starts again, so that a retry draws the same factors."""
-        self._micro_step, self._since_log = (-1, -1), []
-        self.perturbation_counts.clear()
-        return super().train(*args, **kwargs)
+    @property
+    def perturbation_counts(self) -> Counter[float]:
+        """How often each factor was used by this process since the training began or was resumed."""
+        return self._drawn.counts
 
-    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
         """Trainer's training step with the task adapter scaled by the factor drawn for this micro-step."""
         adapter, layers = self._perturbed()
         factor = self._next_factor()
+        if num_items_in_batch is not None and not self._asked:
+            self._asked = True
+            self._ask_for_the_loss(inputs, num_items_in_batch)
         with scaled_adapter(layers, adapter, factor):
-            return super().training_step(model, *args, **kwargs)
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean factor since the last log to every training log."""
-        if "loss" in logs and self._since_log:
-            logs = logs | {"perturbation_factor": sum(self._since_log) / len(self._since_log)}
-            self._since_log = []
+        if "loss" in logs and (drawn := self._drawn.since_log):
+            logs = logs | {"perturbation_factor": sum(drawn) / len(drawn)}
+            self._drawn.since_log = []
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -150,21 +168,35 @@ class PerturbationMixin(_Base):
                 optimizer.add_param_group({**group, "params": moved, "lr": rate, "head": True})
         return optimizer
 
+    @torch.no_grad()
+    def _ask_for_the_loss(self, inputs: dict[str, Any], items: Any) -> None:
+        """`model_accepts_loss_kwargs` is false for a model whose loss stays the same with twice the number of items."""
+        parts = self.args.gradient_accumulation_steps * self.args.world_size
+        own_loss = self.label_smoother is not None or self.compute_loss_func is not None
+        if parts == 1 or own_loss or not self.model_accepts_loss_kwargs:
+            return
+        self.model.eval()  # no dropout: the random state stays as it is
+        inputs = self._prepare_inputs(inputs)
+        losses = [float(self.model(**inputs, num_items_in_batch=items * times)["loss"]) for times in (1, 2)]
+        self.model.train()
+        if math.isclose(*losses, rel_tol=1e-2):
+            self.model_accepts_loss_kwargs = False
+
     def _next_factor(self) -> float:
-        step, micro = self._micro_step
+        step, micro = self._drawn.micro_step
         now = self.state.global_step
-        self._micro_step = (now, micro + 1 if step == now else 0)
+        self._drawn.micro_step = (now, micro + 1 if step == now else 0)
         factor = perturbation_factor(
             self.args.perturbation_scale,
             self.args.perturbation_probabilities,
             seed=self.args.seed,
             task=self.args.task_index,
             step=now,
-            micro_step=self._micro_step[1],
+            micro_step=self._drawn.micro_step[1],
             rank=self.args.process_index,
         )
-        self.perturbation_counts[factor] += 1
-        self._since_log.append(factor)
+        self._drawn.counts[factor] += 1
+        self._drawn.since_log.append(factor)
         return factor
 
     def _perturbed(self) -> tuple[str, list[LoraLayer]]:

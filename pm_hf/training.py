@@ -2,24 +2,31 @@
 
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import (
+    EvalPrediction,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
+from pm_hf.checkpoints import last_checkpoint
 from pm_hf.errors import InputError
-from pm_hf.files import read_json
 from pm_hf.modeling import TASK, TaskModel
 from pm_hf.penalties import Penalty
-from pm_hf.regularised import RegularisedTrainer
+from pm_hf.processes import on_main
+from pm_hf.regularised import RegularisedTrainer, step_loss
 from pm_hf.rows import Examples
 from pm_hf.settings import RunConfig
+from pm_hf.targets import bare
 from pm_hf.trainer import PMConfig
 
 DEFAULTS = {
@@ -29,6 +36,7 @@ DEFAULTS = {
     "disable_tqdm": True,
     "logging_nan_inf_filter": False,  # a diverged loss shall be seen
     "report_to": "none",
+    "ddp_find_unused_parameters": False,  # every trained parameter is used in every step
 }
 
 
@@ -39,25 +47,73 @@ def train(
     args: PMConfig,
     callbacks: Sequence[TrainerCallback] = (),
     penalties: Sequence[Penalty] = (),
+    evaluated: Examples | None = None,
 ) -> dict[str, Any]:
     """Train one task in place, from its newest checkpoint if there is one; what step.json says about it.
 
+    evaluated: rows for `eval_strategy`, with eval_loss and, of classifiers, eval_accuracy inside the task's head.
     Raises DivergedError at the step whose loss or gradient is not finite; the checkpoint before it stays.
     """
+    causal = built.head is None and not bare(built.model).config.is_encoder_decoder
     trainer = RegularisedTrainer(
-        model=built.model, args=args, train_dataset=examples, data_collator=collate, penalties=penalties
+        model=built.model,
+        args=args,
+        train_dataset=examples,
+        eval_dataset=evaluated,
+        compute_metrics=None if built.head is None else accuracy,
+        data_collator=collate,
+        penalties=penalties,
+        compute_loss_func=None if causal else step_loss(args.label_smoothing_factor),
     )
     times = StepTimes()
     for callback in (times, *callbacks):
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
-    loss = trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir))).training_loss
-    if not math.isfinite(loss):
-        raise RuntimeError(f"the training loss is {loss}; lower the learning rate")
+    checkpoint = on_main(lambda: last_checkpoint(Path(args.output_dir)))
+    trainer.continue_from(checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     built.model.zero_grad(set_to_none=True)
-    counts = {f"{factor:g}": count for factor, count in sorted(trainer.perturbation_counts.items())}
+    done = trainer.progress()
     timing = {"step_seconds": median(times.seconds)} if times.seconds else {}  # none: a checkpoint of the last step
-    return timing | {"training_loss": loss, "optimizer_steps": trainer.state.global_step, "factors": counts}
+    state, best = trainer.state, {}
+    if args.load_best_model_at_end:
+        best = {"best_step": state.best_global_step, f"best_{args.metric_for_best_model}": state.best_metric}
+    loss = fmean(done.losses) / max(1, state.global_step)
+    return timing | {"training_loss": loss, "optimizer_steps": state.global_step, **best, "factors": done.factors}
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """{"accuracy": share of the rows (n,) whose label has the largest logit of (n, C)}."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
+
+
+class EarlyStopping(TrainerCallback):
+    """Ends the training when `patience` evaluations in a row were not better than the best one before them.
+
+    They are counted in the log, which a checkpoint has: a continued training counts on, and one that was over is over.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Count in the checkpoint's log."""
+        return self.on_evaluate(args, state, control)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Count, and stop where it is enough."""
+        key, sign = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}", 1 if args.greater_is_better else -1
+        found = {entry["step"]: sign * entry[key] for entry in state.log_history if key in entry}
+        values = [-math.inf if math.isnan(value) else value for value in found.values()]
+        since = len(values) - 1 - values.index(max(values)) if values else 0
+        if since >= self.patience:
+            control.should_training_stop = True
+        return control
 
 
 class StepTimes(TrainerCallback):
@@ -82,7 +138,8 @@ def training_arguments(config: RunConfig, checkpoints: Path, index: int) -> PMCo
     unknown = sorted(set(config.training) - known)
     if unknown:
         raise InputError(f"training: {', '.join(unknown)} are not fields of TrainingArguments")
-    values = {**DEFAULTS, "use_cpu": not torch.cuda.is_available(), **config.training}
+    kept = {"save_total_limit": 2} if config.training.get("load_best_model_at_end") else {}  # the best and the last one
+    values = {**DEFAULTS, **kept, "use_cpu": not torch.cuda.is_available(), **config.training}
     try:
         return PMConfig(
             output_dir=str(checkpoints),
@@ -103,14 +160,3 @@ def training_arguments(config: RunConfig, checkpoints: Path, index: int) -> PMCo
 def precision(args: PMConfig) -> torch.dtype | None:
     """The autocast dtype of the arguments, None for float32."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """Newest complete checkpoint; half-written ones (their state file is the last to be written) are removed."""
-    while folder.is_dir() and (newest := get_last_checkpoint(str(folder))) is not None:
-        try:
-            read_json(Path(newest) / "trainer_state.json")
-            return newest
-        except InputError:
-            shutil.rmtree(newest)
-    return None

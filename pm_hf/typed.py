@@ -8,6 +8,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+NULLS = ("max_rank",)  # keys whose null is a value: no limit
+
 
 def plain(value: Any) -> Any:
     """A copy in YAML's types, mappings in their order."""
@@ -65,14 +67,14 @@ def put(raw: dict, key: str, value: Any, problems: list[str]) -> None:
 
 
 def fill(raw: dict, defaults: Mapping) -> None:
-    """Put defaults where `raw` has nothing or null."""
+    """Put defaults where `raw` has nothing, or null that stands for nothing."""
     for key, value in defaults.items():
         if isinstance(value, Mapping):
             if raw.get(key) is None:
                 raw[key] = {}
             if isinstance(raw[key], dict):
                 fill(raw[key], value)
-        elif raw.get(key) is None:
+        elif key not in raw or (raw[key] is None and key not in NULLS):
             raw[key] = value
 
 

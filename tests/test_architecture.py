@@ -13,7 +13,7 @@ import pm_hf
 
 PACKAGE = Path(pm_hf.__file__).parent
 TIERS = [
-    ["errors", "files", "memory", "versions", "merging", "merging.*", "heads", "metrics", "perturbation", "processes"],
+    ["conditions", "errors", "files", "memory", "versions", "merging", "merging.*", "heads", "metrics", "perturbation", "processes"],
     [
         "layouts",
         "refusals",
@@ -33,12 +33,14 @@ TIERS = [
         "language_scoring",
         "sources",
         "tasks",
+        "targets",
         "encoding",
         "scoring",
         "modeling",
+        "gguf",
         "inspection",
     ],
-    ["trainer", "penalties", "regularised", "fisher", "training", "stopping", "adaptive", "adaptive_model"],
+    ["trainer", "checkpoints", "penalties", "regularised", "fisher", "training", "stopping", "adaptive", "adaptive_model"],
     ["learner", "runs", "released", "report", "analytic", "strategies"],
     ["cli"],
 ]

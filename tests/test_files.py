@@ -223,8 +223,8 @@ def test_no_space_left_in_the_middle_of_a_folder(tmp_path):
 
 
 def test_everything_is_on_the_disk_before_the_folder_takes_its_name(tmp_path, monkeypatch):
-    done, sync, swap = [], files._sync, files._swap
-    monkeypatch.setattr(files, "_sync", lambda path: (done.append(path.name), sync(path)))
+    done, sync, swap = [], files.sync, files._swap
+    monkeypatch.setattr(files, "sync", lambda path: (done.append(path.name), sync(path)))
     monkeypatch.setattr(files, "_swap", lambda new, path: (done.append("swap"), swap(new, path)))
     with new_folder(tmp_path / "out", overwrite=True) as folder:
         (folder / "a").mkdir()

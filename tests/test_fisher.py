@@ -63,7 +63,7 @@ def test_forming_the_gradients_in_small_chunks_changes_nothing(model, reference,
     assert distance(measure(model, batches(ROWS, 5)).S, reference) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["fisher", "gram"])
+@pytest.mark.parametrize("kind", ["fisher", "gram", "factored"])
 @pytest.mark.parametrize("cap", [1, 6, 7, 11, 40])
 def test_the_cap_counts_examples_exactly(model, kind, cap):
     data = batches(ROWS, 3)
@@ -109,7 +109,7 @@ def test_the_sums_hold_the_optimum_of_both_adapters_and_the_tasks_part(model, re
         assert curvature.delta_norm[name] == pytest.approx(float(delta.norm()), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["fisher", "gram"])
+@pytest.mark.parametrize("kind", ["fisher", "gram", "factored"])
 def test_earlier_sums_are_added_and_left_alone(model, kind):
     before = measure(model, batches(examples(5, seed=9), 2), kind=kind)
     kept = {name: value.clone() for name, value in before.S.items()}
@@ -211,6 +211,17 @@ def test_a_shared_head_is_measured_as_weight_and_bias_side_by_side(model, refere
     torch.testing.assert_close(curvature.M["classifier"], expected * now, rtol=1e-4, atol=1e-8)
     part = float((expected * (now - start.dense()) ** 2).sum())
     assert curvature.current["classifier"] == pytest.approx(part, rel=1e-4)
+
+
+def test_a_shared_head_is_in_the_factored_curvature_with_its_bias(model):
+    start = LowRank(torch.randn(3, 33, generator=torch.Generator().manual_seed(1)), torch.eye(33))
+    full, found = (
+        measure(model, batches(ROWS, 4), kind=kind, heads={"classifier": start}) for kind in ("fisher", "factored")
+    )
+    means = {name: torch.cat([F.mean(1), F.mean(0)]) for name, F in full.S.items()}
+    assert found.S["classifier"].shape == (3 + 33,)
+    assert distance(found.S, means) < 1e-5
+    assert found.fits("classifier", (3, 33))
 
 
 def test_a_shared_heads_gram_includes_the_constant_input_of_its_bias(model):

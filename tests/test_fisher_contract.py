@@ -60,7 +60,7 @@ def test_dropout_and_the_mode_of_the_model_do_not_matter(model):
     assert distance(measure(model.train()).S, measure(model.eval()).S) == 0
 
 
-@pytest.mark.parametrize("kind", ["fisher", "gram"])
+@pytest.mark.parametrize("kind", ["fisher", "gram", "factored"])
 @pytest.mark.parametrize("mode", [True, False])
 def test_mode_gradients_scaling_hooks_and_weights_are_left_as_they_were(model, kind, mode):
     model.train(mode)
@@ -120,7 +120,7 @@ def test_samples_must_be_positive(model, samples):
         measure(model, samples=samples)
 
 
-@pytest.mark.parametrize("kind", ["fisher", "gram"])
+@pytest.mark.parametrize("kind", ["fisher", "gram", "factored"])
 def test_no_data_is_an_error(model, kind):
     with pytest.raises(InputError, match="needs at least one example, found none"):
         measure(model, [], kind=kind)
@@ -151,12 +151,12 @@ def test_shrinkage_of_a_diagonal_is_an_error(model):
 
 @pytest.mark.parametrize(("setting", "value"), [("kind", "fischer"), ("labels", "model")])
 def test_unknown_settings_list_the_valid_ones(model, setting, value):
-    valid = {"kind": "fisher.*gram", "labels": "empirical.*mc"}[setting]
+    valid = {"kind": "fisher.*gram.*factored", "labels": "empirical.*mc"}[setting]
     with pytest.raises(InputError, match=f"{setting}.*{valid}.*{value}"):
         measure(model, **{setting: value})
 
 
-@pytest.mark.parametrize("kind", ["fisher", "gram"])
+@pytest.mark.parametrize("kind", ["fisher", "gram", "factored"])
 def test_a_module_that_the_forward_does_not_reach_is_an_error(kind):
     base = BertForSequenceClassification(BertConfig(**TINY))
     base.bert.unused = nn.Linear(16, 16)
@@ -177,7 +177,7 @@ def test_a_module_that_is_reached_but_not_by_the_gradient_is_an_error():
         measure(adapted(base, ["key", "side"]))
 
 
-@pytest.mark.parametrize("kind", ["fisher", "gram"])
+@pytest.mark.parametrize("kind", ["fisher", "gram", "factored"])
 def test_a_module_that_the_forward_uses_twice_is_an_error(kind):
     """ALBERT's layers share their weights: x of one use and δ of another are no gradient."""
     base = AlbertForSequenceClassification(AlbertConfig(**TINY | {"embedding_size": 8, "num_hidden_groups": 1}))

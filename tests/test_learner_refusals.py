@@ -120,12 +120,6 @@ def test_mistake_found_late_does_not_lock_the_output_folder(refused, tiny_base, 
     assert len(steps(tmp_path / "run")) == 1
 
 
-def test_more_than_one_process_is_refused(refused, monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "found 2 processes; launch with one: accelerate launch --num_processes 1" in refused()
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("method", ["pm_gram_lda", "best", "frozen"])
 def test_analytic_head_on_a_head_without_bias_is_refused(refused, tiny_llama, method):
     message = refused(base=tiny_llama, method=method, lora__target_modules=["k_proj", "v_proj"])
@@ -145,7 +139,7 @@ def test_model_without_a_classification_head_of_a_known_name_is_refused(refused,
 
     sizes = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24, "vocab_size": 52}
     base = headed(tmp_path / "xlnet", XLNetConfig(**sizes), tiny_base)
-    assert "has no head named classifier or score; use a sequence classification model" in refused(
+    assert "has no head named classifier or score; use a model for classification" in refused(
         base=base, lora__target_modules=["layer_1"]
     )
 
@@ -196,18 +190,6 @@ def test_zero_curvature_averages_when_asked_to_and_says_so(tiny_base, data, tmp_
     assert report.notes[1:] == ["task first: zero curvature: averaged", "task second: zero curvature: averaged"]
 
 
-def test_loss_that_is_not_finite_ends_the_run_without_a_step(tiny_base, data, tmp_path, monkeypatch):
-    from pm_hf import training
-
-    class Diverged:
-        training_loss = float("nan")
-
-    monkeypatch.setattr(training.PMTrainer, "train", lambda self, **kwargs: Diverged())
-    with pytest.raises(RuntimeError, match="the training loss is nan; lower the learning rate"):
-        learn(settings(tiny_base, data, tmp_path / "run"))
-    assert not list(tmp_path.glob("run/task-*/step.json"))
-
-
 def test_command_line_prints_bad_input_as_one_line(tiny_base, data, tmp_path, capsys):
     path = write_yaml(tmp_path / "c.yaml", settings(tiny_base, data, tmp_path / "run", typo=1, lora__r="two"))
     assert main(["train", "--config", str(path)]) == 2
@@ -242,13 +224,6 @@ def test_recipe_runs_under_accelerate_launch(tiny_base, data, tmp_path):
     assert "average, seed 0: accuracy on each task" in done.stdout
     assert [step["coefficient"]["used"] for step in steps(tmp_path / "run")] == [1, 0.5]
     assert not (tmp_path / "unused").exists()
-
-
-def test_a_diverged_loss_stops_the_run_and_says_so(stream_config):
-    stream_config["training"] |= {"learning_rate": 1e30, "max_grad_norm": 0}
-    with pytest.raises(RuntimeError, match="the training loss is (nan|inf); lower the learning rate"):
-        learn(stream_config)
-    assert not list(Path(stream_config["output_dir"]).glob("task-*/step.json"))
 
 
 def test_a_config_file_of_the_user_is_not_overwritten(stream_config):

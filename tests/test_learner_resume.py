@@ -3,52 +3,24 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from streams import contents, same_tensors, settings, steps, write_data, write_yaml
+from streams import contents, forked, same_tensors, settings, steps, write_data, write_yaml
 
+import pm_hf.checkpoints
+import pm_hf.runs
+from pm_hf.checkpoints import WholeCheckpoints, last_checkpoint
+from pm_hf.cli import main
 from pm_hf.learner import learn
-from pm_hf.training import last_checkpoint
+from pm_hf.trainer import PMTrainer
 
-ROOT = Path(__file__).parent.parent
 CHANGES = {
     "training__learning_rate": 1e-2,
     "training__num_train_epochs": 4,
     "lora__dropout": 0.1,  # so that the random state has to come back as well
     "training__lr_scheduler_type": "cosine",
 }
-# runs the stream and kills itself: after N checkpoints of a task, or when that task's step.json was just written
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import pm_hf.learner as learner
-from pm_hf.cli import main
-from pm_hf.trainer import PMTrainer
-
-config, where, task, count = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-
-if where == "inside":
-    save, saved = PMTrainer._save_checkpoint, []
-    def save_and_die(self, *args, **kwargs):
-        save(self, *args, **kwargs)
-        if task in self.args.output_dir:
-            saved.append(1)
-            if len(saved) == count:
-                die()
-    PMTrainer._save_checkpoint = save_and_die
-else:
-    write = learner.write_json
-    def write_and_die(path, value):
-        write(path, value)
-        if path.name == "step.json" and task in str(path):
-            die()
-    learner.write_json = write_and_die
-main(["train", "--config", config])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +36,44 @@ def whole(tiny_base, data, tmp_path_factory):
     return folder
 
 
-def kill(yaml_file, where, task, count=1):
-    """Run the stream in a process of its own until it is killed."""
-    command = [sys.executable, "-c", KILLED, str(yaml_file), where, task, str(count)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_inside(task, count, kind=WholeCheckpoints):
+    """From now on this process dies after `count` checkpoints of a task, as `kind` writes them."""
+    save, saved = kind._save_checkpoint, []
+
+    def save_and_die(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        saved.extend([1] * (task in self.args.output_dir))
+        if len(saved) == count:
+            die()
+
+    kind._save_checkpoint = save_and_die
+
+
+def die_between(task):
+    """From now on this process dies when that task's step.json was just written."""
+    write = pm_hf.runs.write_json
+
+    def write_and_die(path, value):
+        write(path, value)
+        if path.name == "step.json" and task in str(path):
+            die()
+
+    pm_hf.runs.write_json = write_and_die
+
+
+def kill(path, arm):
+    """Run the stream in a process of its own, which `arm` has made kill itself."""
+
+    def work():
+        arm()
+        return main(["train", "--config", str(path)])
+
+    status, said = forked(work)
+    assert status == -signal.SIGKILL, said
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +82,9 @@ def killed(tiny_base, data, tmp_path_factory):
     place = tmp_path_factory.mktemp("killed")
     config = settings(tiny_base, data, place / "run", **CHANGES)
     path, left = write_yaml(place / "c.yaml", config), {}
-    for where, count in (("inside", 2), ("between", 1)):
-        kill(path, where, "task-01-second", count)
+    task = "task-01-second"
+    for where, arm in (("inside", lambda: die_inside(task, 2)), ("between", lambda: die_between(task))):
+        kill(path, arm)
         left[where] = shutil.copytree(place / "run", place / where)
     return left
 
@@ -101,8 +105,10 @@ def test_killed_run_ends_with_the_same_adapters_bit_for_bit(whole, killed, tiny_
         assert same_tensors(folder / task / "adapter", whole / task / "adapter")
         assert same_tensors(folder / task / "merged", whole / task / "merged")
     for mine, theirs in zip(steps(folder), steps(whole), strict=True):
-        for key in ("scores", "coefficient", "fingerprint", "optimizer_steps"):
-            assert mine[key] == theirs[key]
+        for measured in ("seconds", "step_seconds", "process_peak_memory_mb"):
+            assert mine.pop(measured) > 0
+            del theirs[measured]
+        assert mine == theirs
 
 
 def test_kill_inside_a_task_continues_from_its_checkpoint(killed, tiny_base, data, tmp_path, monkeypatch):
@@ -135,15 +141,48 @@ def test_finished_run_cleans_up_what_the_last_kill_left(whole, tiny_base, data, 
 
 
 def test_half_written_checkpoint_is_dropped(tmp_path):
-    for step, state in ((3, "{}"), (6, None), (9, '{"global')):
+    states = {20: ("{}", "{}"), 3: ("{}", "{}"), 100: ("{}", None), 101: (None, None), 102: ('{"global', "{}")}
+    for step, files in states.items():
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()
         (checkpoint / "optimizer.pt").write_bytes(b"x")
-        if state is not None:
-            (checkpoint / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+        for name, text in zip(("trainer_state.json", "whole.json"), files, strict=True):
+            if text is not None:
+                (checkpoint / name).write_text(text)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-20", "checkpoint-3"]
     assert last_checkpoint(tmp_path / "none") is None
+
+
+def test_a_checkpoint_that_was_not_synced_yet_does_not_count_and_the_one_before_it_is_there(
+    whole, tiny_base, data, tmp_path
+):
+    """Killed when Trainer had written all of it."""
+    path = write_yaml(tmp_path / "c.yaml", settings(tiny_base, data, tmp_path / "run", **CHANGES))
+    kill(path, lambda: die_inside("task-01-second", 2, PMTrainer))
+    checkpoints = tmp_path / "run" / "task-01-second" / "checkpoints"
+    assert (checkpoints / "checkpoint-6" / "trainer_state.json").is_file()
+    assert last_checkpoint(checkpoints) == str(checkpoints / "checkpoint-3")
+    learn(settings(tiny_base, data, tmp_path / "run", **CHANGES))
+    assert same_tensors(tmp_path / "run" / "merged", whole / "merged")
+
+
+def test_checkpoints_are_removed_after_the_next_one_is_synced(tiny_base, data, tmp_path, monkeypatch):
+    order, rotate, sync = [], pm_hf.checkpoints._rotate, pm_hf.checkpoints.sync_folder
+    monkeypatch.setattr(pm_hf.checkpoints, "sync_folder", lambda path: order.append(path.name) or sync(path))
+
+    def watched(folder, limit, best):
+        before = {path.name for path in folder.iterdir()}
+        rotate(folder, limit, best)
+        order.extend(f"-{name}" for name in sorted(before - {path.name for path in folder.iterdir()}))
+
+    monkeypatch.setattr(pm_hf.checkpoints, "_rotate", watched)
+    changes = {"training__num_train_epochs": 4, "training__save_total_limit": 2}
+    learn(settings(tiny_base, data, tmp_path / "run", groups=1, **changes))
+    assert order == [
+        *("checkpoint-3", "checkpoint-6", "checkpoint-9", "-checkpoint-3"),
+        *("checkpoint-12", "-checkpoint-6"),
+    ]
 
 
 def test_run_with_a_half_written_checkpoint_goes_on_from_the_whole_one(killed, whole, tiny_base, data, tmp_path):

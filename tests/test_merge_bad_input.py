@@ -293,7 +293,7 @@ PLACES = {
     "weights": (pm_hf.adapter_writer, "save_tensors"),
     "config": (pm_hf.adapter_writer, "write_json"),
     "check": (pm_hf.adapter_writer, "_compare"),
-    "sync": (pm_hf.files, "_sync"),
+    "sync": (pm_hf.files, "sync"),
     "swap": (pm_hf.files, "_swap"),
 }
 

@@ -288,7 +288,7 @@ def test_a_missing_head_is_named(settings):
     assert head_name(base) == "classifier"
     with pytest.raises(InputError, match="the model has no linear head 'score'"):
         find_head(base, "score")
-    with pytest.raises(InputError, match="BertModel has no head named classifier or score; use a sequence"):
+    with pytest.raises(InputError, match="BertModel has no head named classifier or score; use a model"):
         head_name(base.bert)
 
 

@@ -351,23 +351,28 @@ def _inconsistency(loaded: Curvature, stored: Mapping[str, tuple[tuple[int, ...]
     kind, modules = loaded.settings.kind, loaded.modules
     if kind not in get_args(Kind) or not loaded.examples:
         return f"kind {kind!r}, {loaded.tasks} tasks"
-    foreign = [name for name, (_, dtype) in stored.items() if name[:2] not in ("S.", "M.") or dtype not in STORED]
+    factored = kind == "factored"
+    ours = ("S.",) if factored else ("S.", "M.")
+    foreign = [name for name, (_, dtype) in stored.items() if name[:2] not in ours or dtype not in STORED]
     if foreign:
         return f"tensor {foreign[0]} is none of its sums, or not in {' or '.join(STORED)}"
-    factored = kind == "factored"
     named: dict[str, Any] = {"past": loaded.past} if factored else {"M": loaded.M}
     named |= {"delta_norm": loaded.delta_norm, "probe": loaded.probe or modules}
     for key, found in named.items():
         if set(found) != modules:
             return f"{key} and current name different modules, first {min(set(found) ^ modules)}"
+    numbers = {"current": loaded.current, "past": loaded.past, "delta_norm": loaded.delta_norm}
+    for key, values in numbers.items():
+        if odd := [name for name, value in values.items() if not isinstance(value, int | float)]:
+            return f"{key} of {odd[0]} is no number"
     if any(len(values) != PROBES for values in loaded.probe.values()):
         return f"probe has not {PROBES} values a module"
     owners = {name: loaded._owner(name) for name in modules}
     if set(owners.values()) != set(loaded.S) or not set(loaded.owner) <= modules:
         return "S and M do not belong to the same modules"
     if factored:
-        odd = [name for name in modules if len(shape_of(loaded.S, name)) != 1 or loaded.M]
-        return f"S of {min(odd)} has shape {shape_of(loaded.S, min(odd))}, or there is an M" if odd else None
+        odd = sorted(name for name in modules if len(shape_of(loaded.S, name)) != 1)
+        return f"S of {odd[0]} has shape {shape_of(loaded.S, odd[0])}" if odd else None
     for name, source in owners.items():
         M, S = shape_of(loaded.M, name), shape_of(loaded.S, source)
         if len(M) != 2 or (M if kind == "fisher" else (M[1], M[1])) != S:

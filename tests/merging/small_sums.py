@@ -7,7 +7,7 @@ from pm_hf.merging.lowrank import LowRank, add
 
 SHAPES = {"q": (6, 5), "v": (3, 5), "up": (4, 7)}
 OWNER = {"v": "q"}  # q and v read the same input, so they share a Gram
-FISHER, GRAM = Settings("fisher"), Settings("gram", shrinkage=0.1)
+FISHER, GRAM, FACTORED = Settings("fisher"), Settings("gram", shrinkage=0.1), Settings("factored")
 
 
 def task(seed: int, kind: str) -> tuple[dict, dict]:
@@ -17,10 +17,16 @@ def task(seed: int, kind: str) -> tuple[dict, dict]:
         name: LowRank(torch.randn(out, 2, generator=g), torch.randn(2, width, generator=g))
         for name, (out, width) in SHAPES.items()
     }
-    if kind == "fisher":
-        return {name: torch.rand(shape, generator=g) for name, shape in SHAPES.items()}, delta
+    if kind != "gram":
+        fishers = {name: torch.rand(shape, generator=g) for name, shape in SHAPES.items()}
+        return fishers if kind == "fisher" else means(fishers), delta
     inputs = {name: torch.randn(9, SHAPES[name][1], generator=g) for name in ("q", "up")}
     return {name: x.T @ x / 9 for name, x in inputs.items()}, delta
+
+
+def means(fishers: dict) -> dict:
+    """{module: means of F over its columns, then over its rows}, (out + in,)."""
+    return {name: torch.cat([F.mean(1), F.mean(0)]) for name, F in fishers.items()}
 
 
 def stream(settings: Settings, tasks: int) -> list[Curvature]:

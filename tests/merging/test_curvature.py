@@ -148,8 +148,15 @@ def test_the_previous_sums_are_left_as_they_were(settings):
 
 @pytest.mark.parametrize(
     "change",
-    [{"kind": "gram"}, {"labels": "mc"}, {"shrinkage": 0.3}, {"normalisation": "sum over tokens"}],
-    ids=lambda change: next(iter(change)),
+    [
+        {"kind": "gram"},
+        {"kind": "factored"},
+        {"labels": "mc"},
+        {"loss_reduction": "sum"},
+        {"shrinkage": 0.3},
+        {"normalisation": "sum over tokens"},
+    ],
+    ids=str,
 )
 def test_sums_measured_otherwise_are_never_mixed(change):
     first = stream(FISHER, 1)[0]

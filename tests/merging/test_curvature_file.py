@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_sums import FISHER, GRAM, OWNER, SHAPES, stream, task
+from small_sums import FACTORED, FISHER, GRAM, OWNER, SHAPES, stream, task
 
 from pm_hf.errors import InputError
 from pm_hf.merging import curvature as kernel
@@ -19,6 +19,7 @@ from pm_hf.merging.lowrank import LowRank, add
 from pm_hf.merging.solve import optimal_coefficient
 
 both = pytest.mark.parametrize("settings", [FISHER, GRAM], ids=["fisher", "gram"])
+every = pytest.mark.parametrize("settings", [FISHER, GRAM, FACTORED], ids=["fisher", "gram", "factored"])
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def rewrite(path, change) -> None:
     save_file(tensors, path, metadata=metadata | {"curvature": json.dumps(header)})
 
 
-@both
+@every
 def test_a_saved_file_comes_back_bit_for_bit(path, settings):
     saved = stream(settings, 3)[-1]
     saved.save(path)
@@ -51,7 +52,7 @@ def test_a_saved_file_comes_back_bit_for_bit(path, settings):
         assert set(ours) == set(theirs)
         assert len(ours) == len(theirs)
         assert all(torch.equal(ours[name], theirs[name]) and theirs[name].dtype == torch.float32 for name in ours)
-    for key in ("settings", "current", "delta_norm", "probe", "examples", "owner", "nbytes"):
+    for key in ("settings", "current", "past", "delta_norm", "probe", "examples", "owner", "nbytes"):
         assert getattr(loaded, key) == getattr(saved, key)
     assert set(loaded.probe) == set(SHAPES)
     assert [file.name for file in path.parent.iterdir()] == ["c.safetensors"]
@@ -94,7 +95,7 @@ def test_the_coefficient_from_a_file_is_the_one_from_memory_and_reads_a_chunk_at
     assert sum(sizes) == weights + (weights if settings.kind == "fisher" else grams), "each sum is read once"
 
 
-@both
+@every
 def test_going_through_the_file_changes_no_bit_of_the_next_sums(path, settings):
     straight = stream(settings, 2)
     straight[0].save(path)
@@ -107,7 +108,8 @@ def test_going_through_the_file_changes_no_bit_of_the_next_sums(path, settings):
     for found in (resumed, loaded):
         assert all(torch.equal(found.S[name], tensor) for name, tensor in straight[1].S.items())
         assert all(torch.equal(found.M[name], tensor) for name, tensor in straight[1].M.items())
-        assert (found.examples, found.current) == (straight[1].examples, straight[1].current)
+        for key in ("examples", "current", "past"):
+            assert getattr(found, key) == getattr(straight[1], key)
 
 
 def test_shapes_that_do_not_continue_a_file_are_refused_without_reading_it(path, monkeypatch):
@@ -162,9 +164,10 @@ def test_a_missing_file_is_an_input_error(tmp_path):
         Curvature.load(tmp_path / "none.safetensors")
 
 
+@every
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.99])
-def test_a_truncated_file_is_an_input_error(path, share):
-    stream(FISHER, 1)[0].save(path)
+def test_a_truncated_file_is_an_input_error(path, share, settings):
+    stream(settings, 1)[0].save(path)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(InputError, match="is not a whole safetensors file"):
@@ -184,14 +187,15 @@ BROKEN = {
     "unknown setting": (lambda t, h: h["settings"].update(weather="fine"), "its header cannot be read"),
     "kind": (lambda t, h: h["settings"].update(kind="kfac"), "kind 'kfac', 1 tasks"),
     "no task": (lambda t, h: h["examples"].clear(), "kind 'gram', 0 tasks"),
-    "M missing": (lambda t, h: t.pop("M.up"), "current and M name different modules, first up"),
+    "M missing": (lambda t, h: t.pop("M.up"), "M and current name different modules, first up"),
     "S missing": (lambda t, h: t.pop("S.up"), "S and M do not belong to the same modules"),
     "S without M": (lambda t, h: t.update({"S.v": t["S.q"].clone()}), "S and M do not belong to the same modules"),
     "norm missing": (
         lambda t, h: h["delta_norm"].pop("q"),
-        "delta_norm and M name different modules, first q",
+        "delta_norm and current name different modules, first q",
     ),
-    "probe missing": (lambda t, h: h["probe"].pop("q"), "probe and M name different modules, first q"),
+    "probe missing": (lambda t, h: h["probe"].pop("q"), "probe and current name different modules, first q"),
+    "norm of text": (lambda t, h: h["delta_norm"].update(q="1"), "delta_norm of q is no number"),
     "probe too short": (lambda t, h: h["probe"]["q"].pop(), "probe has not 4 values a module"),
     "owner unknown": (lambda t, h: h["owner"].update(down="q"), "S and M do not belong to the same modules"),
     "owner of another width": (lambda t, h: h["owner"].update(v="up"), r"M of v has shape \(3, 5\), its S \(7, 7\)"),

@@ -1,0 +1,154 @@
+"""Checkpoints of a task's training that are whole: synced, then marked, and only then is an older one removed.
+
+Trainer writes the files of a checkpoint one after the other (the adapter, the optimizer, the random state, and
+trainer_state.json at the end), waits for no disk, and removes the one before it at once.
+"""
+
+import re
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import Trainer
+
+from pm_hf.errors import InputError
+from pm_hf.files import OS_ERROR, WriteError, read_json, sync, sync_folder, write_json
+from pm_hf.processes import gather, on_main, together
+
+WHOLE = "whole.json"  # the last file of a checkpoint, written when the others are on the disk
+STATE = "trainer_state.json"
+_NUMBER = re.compile(r"checkpoint-(\d+)")
+_WRITER = re.compile("inline_container|PytorchStreamWriter|iostream")  # of torch.save, which names no reason
+_KEPT = 100  # losses that are kept on the device before they are added up
+
+
+@dataclass
+class Progress:
+    """What the steps up to a checkpoint add to step.json: the losses' sum in each process, the factors of all."""
+
+    losses: list[float] = field(default_factory=list)
+    factors: dict[str, int] = field(default_factory=dict)
+
+
+_Base: Any = Trainer if TYPE_CHECKING else object  # the mixin stands before a PMTrainer
+
+
+class WholeCheckpoints(_Base):
+    """The only change to Trainer is in how a checkpoint is written: whole or not at all.
+
+    It counts once `whole.json` is in it, which is written when every process has written its part and all is synced;
+    `save_total_limit` is kept after that. Raises WriteError when it could not be written: the half of it is removed,
+    the one before it stays.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._before = Progress()
+        self._loss_sum, self._losses = 0.0, list[Tensor]()
+
+    def continue_from(self, checkpoint: str | None) -> None:
+        """Count on from what `checkpoint` says; call it before `train(resume_from_checkpoint=checkpoint)`."""
+        self._before = Progress() if checkpoint is None else Progress(**read_json(Path(checkpoint) / WHOLE))
+        losses, index = self._before.losses, self.args.process_index
+        same = len(losses) == self.args.world_size
+        self._loss_sum = losses[index] if same else sum(losses) / max(1, len(losses))
+
+    def progress(self) -> Progress:
+        """Losses and factors of all steps so far, those before a checkpoint that was continued included."""
+        found = gather((self._summed(), self.perturbation_counts))
+        drawn = sum((counts for _, counts in found), Counter[float]())
+        factors = Counter(self._before.factors) + Counter({f"{factor:g}": drawn[factor] for factor in sorted(drawn)})
+        return Progress([loss for loss, _ in found], dict(sorted(factors.items())))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The step; its loss is added up."""
+        loss = super().training_step(*args, **kwargs)
+        self._losses.append(loss.detach())
+        if len(self._losses) >= _KEPT:
+            self._summed()
+        return loss
+
+    def _summed(self) -> float:
+        for loss in torch.stack(self._losses).tolist() if self._losses else ():
+            self._loss_sum += loss  # one after the other: a continued training gets the same sum
+        self._losses.clear()
+        return self._loss_sum
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit, error = self.args.save_total_limit, None, None
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, SafetensorError, RuntimeError) as caught:
+            error = _write_error(path, caught)
+        finally:
+            self.args.save_total_limit = limit
+        together(lambda: _raise(error))
+        progress = self.progress()
+        on_main(lambda: _seal(path, progress))
+        on_main(lambda: _rotate(path.parent, limit, self.state.best_model_checkpoint))
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Newest whole checkpoint; newer ones that are not are removed.
+
+    The best checkpoint that it names is looked for beside it: the folder may have been moved.
+    """
+    for path in reversed(_checkpoints(folder)):
+        try:
+            state, _ = (read_json(path / name) for name in (STATE, WHOLE))
+        except InputError:
+            shutil.rmtree(path)
+            continue
+        best = state.get("best_model_checkpoint")
+        if best is not None and Path(best).parent != folder:
+            write_json(path / STATE, state | {"best_model_checkpoint": str(folder / Path(best).name)})
+        return str(path)
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder in the order of their steps."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _NUMBER.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def _seal(path: Path, progress: Progress) -> None:
+    sync_folder(path)
+    for above in list(path.parents)[:2]:
+        sync(above)  # their lists of names
+    write_json(path / WHOLE, asdict(progress))
+
+
+def _rotate(folder: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints above `limit`, never the newest or the best, as Trainer does."""
+    found = _checkpoints(folder)
+    kept = {found[-1], Path(best or found[-1])}
+    excess = 0 if not limit else len(found) - max(limit, len(kept))
+    for path in [path for path in found if path not in kept][: max(0, excess)]:
+        (path / WHOLE).unlink(missing_ok=True)
+        shutil.rmtree(path)
+
+
+def _write_error(path: Path, error: Exception) -> Exception:
+    """WriteError for an error of writing, after what was written is removed; any other error as it is."""
+    code = OS_ERROR.search(str(error))
+    if isinstance(error, RuntimeError) and not _WRITER.search(str(error)):
+        return error
+    shutil.rmtree(path, ignore_errors=True)
+    free = shutil.disk_usage(path.parent).free
+    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    number = int(code[1]) if code else getattr(error, "errno", None)
+    found = WriteError(path, f"{reason} ({free / 1e6:.1f} MB free)", number)
+    found.__cause__ = error
+    return found
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error

@@ -1,0 +1,143 @@
+"""Miniature data sets with the columns and types of the sources that the YAMLs in configs/ name.
+
+Each writer takes (folder, stream): the run's data_dir and the YAML's `stream`. A data set of the Hub becomes the folder
+data_dir/OWNER/NAME of parquet files (`write_hub`), which is what the run then finds under the data set's id.
+"""
+
+import csv
+import gzip
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from conftest import CLASSES, write_rows
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from tiny_images import draw, encoded, write_npz
+
+from pm_hf.files import write_json
+
+FORMATS = (("PNG", None), ("PNG", "L"), ("PNG", "RGBA"), ("JPEG", None), ("PNG", "P"))
+
+
+def write_hub(
+    folder: Path, name: str, features: dict, splits: dict[str, dict[str, list]], config: str | None = None
+) -> None:
+    """A data set of the Hub as a local folder: splits are {split: {column: values}}, features {column: type}."""
+    place = folder / name / (config or "data")
+    place.mkdir(parents=True, exist_ok=True)
+    for split, columns in splits.items():
+        Dataset.from_dict(columns, features=Features(features)).to_parquet(place / f"{split}-00000-of-00001.parquet")
+    if config is None:
+        return
+    card = folder / name / "README.md"
+    known = yaml.safe_load(card.read_text().split("---")[1])["configs"] if card.exists() else []
+    files = [{"split": split, "path": f"{config}/{split}-*"} for split in splits]
+    known.append({"config_name": config, "data_files": files})
+    card.write_text(f"---\n{yaml.safe_dump({'configs': known})}---\n")
+
+
+def write_csv(path: Path, rows: Sequence[dict]) -> None:
+    """Rows as CSV, compressed where the name ends in .gz."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8", newline="") as handle:
+        writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# texts
+
+
+def clinc150(folder: Path, stream: dict) -> None:
+    """CSV of text,label and the JSON file of the class groups."""
+    for side, count in (("train", 6), ("test", 2)):
+        plain = write_rows(folder / "plain.csv", CLASSES, count, seed=count)
+        with open(plain, encoding="utf-8", newline="") as handle:
+            write_csv(folder / stream[side], list(csv.DictReader(handle)))
+    write_json(folder / stream["class_groups"], {"one": list(CLASSES[:3]), "two": list(CLASSES[3:])})
+
+
+def docstrings(folder: Path, stream: dict) -> None:
+    """The demo's CSV files, two classes a task."""
+    for side, count in (("train", 6), ("test", 2)):
+        classes = [f"lib{i:02d}" for i in range(2 * stream["class_groups"])]
+        write_rows(folder / stream[side], classes, count, seed=count)
+
+
+# pictures
+
+
+def arrays(folder: Path, stream: dict) -> None:
+    """An .npz file, by domains where the stream is."""
+    domains = ["photo", "sketch"] if stream.get("domain_column") else None
+    write_npz(folder / stream["train"], _names(stream), train=3, test=1, domains=domains)
+
+
+def imagenet_r(folder: Path, stream: dict) -> None:
+    """axiong/imagenet-r: one split, `test`; the class as WordNet id and as name."""
+    features = {"image": Image(), "wnid": Value("string"), "class_name": Value("string")}
+    labels = [name for name in _names(stream) for _ in range(3)]
+    columns = {"image": _files(labels), "wnid": labels, "class_name": [f"name of {name}" for name in labels]}
+    write_hub(folder, "axiong/imagenet-r", features, {"test": columns})
+
+
+def imagenet_a(folder: Path, stream: dict) -> None:
+    """barkermrl/imagenet-a: one split, `train`."""
+    names = _names(stream)
+    features = {"image": Image(), "label": ClassLabel(names=names)}
+    labels = [name for name in names for _ in range(3)]
+    write_hub(folder, "barkermrl/imagenet-a", features, {"train": {"image": _files(labels), "label": labels}})
+
+
+def domainnet(folder: Path, stream: dict) -> None:
+    """wltjr1007/DomainNet: all domains in each split."""
+    names, domains = _names(stream), ["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
+    features = {
+        "image": Image(),
+        "label": ClassLabel(names=names),
+        "domain": ClassLabel(names=domains),
+        "image_path": Value("string"),
+    }
+    splits = {}
+    for split, count in (("train", 3), ("test", 1)):
+        labels = [name for name in names for _ in range(count)]
+        drawn = [domain for domain, _ in zip(itertools.cycle(domains), labels, strict=False)]
+        paths = [f"{domain}/{label}/{i}.jpg" for i, (domain, label) in enumerate(zip(drawn, labels, strict=True))]
+        splits[split] = {"image": _files(labels), "label": labels, "domain": drawn, "image_path": paths}
+    write_hub(folder, "wltjr1007/DomainNet", features, splits)
+
+
+def cifar100(folder: Path, stream: dict) -> None:
+    """uoft-cs/cifar100: the picture in `img`, fine and coarse labels."""
+    names, coarse = _names(stream), ["coarse0", "coarse1"]
+    features = {"img": Image(), "fine_label": ClassLabel(names=names), "coarse_label": ClassLabel(names=coarse)}
+    splits = {}
+    for split, count in (("train", 3), ("test", 1)):
+        labels = [name for name in names for _ in range(count)]
+        above = [coarse[names.index(label) % 2] for label in labels]
+        splits[split] = {"img": _files(labels), "fine_label": labels, "coarse_label": above}
+    write_hub(folder, "uoft-cs/cifar100", features, splits, config="cifar100")
+
+
+def cub200(folder: Path, stream: dict) -> None:
+    """bentrevett/caltech-ucsd-birds-200-2011: a bounding box beside the label."""
+    names = [f"{i + 1:03d}.{name}" for i, name in enumerate(_names(stream))]
+    features = {"image": Image(), "label": ClassLabel(names=names), "bbox": List(Value("float64"))}
+    splits = {}
+    for split, count in (("train", 3), ("test", 1)):
+        labels = [name for name in names for _ in range(count)]
+        splits[split] = {"image": _files(labels), "label": labels, "bbox": [[1.0, 2.0, 5.0, 6.0]] * len(labels)}
+    write_hub(folder, "bentrevett/caltech-ucsd-birds-200-2011", features, splits)
+
+
+def _names(stream: dict) -> list[str]:
+    """Two classes for each group, three where the tasks are domains."""
+    groups = stream.get("class_groups")
+    return [f"n{i:04d}" for i in range(2 * groups if groups else 3)]
+
+
+def _files(labels: list[str]) -> list[dict]:
+    """Pictures of the labels as files of different formats."""
+    pictures = draw(labels, sorted(set(labels)), seed=len(labels))
+    formats = itertools.cycle(FORMATS)
+    return [{"bytes": encoded(picture, *next(formats)), "path": None} for picture in pictures]

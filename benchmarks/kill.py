@@ -141,14 +141,14 @@ def worker() -> int:
         setattr(owner, name, wrapped)
 
     for owner, name, phase, after in (
-        (learner, "build_task_model", "building", "other"),
-        (learner, "train", "training", "other"),
+        (learner, "build_task_model", "building", "between"),
+        (learner, "train", "training", "between"),
         (WholeCheckpoints, "_save_checkpoint", "checkpoint", "training"),
         (learner, "estimate_curvature", "measuring", "saving"),
-        (learner, "merge_adapters", "merging", "other"),
-        (Scorer, "score", "scoring", "other"),
-        (RunFolder, "finish_task", "finishing", "other"),
-        (RunFolder, "publish", "publishing", "other"),
+        (learner, "merge_adapters", "merging", "between"),
+        (Scorer, "score", "scoring", "between"),
+        (RunFolder, "finish_task", "finishing", "between"),
+        (RunFolder, "publish", "publishing", "between"),
     ):
         noted(owner, name, phase, after)
     return command_line(["train", *sys.argv[2:]])

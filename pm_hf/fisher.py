@@ -52,10 +52,11 @@ def estimate_curvature(
     model: a PeftModel, `adapter` the task's adapter among the active ones. A classifier has `labels` (N,); a language
     model has token ids (N, T), -100 where nothing is predicted, and an example's loss is the mean over its own target
     tokens (`loss_reduction="sum"`: their sum; stored with the sums, never mixed); with "mc" every target token is
-    drawn given the given prefix. In several processes each one passes its own share of the examples (process r of P the
-    rows r, r + P, … : then what is drawn is what one process draws), and all get the sums over all. samples: number of examples used at most in a process (None: all).
-    previous: sums of the earlier tasks. heads: {module: its weight before the task, [weight | bias]} of linear
-    heads shared by all tasks, to be inside the curvature. The model's mode and gradients are left as they were.
+    drawn given the given prefix. In several processes each one passes its own share of the examples, and all get the
+    sums over all of them; what is drawn is what one process draws when process r of P has the rows r, r + P, r + 2P, …
+    samples: number of examples used at most in a process (None: all). previous: sums of the earlier tasks.
+    heads: {module: its weight before the task, [weight | bias]} of linear heads shared by all tasks, to be inside the
+    curvature. The model's mode and gradients are left as they were.
     Raises InputError when samples < 1, when a module was not reached, or when there is no data.
     """
     for name, value, valid in (("kind", kind, KINDS), ("labels", labels, LABELS)):

@@ -31,6 +31,7 @@ from pm_hf.report import Report, primary_metric
 from pm_hf.runs import ForgettingError, RunFolder, say
 from pm_hf.scoring import Scorer, cut_note
 from pm_hf.settings import RunConfig
+from pm_hf.sharding import put_weights, sharded, trained_weights
 from pm_hf.stopping import Stop, stop_on_sigterm
 from pm_hf.strategies import Start, callbacks, check_room, penalties, prepare, start_of
 from pm_hf.tasks import Task, TaskStream, batches, load_stream, sample
@@ -129,6 +130,7 @@ class Run:
         trained: dict[str, Any] = {}
         if self._trains(index):
             trained = self._train(built, task, state, index, stop)
+            built = self._whole(built, task, state, start, index)
         stop.check()
         curvature = self._measure(built, task, state, before, index)
         stop.check()
@@ -186,6 +188,16 @@ class Run:
         prepare(settings, built, start)
         self._check_built(built, published, state, index)
         return built
+
+    def _whole(self, built: TaskModel, task: Task, state: State, start: Start, index: int) -> TaskModel:
+        """The trained model; where it is spread over the processes, another one with its weights."""
+        if not sharded(built.model):
+            return built
+        weights = trained_weights(built.model)
+        again = together(lambda: self._build(task, state, start, index))
+        put_weights(again.model, weights)
+        again.model.to(self.scorer.device)
+        return again
 
     def _check_built(self, built: TaskModel, published: Adapter | None, state: State, index: int) -> None:
         if published is not None and (state.curvature is not None or self._measures):

@@ -14,7 +14,9 @@ from pm_hf.errors import InputError
 from pm_hf.fisher import adapted_layers
 from pm_hf.language import IGNORED
 from pm_hf.penalties import Penalty, target_count
+from pm_hf.processes import gather
 from pm_hf.targets import bare, is_language
+from pm_hf.sharding import local, shard_on_cpu
 from pm_hf.trainer import PMTrainer
 
 
@@ -41,6 +43,7 @@ def step_loss(smoothing: float = 0.0) -> Callable[..., Tensor]:
 class RegularisedTrainer(WholeCheckpoints, PMTrainer):
     """The only change to PMTrainer is that the penalties are added to the loss, and that a loss that diverges ends it.
 
+    (An encoder-decoder's decoder gets its input also where Trainer computes the loss, or smooths its labels, itself.)
     A penalty of the weights is averaged over the micro-batches of a step; one that is a mean over targets is weighted
     by their number, as the loss is. Raises DivergedError before the optimizer step whose loss, or whose gradient, is
     not finite (of a gradient that a scaler looks after, the scaler skips the step itself). A training that a callback
@@ -52,6 +55,18 @@ class RegularisedTrainer(WholeCheckpoints, PMTrainer):
         self.penalties = list(penalties)
         self._finite = _Finite(self)
         self.add_callback(self._finite)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's; `fsdp` shards on CPUs too."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Trainer's, in all processes before the state file is written that makes the checkpoint a complete one."""
+        super()._save_rng_state(output_dir)
+        gather(None)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -105,7 +120,7 @@ class _Finite(TrainerCallback):
         checks = [losses.isfinite().all()]
         if self._trainer.accelerator.scaler is None and self._trainer.optimizer is not None:
             parameters = [p for group in self._trainer.optimizer.param_groups for p in group["params"]]
-            checks += [p.grad.isfinite().all().to(losses.device) for p in parameters if p.grad is not None]
+            checks += [local(p.grad).isfinite().all().to(losses.device) for p in parameters if p.grad is not None]
         if bool(torch.stack(checks).all()):
             return
         found = "gradient is not finite" if bool(checks[0]) else f"training loss is {float(losses.sum())}"

@@ -133,7 +133,7 @@ def loading_lines(base: str, folder: Path, head: str) -> str:
 
 
 def plot(reports: list[Report], path: Path) -> None:
-    """Mean accuracy on the tasks seen after each task, one line a run, as PNG. Needs the extra `plots`."""
+    """Mean score on the tasks seen after each task, one line a run, as PNG. Needs the extra `plots`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
@@ -142,11 +142,14 @@ def plot(reports: list[Report], path: Path) -> None:
         means = [sum(x or 0 for x in row[: t + 1]) / (t + 1) for t, row in enumerate(report.scores)]
         steps = range(1, len(means) + 1)
         axes.plot(steps, means, marker=marker, label=f"{report.method} ({means[-1]:.3f})")
-    axes.set(xlabel="tasks learned", ylabel="mean accuracy on the tasks seen", ylim=(0, 1.02))
+    name = "accuracy" if reports[0].metric == CHOICE else reports[0].metric.replace("_", " ")
+    axes.set(xlabel="tasks learned", ylabel=f"mean {name} on the tasks seen")
+    if reports[0].metric == CHOICE:
+        axes.set(ylim=(0, 1.02))
     axes.set_xticks(list(range(1, max(len(report.scores) for report in reports) + 1)))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title="method (final accuracy)", frameon=False)
+    axes.legend(title=f"method (final {name})", frameon=False)
     figure.savefig(path)
 
 

@@ -27,9 +27,14 @@ def read_rows(
     data, where = _load(source, folder, test=test)
     if kind in LANGUAGE:
         _require(data, [extra] if extra else [], where)
-        columns = {"text_column": source.text_column, "label_column": source.label_column}
-        prompts = {"prompt_template": source.prompt_template, "answers": source.answers, "task": task}
-        rows = language_rows(data, where, **columns, **prompts)
+        rows = language_rows(
+            *(data, where),
+            text_column=source.text_column,
+            label_column=source.label_column,
+            prompt_template=source.prompt_template,
+            answers=source.answers,
+            task=task,
+        )
         return rows, label_names(data, extra, where) if extra else []
     return _texts(data, where, source, extra)
 

@@ -19,6 +19,7 @@ from pm_hf.adapters import WEIGHTS
 from pm_hf.errors import InputError, raise_all
 from pm_hf.perturbation import perturbation_factor, perturbation_problems
 from pm_hf.refusals import config_problems, peft_type
+from pm_hf.sharding import assign, sharded
 
 
 @dataclass
@@ -247,7 +248,11 @@ class PerturbationMixin(_Base):
             raise InputError(
                 f"checkpoint {folder} does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}"
             )
-        set_peft_model_state_dict(self.model, stored, adapter_name=adapter)
+        if sharded(self.model):
+            for name, value in stored.items():
+                assign(expected[name], value)
+        else:
+            set_peft_model_state_dict(self.model, stored, adapter_name=adapter)
 
 
 class PMTrainer(PerturbationMixin, Trainer):

@@ -44,7 +44,7 @@ def _work(function, folder, rank, count, port) -> None:
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     os.environ |= {name: str(value) for name, value in (numbers | places).items()}
-    sys.stdout, sys.stderr = (open(folder / f"{rank}.{end}", "w", encoding="utf-8") for end in ("out", "err"))
+    sys.stdout, sys.stderr = ((folder / f"{rank}.{end}").open("w", encoding="utf-8") for end in ("out", "err"))
     os.dup2(sys.stdout.fileno(), 1)
     os.dup2(sys.stderr.fileno(), 2)
     value, error = None, None

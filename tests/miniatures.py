@@ -64,6 +64,15 @@ def docstrings(folder: Path, stream: dict) -> None:
         write_rows(folder / stream[side], classes, count, seed=count)
 
 
+def prompts(folder: Path, stream: dict) -> None:
+    """A CSV of text,label for each side of each task; its labels are those that `answers` names, or two."""
+    for task in stream["tasks"]:
+        labels = list(task.get("answers", ["bad", "good"]))
+        for side, count in (("train", 4), ("test", 1)):
+            rows = [{"text": f"{label} text {i}", "label": label} for label in labels for i in range(count)]
+            write_csv(folder / task[side], rows)
+
+
 # pictures
 
 

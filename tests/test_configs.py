@@ -8,6 +8,7 @@ import copy
 import inspect
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -16,6 +17,7 @@ import pytest
 import tiny_images
 import yaml
 from streams import steps
+from tiny_language import tiny_folder
 
 from pm_hf.adapters import open_adapter
 from pm_hf.config import load_config
@@ -38,9 +40,10 @@ MINIATURES = {
     "imagenet-r/20-tasks.yaml": ("vit", miniatures.imagenet_r),
     "imagenet-r/5-tasks.yaml": ("vit", miniatures.imagenet_r),
     "pacs/vit.yaml": ("vit", miniatures.arrays),
+    "smollm2/text.yaml": ("llama", miniatures.prompts),
     "tinyimagenet50/vit.yaml": ("vit", miniatures.arrays),
 }
-COUNT = 14
+COUNT = 15
 SMALLER = {
     "training.max_steps": 2,
     "training.per_device_train_batch_size": 4,
@@ -57,7 +60,7 @@ class EnoughError(Exception):
 def backbones(tiny_base, tmp_path_factory):
     """Folder of each tiny backbone by name, made when first asked for."""
     made = {"bert": tiny_base}
-    builders = {"vit": tiny_images.save_vit}
+    builders = {"vit": tiny_images.save_vit} | {kind: partial(tiny_folder, kind) for kind in ("llama", "t5")}
 
     def backbone(name):
         if name not in made:

@@ -15,7 +15,8 @@ from pm_hf.modeling import load_base, load_tokenizer, resolve_base
 from pm_hf.settings import ModelSettings
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OLD_NAME)]
+NO_CONFIG = "ignore:Could not find a config file in:UserWarning"  # PEFT, of a base that is one GGUF file
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OLD_NAME, NO_CONFIG)]
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def test_stream_on_a_gguf_checkpoint_of_a_package(tmp_path):
     }
     report = learn(config)
     step = json.loads((tmp_path / "run" / "task-00-film" / "step.json").read_text())
-    assert step["training_loss"] < 6  # it is a language model: log(49152) = 10.8 by chance
+    assert report.matrices["loss"][0][0] < step["training_loss"] < 9  # log(49152) = 10.8 by chance
     assert report.matrices["class_incremental"][0][0] >= 0.5
     assert step["curvature_bytes"] == 4 * 30 * (576 + 576 + 576 + 192)  # out + in of q_proj and v_proj in 30 layers
     adapter = open_adapter(tmp_path / "run" / "merged")

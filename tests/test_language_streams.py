@@ -75,7 +75,7 @@ def settings(data, output, model="llama", method="pm", **changes):
         "stream__tasks": [{"name": n, "train": f"{n}-train.jsonl", "test": f"{n}-test.jsonl"} for n in TASKS],
         "lora": {"r": 4, "alpha": 8, "target_modules": TARGETS[model]},
         "curvature__samples": 12,
-        "training": {"num_train_epochs": 6, "per_device_train_batch_size": 8, "learning_rate": 3e-2},
+        "training": {"num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": 3e-2},
     }
     made: dict = {}
     for key, value in (config | changes).items():

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
 from forked import run
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from streams import contents, dense, domains, same_tensors, settings, steps, write_data, write_yaml
 from tiny_training import batch, lora_bert, quick_arguments, rows, trained_state

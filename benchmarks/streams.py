@@ -134,7 +134,9 @@ def run_missing(options: argparse.Namespace) -> int:
         for future in as_completed(waiting):
             done, failed = done + 1, failed + (not future.result())
             left = (time.perf_counter() - began) / done * (len(missing) - done) / 60
-            print(f"{done}/{len(missing)} runs, {failed} failed, about {left:.0f} min left", file=sys.stderr, flush=True)
+            print(
+                f"{done}/{len(missing)} runs, {failed} failed, about {left:.0f} min left", file=sys.stderr, flush=True
+            )
     return failed
 
 
@@ -177,8 +179,7 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> None:
     if options.backbone:
         changes["model.base"] = options.backbone
     if stream.orders:
-        tasks = yaml.safe_load(source.read_text(encoding="utf-8"))["stream"]["tasks"]
-        changes["stream.tasks"] = tasks[seed % len(tasks) :] + tasks[: seed % len(tasks)]
+        changes["stream.tasks"] = order(source, seed)
     report = learn(source, **(changes | CONTROLS.get(method, {"method": method})))
     path = result_path(name, method, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +187,12 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> None:
     config = {key: value for key, value in config.items() if key not in ("data_dir", "output_dir")}  # this machine's
     origin = {"stream": stream.title, "preset": "quick", "config": config}
     write_json(path, {**origin, **report.to_dict(), "method": method, **environment()})
+
+
+def order(config: Path, seed: int) -> list[dict]:
+    """The YAML's tasks, from task `seed` on, then those before it."""
+    tasks = yaml.safe_load(config.read_text(encoding="utf-8"))["stream"]["tasks"]
+    return tasks[seed % len(tasks) :] + tasks[: seed % len(tasks)]
 
 
 def result_path(name: str, method: str, seed: int) -> Path:
@@ -245,7 +252,8 @@ def picture(name: str) -> None:
             known = {"metric": "class_incremental", "matrices": scores} | result  # results of before 0.2 name neither
             names = [field.name for field in fields(Report) if field.name != "folder"]
             reports.append(Report(folder=ROOT, **{name: known[name] for name in names if name in known}))
-    plot(reports, ROOT / "results" / name / "methods.png")
+    if reports:
+        plot(reports, ROOT / "results" / name / "methods.png")
 
 
 def spread(values: Sequence[float | None], *, interval: bool) -> str:

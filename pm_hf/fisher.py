@@ -17,6 +17,7 @@ from pm_hf.merging.curvature import Curvature, Kind, Settings, accumulate
 from pm_hf.merging.lowrank import LowRank, add
 from pm_hf.modeling import find_head
 from pm_hf.processes import gather, process_count, process_index, sum_over_processes, together
+from pm_hf.quantized import keep_differentiable
 from pm_hf.targets import bare, is_language, target_logits, unwrapped
 
 KINDS, LABELS, REDUCTIONS = ("fisher", "gram", "factored"), ("empirical", "mc"), ("mean", "sum")
@@ -72,6 +73,7 @@ def estimate_curvature(
     if not 0 <= rho < 1:
         raise InputError(f"shrinkage must be in [0, 1), found {shrinkage}")
     model = unwrapped(model)
+    keep_differentiable(model)
     layers = adapted_layers(model, adapter)
     watched = dict(layers) | {name: find_head(model, name) for name in heads or {}}
     with _evaluation(model):

@@ -31,7 +31,7 @@ from pm_hf.report import Report, primary_metric
 from pm_hf.runs import ForgettingError, RunFolder, say
 from pm_hf.scoring import Scorer, cut_note
 from pm_hf.settings import RunConfig
-from pm_hf.sharding import put_weights, sharded, trained_weights
+from pm_hf.sharding import load_whole, put_weights, sharded, trained_weights
 from pm_hf.stopping import Stop, stop_on_sigterm
 from pm_hf.strategies import Start, callbacks, check_room, penalties, prepare, start_of
 from pm_hf.tasks import Task, TaskStream, batches, load_stream, sample
@@ -179,6 +179,7 @@ class Run:
         published = None if state.merged is None or self.config.strategy.individual else open_adapter(state.merged)
         continued = self._shared_head or bool(self.config.strategy.replay_per_class)
         settings = self.config
+        load_whole()
         built = build_task_model(
             *(settings.model, settings.lora, task.labels, frozen, settings.seed, index),
             kind=settings.stream.kind,
@@ -212,7 +213,7 @@ class Run:
         if self._measures and state.curvature is None:
             size, limit = curvature_bytes(built.model, TASK, self.config.curvature.kind or "fisher"), 2**30
             if process_index() == 0:
-                print(f"curvature: {size / limit:.3f} GiB, the same for every task", file=sys.stderr, flush=True)
+                print(f"curvature: {size / 2**20:.1f} MiB, the same for every task", file=sys.stderr, flush=True)
             if size > self.config.curvature.max_gib * limit:
                 raise InputError(
                     f"curvature.kind {self.config.curvature.kind} needs {size / limit:.1f} GiB, curvature.max_gib is "

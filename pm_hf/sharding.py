@@ -8,6 +8,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.integrations import unset_hf_deepspeed_config
 
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and of FSDP's activation checkpointing
 
@@ -15,6 +16,11 @@ WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and
 def sharded(model: nn.Module) -> bool:
     """Whether a process holds only parts of the model's parameters."""
     return any(isinstance(value, DTensor) or hasattr(value, "ds_id") for value in model.parameters())
+
+
+def load_whole() -> None:
+    """Models are loaded whole from here on; a training by ZeRO-3 lets transformers spread every model it loads."""
+    unset_hf_deepspeed_config()
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:

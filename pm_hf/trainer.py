@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from pm_hf.adapters import WEIGHTS
 from pm_hf.errors import InputError, raise_all
 from pm_hf.perturbation import perturbation_factor, perturbation_problems
+from pm_hf.quantized import keep_differentiable
 from pm_hf.refusals import config_problems, peft_type
 from pm_hf.sharding import assign, sharded
 
@@ -130,6 +131,7 @@ class PerturbationMixin(_Base):
         self._asked = False  # whether the model was asked what it does with num_items_in_batch
         if self.model is not None:
             self._perturbed()
+            keep_differentiable(self.model)
 
     @property
     def perturbation_counts(self) -> Counter[float]:

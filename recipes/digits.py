@@ -76,7 +76,7 @@ def write_stream(path: Path, pictures: np.ndarray, labels: np.ndarray, train: np
         arrays[f"y_{side}"] = np.tile(labels[rows], len(TURNS))
         arrays[f"domain_{side}"] = np.repeat(np.arange(len(TURNS)), len(rows))
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, **arrays)
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
 
 
 def fit(pictures: np.ndarray, labels: np.ndarray, epochs: int) -> ViTForImageClassification:

@@ -18,8 +18,10 @@ WORDS = [f"{kind}{i}" for kind in ("apple", "bird", "car", "dog", "egg", "fog", 
 CLASSES = ("apple", "bird", "car", "dog", "egg", "fog")  # a text's class is the kind of word it has most of
 
 
-def pytest_collection_finish() -> None:
-    """What the imports left is never garbage: a Trainer collects several times a run, which takes 0.1 s of it each."""
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_heap():
+    """What imports left is never garbage: a Trainer collects several times a run, which takes 0.1 s of it each. Anew in
+    every module, as tests import on."""
     gc.collect()
     gc.freeze()
 

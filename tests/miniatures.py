@@ -7,6 +7,7 @@ data_dir/OWNER/NAME of parquet files (`write_hub`), which is what the run then f
 import csv
 import gzip
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,6 +72,93 @@ def prompts(folder: Path, stream: dict) -> None:
         for side, count in (("train", 4), ("test", 1)):
             rows = [{"text": f"{label} text {i}", "label": label} for label in labels for i in range(count)]
             write_csv(folder / task[side], rows)
+
+
+def domains(folder: Path, stream: dict) -> None:
+    """JSON lines of plain texts for each side of each task, and a test file of each held-out text."""
+    for task in stream["tasks"] + stream["held_out"]:
+        for side, count in (("train", 6), ("test", 2)):
+            if side in task:
+                lines = [json.dumps({"text": f"{task['name']} text {i} of some words"}) for i in range(count)]
+                (folder / task[side]).write_text("".join(f"{line}\n" for line in lines))
+
+
+TEXT, FLAGS = Value("string"), ClassLabel(names=["False", "True"])
+THREE = {"glue": ["entailment", "neutral", "contradiction"], "super_glue": ["entailment", "contradiction", "neutral"]}
+STARS = ["1 star", "2 star", "3 stars", "4 stars", "5 stars"]
+TOPICS = ["Society & Culture", "Science & Mathematics", "Health", "Education & Reference", "Computers & Internet"]
+TOPICS += ["Sports", "Business & Finance", "Entertainment & Music", "Family & Relationships", "Politics & Government"]
+THINGS = ["Company", "EducationalInstitution", "Artist", "Athlete", "OfficeHolder", "MeanOfTransportation", "Building"]
+THINGS += ["NaturalPlace", "Village", "Animal", "Plant", "Album", "Film", "WrittenWork"]
+# (Hub id, configuration): columns in their order; the hidden labels of SuperGLUE's and GLUE's test splits are -1
+HUB: dict[tuple[str, str | None], dict] = {
+    ("fancyzhx/dbpedia_14", None): {"label": ClassLabel(names=THINGS), "title": TEXT, "content": TEXT},
+    ("fancyzhx/ag_news", None): {"text": TEXT, "label": ClassLabel(names=["World", "Sports", "Business", "Sci/Tech"])},
+    ("Yelp/yelp_review_full", None): {"label": ClassLabel(names=STARS), "text": TEXT},
+    ("stanfordnlp/imdb", None): {"text": TEXT, "label": ClassLabel(names=["neg", "pos"])},
+    ("community-datasets/yahoo_answers_topics", None): {
+        "id": Value("int32"),
+        "topic": ClassLabel(names=TOPICS),
+        "question_title": TEXT,
+        "question_content": TEXT,
+        "best_answer": TEXT,
+    },
+    ("nyu-mll/glue", "mnli"): {"premise": TEXT, "hypothesis": TEXT, "label": ClassLabel(names=THREE["glue"])},
+    ("nyu-mll/glue", "qqp"): {
+        "question1": TEXT,
+        "question2": TEXT,
+        "label": ClassLabel(names=["not_duplicate", "duplicate"]),
+    },
+    ("nyu-mll/glue", "rte"): {
+        "sentence1": TEXT,
+        "sentence2": TEXT,
+        "label": ClassLabel(names=["entailment", "not_entailment"]),
+    },
+    ("nyu-mll/glue", "sst2"): {"sentence": TEXT, "label": ClassLabel(names=["negative", "positive"])},
+    ("aps/super_glue", "cb"): {"premise": TEXT, "hypothesis": TEXT, "label": ClassLabel(names=THREE["super_glue"])},
+    ("aps/super_glue", "copa"): {
+        "premise": TEXT,
+        "choice1": TEXT,
+        "choice2": TEXT,
+        "question": TEXT,
+        "label": ClassLabel(names=["choice1", "choice2"]),
+    },
+    ("aps/super_glue", "multirc"): {"paragraph": TEXT, "question": TEXT, "answer": TEXT, "label": FLAGS},
+    ("aps/super_glue", "boolq"): {"question": TEXT, "passage": TEXT, "label": FLAGS},
+    ("aps/super_glue", "wic"): {"word": TEXT, "sentence1": TEXT, "sentence2": TEXT, "label": FLAGS},
+}
+
+
+def olora(folder: Path, stream: dict) -> None:
+    """Every data set of the stream with its splits; yahoo's question_content is often empty; amazon is a CSV."""
+    for task in stream["tasks"]:
+        name, config = task["dataset"], task.get("dataset_config")
+        if name.startswith("yassiracharki/"):
+            _amazon(folder / name)
+            continue
+        features, splits = HUB[name, config], {}
+        for split in ("train", task.get("test_split", "test"), "test"):
+            splits[split] = {column: _cells(column, kind) for column, kind in features.items()}
+            hidden = split == "test" and "test_split" in task
+            if hidden:
+                splits[split]["label"] = [-1] * len(splits[split]["label"])
+        write_hub(folder, name, features, splits, config=config)
+
+
+def _cells(column: str, kind: ClassLabel | Value) -> list:
+    """28 cells of a column: each label in turn, numbers, or texts."""
+    if isinstance(kind, ClassLabel):
+        return [i % kind.num_classes for i in range(28)]
+    if kind.dtype != "string":
+        return list(range(28))
+    return ["" if column == "question_content" and i % 2 else f"{column} {i}" for i in range(28)]
+
+
+def _amazon(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for side in ("train", "test"):
+        rows = [{"class_index": i % 5 + 1, "review_title": f"title {i}", "review_text": f"text {i}"} for i in range(10)]
+        write_csv(folder / f"{side}.csv", [rows[0] | {"review_title": ""}, *rows])
 
 
 # pictures

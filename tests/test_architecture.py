@@ -37,6 +37,7 @@ TIERS = [
         "encoding",
         "scoring",
         "modeling",
+        "quantized",
         "gguf",
         "inspection",
     ],

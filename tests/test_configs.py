@@ -39,12 +39,15 @@ MINIATURES = {
     "imagenet-r/10-tasks.yaml": ("vit", miniatures.imagenet_r),
     "imagenet-r/20-tasks.yaml": ("vit", miniatures.imagenet_r),
     "imagenet-r/5-tasks.yaml": ("vit", miniatures.imagenet_r),
+    **{f"olora/order-{order}.yaml": ("t5", miniatures.olora) for order in range(1, 7)},
     "pacs/vit.yaml": ("vit", miniatures.arrays),
+    "smollm2/domains.yaml": ("llama", miniatures.domains),
     "smollm2/text.yaml": ("llama", miniatures.prompts),
     "tinyimagenet50/vit.yaml": ("vit", miniatures.arrays),
 }
-COUNT = 15
+COUNT = 22
 SMALLER = {
+    "lora.r": 2,
     "training.max_steps": 2,
     "training.per_device_train_batch_size": 4,
     "training.dataloader_num_workers": 0,

@@ -161,7 +161,8 @@ def test_only_the_completion_and_its_end_are_predicted():
 def test_tokenizer_s_own_end_is_not_in_the_prompt_and_not_doubled():
     assert encode(word_tokenizer(bos=True, eos=True), "red1", "gold") == ("[BOS] red1", "gold [EOS]", 4, 0)
     assert encode(word_tokenizer(eos=True), "red1", "gold") == ("red1", "gold [EOS]", 4, 0)
-    assert encode(word_tokenizer(eos=True), "red1 [EOS]", "gold") == ("red1 [EOS]", "gold [EOS]", 4, 0)
+    for tokenizer in (word_tokenizer(eos=True), word_tokenizer()):
+        assert encode(tokenizer, "red1 [EOS]", "gold") == ("red1 [EOS]", "gold [EOS]", 4, 0)
 
 
 def test_plain_text_begins_with_bos_or_eos():

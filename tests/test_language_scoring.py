@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from language_reference import greedy, log_probabilities, mean_log_probability
-from tiny_language import WORDS, tiny_model, tiny_tokenizer
+from tiny_language import LENGTH, WORDS, tiny_model, tiny_tokenizer
 
 from pm_hf.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.language_scoring import MOST_GENERATED, answer_likelihoods, exact_match, score_rows, token_scores
@@ -66,22 +66,20 @@ def test_exact_match_is_that_of_decoding_step_by_step(kind):
         assert exact_match(model, encoder, own.take(whole), batch_size=2) == 1.0
 
 
-def talking(kind, answers):
-    """(model, encoder) of a model that is trained to give these answers to ROWS' prompts."""
-    model, encoder = setting(kind)
-    batch = encoder.collate(encoder.examples(Rows(ROWS.inputs, answers)))
+def teach(model, batch, steps=60):
+    """Train all of the model on one batch."""
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(60):
+    for _ in range(steps):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model, encoder
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_learned_is_said_and_chosen(kind):
     answers = [" gold", " blue1 blue2 blue3", " pale0 pale1", " gold"]
-    model, encoder = talking(kind, answers)
+    model, encoder = setting(kind)
+    teach(model, encoder.collate(encoder.examples(Rows(ROWS.inputs, answers))))
     model.generation_config.repetition_penalty = 5.0  # the checkpoint's own settings do not count
     rows, choices = Rows(ROWS.inputs, answers), sorted(set(answers))
     for ids, text in zip(map(encoder.prompt, rows.inputs), answers, strict=True):
@@ -145,11 +143,10 @@ def test_turn_that_ends_with_another_token_than_eos_is_ended_by_it():
     prompts = [[{"role": "user", "content": text}] for text in ("red1", "blue2")]
     rows = Rows(prompts, ["gold", "pale0 pale1 pale2"])
     assert encoder.completion(prompts[0], "gold")[-1] == encoder.tokenizer.convert_tokens_to_ids("[USER]")
-    batch, optimizer = encoder.collate(encoder.examples(rows)), torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(40):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    examples, babble = encoder.examples(rows), encoder.tokenizer.convert_tokens_to_ids("red4")
+    for example in examples:  # what the model would go on to say
+        example["input_ids"], example["labels"] = ([*example[key], babble] for key in ("input_ids", "labels"))
+    teach(model, encoder.collate(examples))
     assert exact_match(model, encoder, rows) == 1.0
 
 
@@ -165,6 +162,14 @@ def test_what_is_too_long_is_cut_as_in_training(kind):
     scores = score_rows(model, encoder, long, long.labels, long.labels)
     assert encoder.cut == 2
     assert all(math.isfinite(value) for value in scores.values())
+
+
+def test_prompt_that_is_too_long_for_the_model_is_completed_from_its_right():
+    model, encoder = setting("gpt2", LENGTH)
+    rows = Rows([" ".join(WORDS * 3)], [" pale0 pale1"])
+    assert len(encoder.prompt(rows.inputs[0])) > LENGTH
+    teach(model, encoder.collate(encoder.examples(rows)))
+    assert score_rows(model, encoder, rows, rows.labels, rows.labels)["exact_match"] == 1.0
 
 
 def test_long_completions_and_plain_text_are_not_generated():

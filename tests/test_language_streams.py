@@ -152,7 +152,6 @@ def test_stream_is_learned_and_merged(run):
     assert list(report.matrices) == ANSWERED
     assert report.scores[0][0] > 0.7  # 0.5 by chance
     assert report.task_incremental[1][1] > 0.7
-    assert report.metrics["task_incremental"]["ACC"] > 0.7
     assert first["labels"] == [" blue", " red"]
     assert first["coefficient"]["used"] == pytest.approx(1, abs=1e-6)
     expected = {"sequential": 1.0, "average": 0.5}.get(config["method"])

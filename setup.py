@@ -29,6 +29,7 @@ setup(
         "evaluate>=0.4.3",
         "safetensors>=0.8",
         "huggingface_hub>=1.5",
+        "psutil>=5",
         "pyyaml>=6",
         "tqdm>=4.60",
     ],

@@ -64,11 +64,12 @@ def main() -> int:
         print(f"{len(kills)} kills in {len(folders)} runs", file=sys.stderr, flush=True)
     expected = outcome(options.runs / "whole")
     different = {name: differences(outcome(options.runs / name), expected) for name in folders}
+    different = {name: found for name, found in different.items() if found}
     landed = Counter(kill["landed"] for kill in kills)
     figures = {
         "kills": len(kills),
         "runs": len(folders),
-        "different": {name: found for name, found in different.items() if found},
+        "different": different,
         "landed": dict(landed.most_common()),
         "compared": sorted(expected),
         "phase_seconds": durations,
@@ -79,8 +80,8 @@ def main() -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**figures, **environment()})
     where = ", ".join(f"{phase} {count}" for phase, count in landed.most_common())
-    print(f"{len(kills)} kills in {len(folders)} runs ({where}), {len(figures['different'])} runs ended otherwise")
-    return int(bool(figures["different"]))
+    print(f"{len(kills)} kills in {len(folders)} runs ({where}), {len(different)} runs ended otherwise")
+    return int(bool(different))
 
 
 def collect(folder: Path) -> None:

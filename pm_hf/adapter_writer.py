@@ -81,7 +81,16 @@ def save_adapter(
     saved: dict[str, Tensor],
     labels: Mapping[str, list[str]],
 ) -> None:
-    """Write an adapter as it was trained: lora_A and lora_B as they are, `config` its PEFT configuration."""
+    """Write an adapter as it was trained: lora_A and lora_B as they are, `config` its PEFT configuration.
+
+    RuntimeError when a tensor has no entries: a process of a sharded training that holds none of them.
+    """
+    empty = [name for name, value in (factors | saved).items() if not value.numel()]
+    if empty:
+        raise RuntimeError(
+            f"{path}: {len(empty)} of {len(factors) + len(saved)} tensors are empty, first {empty[0]}; their weights "
+            "are spread over the processes (ZeRO-3, FSDP): gather them before they are saved"
+        )
     tensors = {PREFIX + name: tensor.contiguous() for name, tensor in (factors | saved).items()}
     with new_folder(path, overwrite=True) as folder:
         _write(folder, config, tensors, labels)

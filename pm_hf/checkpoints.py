@@ -18,6 +18,7 @@ from transformers import Trainer
 
 from pm_hf.errors import InputError
 from pm_hf.files import OS_ERROR, WriteError, read_json, sync, sync_folder, write_json
+from pm_hf.loss_log import LossLog
 from pm_hf.processes import gather, on_main, together
 
 WHOLE = "whole.json"  # the last file of a checkpoint, written when the others are on the disk
@@ -29,10 +30,12 @@ _KEPT = 100  # losses that are kept on the device before they are added up
 
 @dataclass
 class Progress:
-    """What the steps up to a checkpoint add to step.json: the losses' sum in each process, the factors of all."""
+    """What the steps up to a checkpoint add to step.json: the losses' sum in each process, the factors of all, and the
+    points of the main process's LossLog."""
 
     losses: list[float] = field(default_factory=list)
     factors: dict[str, int] = field(default_factory=dict)
+    log: list[list[float]] = field(default_factory=list)
 
 
 _Base: Any = Trainer if TYPE_CHECKING else object  # the mixin stands before a PMTrainer
@@ -50,10 +53,12 @@ class WholeCheckpoints(_Base):
         super().__init__(*args, **kwargs)
         self._before = Progress()
         self._loss_sum, self._losses = 0.0, list[Tensor]()
+        self._log, self._drawn_at = LossLog(), list[tuple[int, float]]()  # (step, factor) of each of `_losses`
 
     def continue_from(self, checkpoint: str | None) -> None:
         """Count on from what `checkpoint` says; call it before `train(resume_from_checkpoint=checkpoint)`."""
         self._before = Progress() if checkpoint is None else Progress(**read_json(Path(checkpoint) / WHOLE))
+        self._log = LossLog(self._before.log)
         losses, index = self._before.losses, self.args.process_index
         same = len(losses) == self.args.world_size
         self._loss_sum = losses[index] if same else sum(losses) / max(1, len(losses))
@@ -63,20 +68,24 @@ class WholeCheckpoints(_Base):
         found = gather((self._summed(), self.perturbation_counts))
         drawn = sum((counts for _, counts in found), Counter[float]())
         factors = Counter(self._before.factors) + Counter({f"{factor:g}": drawn[factor] for factor in sorted(drawn)})
-        return Progress([loss for loss, _ in found], dict(sorted(factors.items())))
+        return Progress([loss for loss, _ in found], dict(sorted(factors.items())), self._log.points)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The step; its loss is added up."""
         loss = super().training_step(*args, **kwargs)
         self._losses.append(loss.detach())
+        self._drawn_at.append((self.state.global_step + 1, self._drawn.since_log[-1]))
         if len(self._losses) >= _KEPT:
             self._summed()
         return loss
 
     def _summed(self) -> float:
-        for loss in torch.stack(self._losses).tolist() if self._losses else ():
+        losses = torch.stack(self._losses).tolist() if self._losses else []
+        for loss, (step, factor) in zip(losses, self._drawn_at, strict=True):
             self._loss_sum += loss  # one after the other: a continued training gets the same sum
+            self._log.add(step, loss, factor)
         self._losses.clear()
+        self._drawn_at.clear()
         return self._loss_sum
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -138,11 +147,13 @@ def _rotate(folder: Path, limit: int | None, best: str | None) -> None:
 def _write_error(path: Path, error: Exception) -> Exception:
     """WriteError for an error of writing, after what was written is removed; any other error as it is."""
     code = OS_ERROR.search(str(error))
-    if isinstance(error, RuntimeError) and not _WRITER.search(str(error)):
+    torch_s = isinstance(error, RuntimeError)
+    if torch_s and not _WRITER.search(str(error)):
         return error
+    free = shutil.disk_usage(next(above for above in (path, *path.parents) if above.is_dir())).free
     shutil.rmtree(path, ignore_errors=True)
-    free = shutil.disk_usage(path.parent).free
     reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    reason = "torch.save failed, as it does when the disk is full" if torch_s else reason
     number = int(code[1]) if code else getattr(error, "errno", None)
     found = WriteError(path, f"{reason} ({free / 1e6:.1f} MB free)", number)
     found.__cause__ = error

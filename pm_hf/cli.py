@@ -1,4 +1,4 @@
-"""The command line: pm-hf train | merge | evaluate | inspect | methods."""
+"""The command line: pm-hf train | merge | evaluate | inspect | report | methods | push."""
 
 import argparse
 import json
@@ -94,8 +94,23 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="machine-readable output")
     inspect.set_defaults(run=_inspect)
 
+    report = commands.add_parser("report", help="runs side by side on one page that opens offline, with plots")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a run, or a report.json")
+    report.add_argument("--output", help="folder to write; default: the only run's, of several: report")
+    report.set_defaults(run=_report)
+
     methods = commands.add_parser("methods", help="the merging methods")
     methods.set_defaults(run=_methods)
+
+    push = commands.add_parser("push", help="publish a finished run on the Hub: its adapters, card and report")
+    push.add_argument("folder", metavar="RUN", help="output_dir of the run")
+    push.add_argument("repo", metavar="REPO", help="repository owner/name, created if it is not there")
+    push.add_argument(
+        "--base_model_id", "--base-model-id", metavar="ID", help="the base model on the Hub; default: model.base"
+    )
+    push.add_argument("--public", action="store_true", help="a public repository; default: private")
+    push.add_argument("--dry-run", action="store_true", help="print the files and the card, use no network")
+    push.set_defaults(run=_push)
     return parser
 
 
@@ -186,6 +201,16 @@ def _inspect(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _report(options: argparse.Namespace) -> int:
+    from pm_hf.page import write_report
+
+    path, notes = write_report(options.runs, options.output)
+    for note in notes:
+        print(note, file=sys.stderr)
+    print(f"written: {path}")
+    return DONE
+
+
 def _methods(_: argparse.Namespace) -> int:
     from pm_hf.merging.methods import METHODS
 
@@ -196,6 +221,19 @@ def _methods(_: argparse.Namespace) -> int:
         print(f"    cost: {method.cost}")
         for option, setting in method.options.items():
             print(f"    --option {option}={setting.default}: {setting.about}")
+    return DONE
+
+
+def _push(options: argparse.Namespace) -> int:
+    from pm_hf.hub import prepare, push
+
+    if options.dry_run:
+        upload = prepare(options.folder, options.repo, base_model_id=options.base_model_id)
+        for name, size in upload.sizes().items():
+            print(f"{size:>12,d}  {name}")
+        print(f"\n{upload.card}\ndry run: nothing uploaded to {upload.repo}")
+        return DONE
+    print(push(options.folder, options.repo, base_model_id=options.base_model_id, public=options.public))
     return DONE
 
 

@@ -78,7 +78,7 @@ def _download(place: _Place, subject: str) -> Path:
     # a pickle is never fetched
     wanted = [glob.escape(inside + name) for name in FILES]
     try:
-        with _errors_only():
+        with errors_only():
             snapshot = Path(snapshot_download(place.repo, revision=place.revision, allow_patterns=wanted))
     except Exception as error:  # whatever the client and the network libraries below it raise
         raise InputError(f"{subject} cannot be fetched: {_reason(error)}") from error
@@ -90,7 +90,7 @@ def _download(place: _Place, subject: str) -> Path:
 
 
 @contextmanager
-def _errors_only() -> Iterator[None]:
+def errors_only() -> Iterator[None]:
     """No warnings of the client on stderr: what it warns of (no file matches) is our error a moment later."""
     from huggingface_hub.utils import logging
 

@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pm_hf.adapter_writer import save_adapter
 from pm_hf.adapters import Adapter, open_adapter
 from pm_hf.analytic import update_head
@@ -21,6 +19,7 @@ from pm_hf.encoding import check_encoding, check_length, make_encoder
 from pm_hf.errors import InputError
 from pm_hf.files import locked
 from pm_hf.fisher import adapted_layers, curvature_bytes, estimate_curvature, head_matrix
+from pm_hf.memory import release_memory
 from pm_hf.merge import MergeReport, merge_adapters
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank
@@ -46,9 +45,9 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
     config: YAML file, mapping or RunConfig; overrides: dotted keys, as in `learn("c.yaml", **{"lora.r": 4}, seed=1)`.
     All input is checked before any training. Under `accelerate launch` every process trains and measures its share of
     the rows; the first one merges, scores and writes, the others wait. Where one fails all do: it raises its error, the
-    others OtherProcessError. SIGTERM to any ends all after the step, with a checkpoint to continue from. Raises InputError for bad input (another config in the output folder,
-    or another run at work in it, included), StoppedError after SIGTERM, DivergedError for a loss that is not finite,
-    and ForgettingError when `max_forgetting` is exceeded.
+    others OtherProcessError. SIGTERM to any ends all after the step, with a checkpoint to continue from. Raises
+    InputError for bad input (another config in the output folder, or another run at work in it, included), StoppedError
+    after SIGTERM, DivergedError for a loss that is not finite, and ForgettingError when `max_forgetting` is exceeded.
     """
     source = config if isinstance(config, Mapping | RunConfig) else Path(config)
     settings = load_config(source, values=overrides)
@@ -107,11 +106,11 @@ class Run:
         self.encoder = make_encoder(config)
         check_encoding(self.encoder, [rows for task in stream.all for rows in (task.train, task.test)])
         self.scorer = Scorer(config, self.encoder, args.per_device_eval_batch_size, precision(args), args.device)
-        fewest = min((len(task.train), task.name) for task in stream.tasks)
-        if self._measures and min(fewest[0], config.curvature.samples or fewest[0]) < process_count():
+        fewest, samples = min(len(task.train) for task in stream.tasks), config.curvature.samples
+        if self._measures and min(fewest, samples or fewest) < process_count():
             raise InputError(
-                f"task {fewest[1]!r} has {fewest[0]} training rows, curvature.samples is {config.curvature.samples}: each "
-                f"of {process_count()} processes needs one to measure the curvature; launch fewer processes"
+                f"curvature.samples is {samples} and the smallest task has {fewest} training rows: each of "
+                f"{process_count()} processes needs one to measure the curvature; launch fewer processes"
             )
 
     @property
@@ -125,28 +124,20 @@ class Run:
         state, folder = self.folder.state(index), self.folder.task(index)
         notes = on_main(lambda: self.folder.begin_task(index))
         start = start_of(self.config, state)
-        built = together(lambda: self._build(task, state, start, index))
-        before = None if built.head is None else head_matrix(find_head(built.model, built.head))
-        trained: dict[str, Any] = {}
-        if self._trains(index):
-            trained = self._train(built, task, state, index, stop)
-            built = self._whole(built, task, state, start, index)
-        stop.check()
-        curvature = self._measure(built, task, state, before, index)
-        stop.check()
+        head, trained, curvature = self._optimum(task, state, start, index, stop)
+        release_memory()  # the scores load the model again, and two of them may be too many
 
         def finish() -> None:
-            self._save(built, task, folder)
             merge = self._merge(folder, state, start, curvature, index)
             if self.config.head.kind == "lda":
                 moved = self._trains(index)
-                update_head(folder, state, task, str(built.head), self.scorer, self.config.head, moved=moved)
-            scores, seen = self._scores(folder, built.head, index), self.stream.seen(index)
+                update_head(folder, state, task, str(head), self.scorer, self.config.head, moved=moved)
+            scores, seen = self._scores(folder, head, index), self.stream.seen(index)
             step = {
                 "task": task.name,
                 "labels": list(task.labels),
                 "fingerprint": task.fingerprint(),
-                "head": built.head,
+                "head": head,
                 "train_from": start.train_from,
                 "freedom": merge.freedom,
                 "coefficient": None if merge.coefficient is None else asdict(merge.coefficient),
@@ -165,6 +156,25 @@ class Run:
             say(index, len(self.stream.tasks), step, primary_metric(list(scores), [t.own for t in seen]))
 
         on_main(finish)
+        release_memory()
+
+    def _optimum(
+        self, task: Task, state: State, start: Start, index: int, stop: Stop
+    ) -> tuple[str | None, dict[str, Any], Curvature | None]:
+        """Train, measure and save one task: (head, what step.json says of the training, curvature)."""
+        built = together(lambda: self._build(task, state, start, index))
+        together(lambda: self._check_built(built, state, index))
+        before = None if built.head is None else head_matrix(find_head(built.model, built.head))
+        trained: dict[str, Any] = {}
+        if self._trains(index):
+            trained = self._train(built, task, state, index, stop)
+            built = self._whole(built, task, state, start, index)
+        stop.check()
+        curvature = self._measure(built, task, state, before, index)
+        stop.check()
+
+        on_main(lambda: self._save(built, task, self.folder.task(index)))
+        return built.head, trained, curvature
 
     @property
     def _shared_head(self) -> bool:
@@ -176,7 +186,7 @@ class Run:
 
     def _build(self, task: Task, state: State, start: Start, index: int) -> TaskModel:
         frozen = None if start.frozen is None else open_adapter(start.frozen)
-        published = None if state.merged is None or self.config.strategy.individual else open_adapter(state.merged)
+        published = self._published(state)
         continued = self._shared_head or bool(self.config.strategy.replay_per_class)
         settings = self.config
         load_whole()
@@ -187,7 +197,6 @@ class Run:
             continue_head=continued,
         )
         prepare(settings, built, start)
-        self._check_built(built, published, state, index)
         return built
 
     def _whole(self, built: TaskModel, task: Task, state: State, start: Start, index: int) -> TaskModel:
@@ -200,7 +209,12 @@ class Run:
         again.model.to(self.scorer.device)
         return again
 
-    def _check_built(self, built: TaskModel, published: Adapter | None, state: State, index: int) -> None:
+    def _published(self, state: State) -> Adapter | None:
+        """The running merge that the task is folded into."""
+        return None if state.merged is None or self.config.strategy.individual else open_adapter(state.merged)
+
+    def _check_built(self, built: TaskModel, state: State, index: int) -> None:
+        published = self._published(state)
         if published is not None and (state.curvature is not None or self._measures):
             strange = set(published.scaling) ^ set(adapted_layers(built.model, TASK))
             if strange:

@@ -33,6 +33,7 @@ from pm_hf.files import read_json
 from pm_hf.gguf import load_gguf
 from pm_hf.layouts import CONFIG
 from pm_hf.settings import LANGUAGE, LoraSettings, ModelSettings
+from pm_hf.sharding import inner_name
 
 MERGED, TASK = "merged", "task"
 HEADS = ("classifier", "score")  # what PEFT saves by itself for a sequence classifier
@@ -197,7 +198,7 @@ def load_published(settings: ModelSettings, folder: Path, labels: Sequence[str],
 def task_tensors(model: PeftModel, kind: str = TEXT) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
     """(LoRA factors, saved modules, PEFT configuration) of the task adapter, detached, names as in the file."""
     state = get_peft_model_state_dict(model, adapter_name=TASK, save_embedding_layers=False)
-    plain = {name.removeprefix(PREFIX): value.detach().cpu().clone() for name, value in state.items()}
+    plain = {inner_name(name).removeprefix(PREFIX): value.detach().cpu().clone() for name, value in state.items()}
     config = model.peft_config[TASK].to_dict() | {"task_type": KINDS[kind][1], "inference_mode": True}
     factors = {name: value for name, value in plain.items() if "lora_" in name}
     return factors, {name: value for name, value in plain.items() if "lora_" not in name}, config

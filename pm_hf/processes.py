@@ -82,7 +82,7 @@ def on_main(function: Callable[[], Result]) -> Result:
     result, failure = _from_main([result, None])
     if failure is not None:
         raise OtherProcessError(failure)
-    return result  # type: ignore[return-value]
+    return result
 
 
 def together(function: Callable[[], Result]) -> Result:

@@ -16,9 +16,9 @@ def keep_differentiable(model: nn.Module) -> None:
     """
     for name, layer in model.named_modules():
         if getattr(layer, PACKS, False):
-            setattr(layer, PACKS, False)
             if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
                 raise InputError(
                     f"the 4-bit weights of {name} were laid out for inference by a forward pass without gradients, and "
                     "no gradient passes them any more; load the base again and evaluate it after this"
                 )
+            setattr(layer, PACKS, False)

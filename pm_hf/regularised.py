@@ -15,8 +15,8 @@ from pm_hf.fisher import adapted_layers
 from pm_hf.language import IGNORED
 from pm_hf.penalties import Penalty, target_count
 from pm_hf.processes import gather
-from pm_hf.targets import bare, is_language
 from pm_hf.sharding import local, shard_on_cpu
+from pm_hf.targets import bare, is_language
 from pm_hf.trainer import PMTrainer
 
 
@@ -59,7 +59,7 @@ class RegularisedTrainer(WholeCheckpoints, PMTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's; `fsdp` shards on CPUs too."""
         super().create_accelerator_and_postprocess()
-        if self.args.fsdp and not self.is_fsdp_enabled:
+        if self.args.fsdp and getattr(self.accelerator.state, "fsdp_plugin", None) is None:
             shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
 

@@ -13,6 +13,13 @@ from pm_hf.versions import versions
 REPORT = "report.json"
 CHOICE, INSIDE, BITS = "class_incremental", "task_incremental", "bits_per_byte"
 LOWER_IS_BETTER = ("loss", "perplexity", BITS)
+# kind of stream: class of transformers that loads the model; PEFT has none for pictures
+AUTO = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+}
 
 
 def primary_metric(names: Sequence[str], own: Sequence[Sequence[str]]) -> str:
@@ -122,14 +129,41 @@ class Report:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def loading_lines(base: str, folder: Path, head: str) -> str:
-    """The lines that load a merged adapter with transformers and peft only."""
+def loading_lines(
+    base: str,
+    folder: str | Path,
+    head: str | None,
+    kind: str = "text-classification",
+    *,
+    on_hub: bool = False,
+    **how: str | None,
+) -> str:
+    """The lines that load a merged adapter with transformers and peft only.
+
+    head: its name in labels.json, None for a language model. on_hub: `folder` is the id of a repository. how: further
+    settings of the base model (dtype, revision), left out where they are None.
+    """
+    more = "".join(f', {key}="{value}"' for key, value in how.items() if value is not None)
+    model = f'model = PeftModel.from_pretrained(base, "{folder}")'
+    if head is None:
+        revision = f', revision="{how["revision"]}"' if how.get("revision") else ""
+        tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{base}"{revision})'
+        return f'{tokenizer}\nbase = {AUTO[kind]}.from_pretrained("{base}"{more})\n{model}'
+    file = f'hf_hub_download("{folder}", "labels.json")' if on_hub else f'"{folder}/labels.json"'
     return (
-        f'labels = json.load(open("{folder}/labels.json"))["{head}"]\n'
-        f'base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels=len(labels), '
-        "id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True)\n"
-        f'model = PeftModel.from_pretrained(base, "{folder}")'
+        f'labels = json.load(open({file}))["{head}"]\n'
+        f'base = {AUTO[kind]}.from_pretrained("{base}", num_labels=len(labels), '
+        f"id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True{more})\n"
+        f"{model}"
     )
+
+
+def loading_imports(kind: str = "text-classification", *, on_hub: bool = False) -> str:
+    """The imports that the lines need."""
+    if "classification" not in kind:
+        return f"from peft import PeftModel\nfrom transformers import {AUTO[kind]}, AutoTokenizer"
+    download = "from huggingface_hub import hf_hub_download\n" if on_hub else ""
+    return f"import json\n\n{download}from peft import PeftModel\nfrom transformers import {AUTO[kind]}"
 
 
 def plot(reports: list[Report], path: Path) -> None:

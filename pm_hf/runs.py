@@ -63,7 +63,9 @@ class RunFolder:
         if not path.is_file():
             if self.path.exists() and not self.path.is_dir():
                 raise InputError(f"output_dir {self.path} is a file, expected a folder")
-            if self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir()):
+            # a run that was killed at once leaves its lock and what it was about to write
+            ours = (LOCK, f".{CONFIG}.")
+            if self.path.is_dir() and not all(path.name.startswith(ours) for path in self.path.iterdir()):
                 raise InputError(f"output_dir {self.path} is not empty and holds no {CONFIG}; choose another folder")
             return 0
         done = 0

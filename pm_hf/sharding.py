@@ -1,4 +1,4 @@
-"""Weights that are spread over the processes while a task trains (FSDP2, DeepSpeed ZeRO-3): read whole, written back."""
+"""Weights that are spread over the processes during a training (FSDP2, DeepSpeed ZeRO-3): read whole, written back."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,13 +25,13 @@ def load_whole() -> None:
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """{name without wrappers: whole value on the CPU} of the trainable parameters; a call for all processes at once."""
-    return {plain(name): whole(value) for name, value in model.named_parameters() if value.requires_grad}
+    return {inner_name(name): whole(value) for name, value in model.named_parameters() if value.requires_grad}
 
 
 @torch.no_grad()
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy `trained_weights` into a model that is not sharded; RuntimeError where the names or shapes differ."""
-    expected = {plain(name): value for name, value in model.named_parameters() if value.requires_grad}
+    expected = {inner_name(name): value for name, value in model.named_parameters() if value.requires_grad}
     odd = [name for name in expected if name not in weights or weights[name].shape != expected[name].shape]
     if odd or len(weights) != len(expected):
         raise RuntimeError(f"the gathered weights do not fit the model, first {(odd or sorted(weights))[0]}")
@@ -42,7 +42,7 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def whole(value: Tensor) -> Tensor:
     """A parameter as every process holds it, on the CPU; of a sharded one all processes must ask together."""
     if isinstance(value, DTensor):
-        return value.detach().full_tensor().cpu()
+        return value.full_tensor().detach().cpu()
     if hasattr(value, "ds_id"):
         from deepspeed import zero
 
@@ -59,7 +59,7 @@ def assign(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
-def plain(name: str) -> str:
+def inner_name(name: str) -> str:
     """A parameter's name without what DDP, torch.compile and checkpointing put into it."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")

@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -36,6 +37,10 @@ class Task:
 
     def fingerprint(self) -> str:
         """Digest of labels and rows; a finished task must keep it."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:  # pictures are read for it
         digest = hashlib.sha256(json.dumps([self.name, self.labels]).encode())
         for rows in (self.train, self.test, self.replayed, self.eval):
             digest.update(rows.content() if len(rows) else b"")

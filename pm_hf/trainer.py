@@ -117,6 +117,8 @@ class PerturbationMixin(_Base):
     The factors of the steps since the last log are logged as `perturbation_factor` (their mean).
     """
 
+    model_accepts_loss_kwargs: bool
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, PerturbationArguments):

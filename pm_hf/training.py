@@ -9,6 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import (
     EvalPrediction,
     PrinterCallback,
@@ -17,9 +18,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.training_args import ParallelMode
 
 from pm_hf.checkpoints import last_checkpoint
-from pm_hf.errors import InputError
+from pm_hf.errors import InputError, raise_all
 from pm_hf.modeling import TASK, TaskModel
 from pm_hf.penalties import Penalty
 from pm_hf.processes import on_main
@@ -29,6 +31,8 @@ from pm_hf.settings import RunConfig
 from pm_hf.targets import bare
 from pm_hf.trainer import PMConfig
 
+FULL = "FULL_STATE_DICT"
+WHOLE = ("ewc_weight", "olora_weight", "averaging_period")  # of the strategy: what reads weights at every step
 DEFAULTS = {
     "save_strategy": "epoch",
     "save_total_limit": 1,
@@ -79,7 +83,8 @@ def train(
     if args.load_best_model_at_end:
         best = {"best_step": state.best_global_step, f"best_{args.metric_for_best_model}": state.best_metric}
     loss = fmean(done.losses) / max(1, state.global_step)
-    return timing | {"training_loss": loss, "optimizer_steps": state.global_step, **best, "factors": done.factors}
+    counts = {"optimizer_steps": state.global_step, "factors": done.factors, "log": done.log}
+    return timing | {"training_loss": loss, **best, **counts}
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -141,7 +146,7 @@ def training_arguments(config: RunConfig, checkpoints: Path, index: int) -> PMCo
     kept = {"save_total_limit": 2} if config.training.get("load_best_model_at_end") else {}  # the best and the last one
     values = {**DEFAULTS, **kept, "use_cpu": not torch.cuda.is_available(), **config.training}
     try:
-        return PMConfig(
+        args = PMConfig(
             output_dir=str(checkpoints),
             seed=config.seed,
             task_index=index,
@@ -153,8 +158,28 @@ def training_arguments(config: RunConfig, checkpoints: Path, index: int) -> PMCo
         )
     except InputError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise InputError(f"training: {' '.join(str(error).split())}") from error
+    raise_all(_sharding_problems(config, args), "training")
+    return args
+
+
+def _sharding_problems(config: RunConfig, args: PMConfig) -> list[str]:
+    """What of FSDP and DeepSpeed accelerate would leave out without a word, or breaks during the training."""
+    settings, plugin, problems = args.fsdp_config or {}, args.deepspeed_plugin, []
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        problems.append("fsdp spreads the weights over processes and there is one; launch several, or leave it out")
+    if args.fsdp and int(settings.get("version", 2)) != 2:
+        problems.append(f"fsdp_config.version: must be 2, found {settings['version']}")
+    if args.fsdp and settings.get("state_dict_type", FULL) != FULL:
+        problems.append(f"fsdp_config.state_dict_type: must be {FULL}: a checkpoint has the whole adapter")
+    if args.deepspeed and args.distributed_state.distributed_type != DistributedType.DEEPSPEED:
+        problems.append("deepspeed: accelerate leaves it out on the CPU; use fsdp there, or neither")
+    spread = args.fsdp or (plugin is not None and plugin.zero_stage == 3)
+    reading = [name for name in WHOLE if getattr(config.strategy, name)]
+    if spread and reading:
+        problems.append(f"strategy.{reading[0]} reads whole weights at every step, FSDP and ZeRO-3 spread them")
+    return problems
 
 
 def precision(args: PMConfig) -> torch.dtype | None:

@@ -116,8 +116,9 @@ def code(domain: str) -> list[str]:
 def licences() -> list[str]:
     """The licence texts of the installed distributions."""
     files = [file for distribution in distributions() for file in distribution.files or []]
-    named = sorted({file.locate() for file in files if re.search("(licen[cs]e|copying|notice)[^/]*$", str(file), re.I)})
-    return [read(Path(path)) for path in named if Path(path).suffix not in (".py", ".pyc") and Path(path).is_file()]
+    named = {str(file.locate()) for file in files if re.search("(licen[cs]e|copying|notice)[^/]*$", str(file), re.I)}
+    paths = [Path(name) for name in sorted(named)]
+    return [read(path) for path in paths if path.suffix not in (".py", ".pyc") and path.is_file()]
 
 
 def read(file: Path) -> str:

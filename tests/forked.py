@@ -1,7 +1,10 @@
 """Several processes of one run, forked from the test's own process: what is imported there is not imported again."""
 
+import json
 import os
 import pickle
+import shutil
+import signal
 import socket
 import sys
 import time
@@ -9,6 +12,14 @@ import traceback
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
+
+from pm_hf.cli import main
+from pm_hf.trainer import PMTrainer
+
+# plain gradient descent: Adam would blow rounding up where a gradient is nothing but rounding
+PLAIN = {"training__optim": "sgd", "training__learning_rate": 1.0, "training__head_learning_rate": 0.3}
+SHORT = {"groups": 2, "training__num_train_epochs": 2}
+ODD = {"curvature__samples": 7}  # an odd number of rows: two equal shares would need one twice
 
 
 @dataclass(frozen=True)
@@ -69,3 +80,35 @@ def _port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def without_dropout(base, folder):
+    """A copy of a base model without dropout, whose masks differ between the processes."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def close(left, right, tolerance=2e-5):
+    """Whether two {name: tensor} are equal up to rounding, in relation to the largest entry of each tensor."""
+    assert left.keys() == right.keys()
+    return all((left[name] - right[name]).abs().max() <= tolerance * left[name].abs().max() for name in left)
+
+
+def stopped(path, folder):
+    """How two processes end of which the second gets SIGTERM in the second step of the second task."""
+
+    def work(rank):
+        step = PMTrainer.training_step
+
+        def stop(self, *args, **kwargs):
+            if rank == 1 and "task-01" in self.args.output_dir and self.state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(self, *args, **kwargs)
+
+        PMTrainer.training_step = stop
+        return main(["train", "--config", str(path)])
+
+    return run(work, folder)

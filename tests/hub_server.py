@@ -1,5 +1,6 @@
-"""A Hub on the loopback: the few endpoints that downloading a snapshot of a model repository needs."""
+"""A Hub on the loopback: the few endpoints that reading and writing a model repository needs; Xet is off."""
 
+import base64
 import hashlib
 import json
 import os
@@ -11,7 +12,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
+LARGE = (".safetensors", ".png")  # stored through LFS
 
 Files = dict[str, bytes]
 
@@ -19,11 +23,17 @@ Files = dict[str, bytes]
 class HubServer(ThreadingHTTPServer):
     """repos: {owner/name: {revision: {path: content}}}. refusals: {owner/name: (status, X-Error-Code)} for its files,
     or for everything with status 401 and above 499; status 0 drops the connection. seen: "METHOD path" of each request.
+    private: repositories that need the token. objects: what LFS holds, {sha256: content}. drops: {"METHOD part of a
+    path": how many such requests lose their connection before an answer}. refused: an id that no card may name.
     """
 
     def __init__(self, repos: dict[str, dict[str, Files]], refusals: dict[str, tuple[int, str | None]]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos, self.refusals = repos, refusals
+        self.private: set[str] = set()
+        self.objects: dict[str, bytes] = {}
+        self.drops: dict[str, int] = {}
+        self.refused: str | None = None
         self.seen: list[str] = []
         self.tokens: set[str | None] = set()
 
@@ -49,10 +59,101 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(status, code)
         elif repo not in self.server.repos:
             self.answer(404, "RepoNotFound")
+        elif repo in self.server.private and not self.known():
+            self.answer(401, "RepoNotFound")
         else:
-            self.repository(self.server.repos[repo], repo, rest)
+            self.repository(self.server.repos[repo], repo, rest or ["revision", "main"])
 
     do_HEAD = do_GET
+
+    def known(self) -> bool:
+        """Whether the request brings the token."""
+        return self.headers["Authorization"] == f"Bearer {TOKEN}"
+
+    def do_POST(self) -> None:
+        path, content = self.received()
+        if content is None:
+            return None
+        parts = path.strip("/").split("/")
+        if path == "/api/validate-yaml":
+            return self.validate(json.loads(content)["content"])
+        if not self.known():
+            return self.answer(401)
+        if path == "/api/repos/create":
+            return self.create(json.loads(content))
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return self.batch(json.loads(content)["objects"])
+        repo = "/".join(parts[2:4])
+        files = self.server.repos[repo][parts[5]]
+        return self.preupload(files, content) if parts[4] == "preupload" else self.commit(repo, files, content)
+
+    def do_PUT(self) -> None:
+        path, content = self.received()
+        if content is not None:
+            assert hashlib.sha256(content).hexdigest() == path.rpartition("/")[2]
+            self.server.objects[path.rpartition("/")[2]] = content
+            self.answer(200)
+
+    def received(self) -> tuple[str, bytes | None]:
+        """Path and body of a request; None where its connection is dropped."""
+        path = unquote(urlsplit(self.path).path)
+        self.server.seen.append(f"{self.command} {path}")
+        content = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        for key, left in self.server.drops.items():
+            method, _, part = key.partition(" ")
+            if left and method == self.command and part in path:
+                self.server.drops[key] -= 1
+                self.close_connection = True
+                return path, None
+        return path, content
+
+    def create(self, asked: dict) -> None:
+        """A repository with the one file that a new one has."""
+        repo = f"{asked['organization']}/{asked['name']}"
+        if asked["organization"] == "stranger":
+            return self.answer(403)
+        if repo in self.server.repos:
+            return self.answer(409, body={"url": f"{self.server.url}/{repo}"})
+        self.server.repos[repo] = {"main": {".gitattributes": b"*.safetensors filter=lfs"}}
+        self.server.private |= {repo} if asked["visibility"] == "private" else set()
+        return self.answer(200, body={"url": f"{self.server.url}/{repo}"})
+
+    def validate(self, card: str) -> None:
+        """The Hub's rules that a card is in danger of breaking."""
+        data = yaml.safe_load(card.split("---\n")[1])
+        named = [data["base_model"], *data.get("datasets", [])]
+        wrong = [f'"{name}" is not a valid id' for name in named if _no_id(name) or name == self.server.refused]
+        tests = [part for model in data["model-index"] for part in model["results"]]
+        wrong += [f"no type in {part}" for part in tests if not (part["task"]["type"] and part["dataset"]["type"])]
+        self.answer(400 if wrong else 200, body={"errors": [{"message": text} for text in wrong], "warnings": []})
+
+    def preupload(self, files: Files, content: bytes) -> None:
+        answers = []
+        for file in json.loads(content)["files"]:
+            path = file["path"]
+            mode = "lfs" if path.endswith(LARGE) else "regular"
+            answer = {"path": path, "uploadMode": mode, "shouldIgnore": False}
+            answers.append(answer | ({"oid": _remote_oid(files[path], mode)} if path in files else {}))
+        self.answer(200, body={"files": answers})
+
+    def batch(self, wanted: list[dict]) -> None:
+        objects = []
+        for item in wanted:
+            upload = {"upload": {"href": f"{self.server.url}/lfs/{item['oid']}"}}
+            objects.append(item | ({} if item["oid"] in self.server.objects else {"actions": upload}))
+        self.answer(200, body={"transfer": "basic", "objects": objects})
+
+    def commit(self, repo: str, files: Files, content: bytes) -> None:
+        for line in content.splitlines():
+            item = json.loads(line)
+            value = item["value"]
+            if item["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif item["key"] == "lfsFile":
+                files[value["path"]] = self.server.objects[value["oid"]]
+            elif item["key"] == "deletedFile":
+                del files[value["path"]]
+        self.answer(200, body={"commitUrl": f"{self.server.url}/{repo}/commit/1", "commitOid": "1" * 40})
 
     def repository(self, revisions: dict[str, Files], repo: str, rest: list[str]) -> None:
         """revision/R, tree/R or resolve/R/path of a repository; R is a name or a commit."""
@@ -64,7 +165,8 @@ class _Handler(BaseHTTPRequestHandler):
         files = revisions[commits[commit]]
         if rest[0] == "revision":
             siblings = [{"rfilename": name} for name in files]
-            return self.answer(200, body={"id": repo, "sha": commit, "siblings": siblings}, commit=commit)
+            body = {"id": repo, "sha": commit, "siblings": siblings, "private": repo in self.server.private}
+            return self.answer(200, body=body, commit=commit)
         if rest[0] == "tree":
             entries = [{"type": "file", "path": n, "size": len(f), "oid": _oid(f)} for n, f in files.items()]
             return self.answer(200, body=entries, commit=commit)
@@ -81,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
             if value is not None:
                 self.send_header(name, str(value))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
@@ -90,6 +192,17 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _oid(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
+
+
+def _no_id(name: str) -> bool:
+    return name.count("/") > 1 or name[0] in "./~"
+
+
+def _remote_oid(content: bytes, mode: str) -> str:
+    """What the Hub calls a stored file: git's hash, or LFS's."""
+    if mode == "lfs":
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @contextmanager

@@ -118,7 +118,8 @@ def resolved_without(config, key):
 
 
 def test_every_yaml_has_a_miniature():
-    found = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+    every = [path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml")]
+    found = sorted(str(path) for path in every if path.parent.name != "accelerate")  # whose files are the launcher's
     assert found == sorted(MINIATURES)
     assert len(found) == COUNT
 

@@ -179,7 +179,8 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(whole, tiny_base, data
         for adapter in ("adapter", "merged"):
             assert same_tensors(run / task / adapter, folder / task / adapter)
     for mine, theirs in zip(steps(run), steps(folder), strict=True):
-        for key in ("scores", "coefficient", "fingerprint", "optimizer_steps", "best_step", "best_loss", "factors"):
+        same = "scores", "coefficient", "fingerprint", "optimizer_steps", "best_step", "best_loss", "factors", "log"
+        for key in same:
             assert mine[key] == theirs[key], key
 
 

@@ -1,14 +1,12 @@
 """A stream on two processes: the same result as on one, and one end for all."""
 
-import json
 import os
 import shutil
-import signal
 import sys
 
 import pytest
 import torch
-from forked import run
+from forked import ODD, PLAIN, SHORT, close, run, stopped, without_dropout
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from streams import contents, dense, domains, same_tensors, settings, steps, write_data, write_yaml
@@ -24,10 +22,6 @@ from pm_hf.regularised import RegularisedTrainer, step_loss
 from pm_hf.trainer import PMConfig, PMTrainer, scaled_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-# plain gradient descent: Adam would blow rounding up where a gradient is nothing but rounding
-PLAIN = {"training__optim": "sgd", "training__learning_rate": 1.0, "training__head_learning_rate": 0.3}
-SHORT = {"groups": 2, "training__num_train_epochs": 2}
-ODD = {"curvature__samples": 7}  # an odd number of rows: two equal shares would need one twice
 STREAMS = {
     "merge_only": ODD,
     "pm_gram": ODD | {"perturbation__scale": 0.0},
@@ -42,12 +36,7 @@ STREAMS = {
 
 @pytest.fixture(scope="module")
 def base(tiny_base, tmp_path_factory):
-    """The tiny base without dropout, whose masks differ between the processes."""
-    folder = shutil.copytree(tiny_base, tmp_path_factory.mktemp("still") / "base")
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return without_dropout(tiny_base, tmp_path_factory.mktemp("still") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -75,21 +64,16 @@ def streams(base, data, tmp_path_factory):
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     for name in STREAMS:
         learn(configured(base, data, one, name, 8))
+    configs = [configured(base, data, two, name, 4) for name in STREAMS]
 
     def work(_):
-        for name in STREAMS:
-            learn(configured(base, data, two, name, 4))
+        for config in configs:
+            learn(config)
 
     ended = run(work, two / "processes")
     assert [end.code for end in ended] == [0, 0], [end.stderr for end in ended]
     assert [end.stderr.count("task 1/2") for end in ended] == [len(STREAMS), 0]
     return one, two
-
-
-def close(left, right, tolerance=2e-5):
-    """Whether two {name: tensor} are equal up to rounding, in relation to the largest entry of each tensor."""
-    assert left.keys() == right.keys()
-    return all((left[name] - right[name]).abs().max() <= tolerance * left[name].abs().max() for name in left)
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -262,23 +246,6 @@ def test_an_error_in_a_training_step_of_one_process_leaves_none_waiting(base, da
     assert (first.code, second.code) == (1, 1)
     assert second.error == "RuntimeError: broken here"
     assert steps(tmp_path / "run") == []
-
-
-def stopped(path, folder):
-    """How two processes end of which the second gets SIGTERM in the second step of the second task."""
-
-    def work(rank):
-        step = PMTrainer.training_step
-
-        def stop(self, *args, **kwargs):
-            if rank == 1 and "task-01" in self.args.output_dir and self.state.global_step == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(self, *args, **kwargs)
-
-        PMTrainer.training_step = stop
-        return main(["train", "--config", str(path)])
-
-    return run(work, folder)
 
 
 def test_sigterm_to_one_process_stops_both_and_they_go_on_from_there(tiny_base, data, tmp_path):

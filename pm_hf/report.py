@@ -32,7 +32,8 @@ class Report:
     """What a run learned and forgot.
 
     matrices: {metric: R}, R[t][i] the score on task i after task t, None above the diagonal. A joint run has one row.
-    metric: the one the stream is judged by. coefficients: one dict a task.
+    metric: the one the stream is judged by. coefficients: one dict a task. merge_errors: relative Frobenius error of each
+    merge, of the module where it is largest.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class Report:
     seconds: float
     freedom: str = "global"  # "free": the whole matrix was solved for, coefficients are for comparison only
     train_from: str = "merged"  # where each task's training started
+    merge_errors: list[float] = field(default_factory=list)
     held_out: list[dict] = field(default_factory=list)  # {text: {metric: score}} after each task, never trained on
     notes: list[str] = field(default_factory=list)
 
@@ -126,6 +128,8 @@ class Report:
             name = "coefficient, not used (the whole matrix is free)" if self.freedom == "free" else "coefficient used"
             lines.append(f"{name}: " + " ".join(f"{c['used']:.3f}" for c in known))
             lines.append("1/t: " + " ".join(f"{c['one_over_t']:.3f}" for c in known))
+        if any(self.merge_errors):
+            lines.append("relative error of each merge: " + " ".join(f"{error:.1e}" for error in self.merge_errors))
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 

@@ -175,6 +175,7 @@ class RunFolder:
             matrices={name: matrix(name) for name in names},
             test_rows=[len(task.test) for task in scored],
             coefficients=[step["coefficient"] for step in steps],
+            merge_errors=[step["merge_error"] for step in steps],
             seconds=sum(step["seconds"] for step in steps),
             freedom=steps[-1]["freedom"],
             train_from=steps[-1]["train_from"],

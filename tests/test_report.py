@@ -139,3 +139,10 @@ def test_plot_draws_the_mean_accuracy_of_the_tasks_seen(report, tmp_path, monkey
     ((label, means),) = drawn
     assert label == "pm (0.733)"
     assert means == pytest.approx([0.9, 0.7, 2.2 / 3])
+
+
+def test_errors_of_the_merges_are_told_where_there_are_any(report):
+    assert "relative error" not in replace(report, merge_errors=[0.0, 0.0, 0.0]).table()
+    found = replace(report, merge_errors=[0.0, 0.0123, 0.5])
+    assert "relative error of each merge: 0.0e+00 1.2e-02 5.0e-01" in found.table()
+    assert found.to_dict()["merge_errors"] == [0.0, 0.0123, 0.5]

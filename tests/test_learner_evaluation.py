@@ -239,3 +239,12 @@ def test_a_language_model_ends_with_its_lowest_loss(tmp_path, kind, plain):
 def test_a_language_model_s_accuracy_is_no_metric(tmp_path):
     with pytest.raises(InputError, match="causal-lm has loss, found accuracy"):
         load_config(language_settings(tmp_path, "run", "llama", plain=True, training__metric_for_best_model="accuracy"))
+
+
+def test_free_text_is_held_out_by_rows_and_answers_by_kind(tmp_path):
+    """As eval rows and as test rows: no two texts are of one class."""
+    for plain in (True, False):
+        config = language_settings(tmp_path, tmp_path / "run", "llama", plain=plain)
+        config["stream"] |= {"test_share": 0.25, "tasks": [{"name": "one", "train": "train.jsonl"}]}
+        (task,) = load_stream(load_config(config)).tasks
+        assert [len(rows) for rows in (task.train, task.eval, task.test)] == ([9, 3, 4] if plain else [8, 4, 4])

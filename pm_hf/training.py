@@ -183,5 +183,7 @@ def _sharding_problems(config: RunConfig, args: PMConfig) -> list[str]:
 
 
 def precision(args: PMConfig) -> torch.dtype | None:
-    """The autocast dtype of the arguments, None for float32."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    """The autocast dtype that accelerate trains with, None for float32; on a CPU it leaves `fp16` out."""
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 and args.device.type != "cpu" else None

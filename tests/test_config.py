@@ -259,6 +259,18 @@ def test_training_number_written_as_text_reaches_the_trainer_as_a_number(tmp_pat
     assert training_arguments(config, tmp_path, 0).learning_rate == 1e-3
 
 
+def test_curvature_and_scores_have_the_precision_that_accelerate_trains_with(tmp_path):
+    import torch
+
+    from pm_hf.training import precision, training_arguments
+
+    found = [
+        precision(training_arguments(load_config(small(training={"use_cpu": True, **asked})), tmp_path, 0))
+        for asked in ({}, {"bf16": True}, {"fp16": True})
+    ]
+    assert found == [None, torch.bfloat16, None]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_resolved_config_reads_back_equal(tmp_path, method):
     config = load_config(

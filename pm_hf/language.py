@@ -1,5 +1,6 @@
 """Prompts and completions: reading them from a data set, and making token batches of them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Any
@@ -48,7 +49,26 @@ def language_rows(
     return Rows([""] * len(texts), [_text(value, where, row, column) for row, value in enumerate(texts)])
 
 
-class CausalEncoder:
+class _PromptEncoder(ABC):
+    """What the encoders of prompts and completions share: an example of each row, and how many were `cut`."""
+
+    tokenizer: Any
+    cut: int
+
+    def training(self, rows: Rows, labels: Sequence[str] = ()) -> list[dict]:
+        """Same as `examples`."""
+        return self.examples(rows, labels)
+
+    def examples(self, rows: Rows, labels: Sequence[str] = ()) -> list[dict]:
+        """{"input_ids", "labels" (not shifted), "bytes": UTF-8 bytes of the completion that is kept} of each row."""
+        self.cut = 0
+        return [self._example(prompt, text) for prompt, text in zip(rows.inputs, rows.labels, strict=True)]
+
+    @abstractmethod
+    def _example(self, prompt: Prompt, text: str) -> dict: ...
+
+
+class CausalEncoder(_PromptEncoder):
     """Tokens of a prompt and its completion; only the completion and its end are predicted.
 
     A text prompt has the tokens that it has alone; nothing is put between the two, and the completion ends with eos.
@@ -62,15 +82,6 @@ class CausalEncoder:
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no end-of-text token (eos_token); set one")
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-    def training(self, rows: Rows, labels: Sequence[str] = ()) -> list[dict]:
-        """Same as `examples`."""
-        return self.examples(rows, labels)
-
-    def examples(self, rows: Rows, labels: Sequence[str] = ()) -> list[dict]:
-        """{"input_ids", "labels" (not shifted), "bytes": UTF-8 bytes of the completion that is kept} of each row."""
-        self.cut = 0
-        return [self._example(prompt, text) for prompt, text in zip(rows.inputs, rows.labels, strict=True)]
 
     def collate(self, examples: list[dict]) -> dict[str, Tensor]:
         """input_ids, attention_mask, labels, (N, T), padded on the right."""
@@ -133,7 +144,7 @@ class CausalEncoder:
         return str(self.tokenizer.apply_chat_template(list(messages), **settings))
 
 
-class Seq2SeqEncoder:
+class Seq2SeqEncoder(_PromptEncoder):
     """The prompt is the encoder's input, the completion and its end are what the decoder predicts.
 
     Both are cut on the right to `max_length` tokens, the end included. `cut` counts the rows of the last call that
@@ -143,15 +154,6 @@ class Seq2SeqEncoder:
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer, self.max_length, self.cut = tokenizer, _two_tokens(max_length), 0
         self.pad = tokenizer.pad_token_id or 0
-
-    def training(self, rows: Rows, labels: Sequence[str] = ()) -> list[dict]:
-        """Same as `examples`."""
-        return self.examples(rows, labels)
-
-    def examples(self, rows: Rows, labels: Sequence[str] = ()) -> list[dict]:
-        """{"input_ids", "labels", "bytes": UTF-8 bytes of the completion that is kept} of each row."""
-        self.cut = 0
-        return [self._example(prompt, text) for prompt, text in zip(rows.inputs, rows.labels, strict=True)]
 
     def collate(self, examples: list[dict]) -> dict[str, Tensor]:
         """input_ids and attention_mask (N, T) of the encoder, labels (N, U) of the decoder, padded on the right."""

@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator
 from peft.tuners.lora import LoraLayer
 from tiny_training import (
+    KINDS,
     OLD_NAME,
     Gradients,
     assert_close,
@@ -28,7 +29,6 @@ from pm_hf import PMConfig, PMTrainer
 from pm_hf.trainer import perturbation_factor, scaled_adapter
 
 pytestmark = pytest.mark.filterwarnings(OLD_NAME)
-KINDS = {"classifier": (lora_bert, rows), "language model": (lora_llama, language_rows)}
 
 
 @pytest.fixture(params=KINDS)

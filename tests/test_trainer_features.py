@@ -6,16 +6,15 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from tiny_training import (
+    KINDS,
     OLD_NAME,
     Gradients,
     Watch,
     assert_close,
     assert_equal_states,
     batch,
-    language_rows,
     logged,
     lora_bert,
-    lora_llama,
     multiplied_gradients,
     pin,
     quick_arguments,
@@ -28,7 +27,6 @@ from pm_hf import PMConfig, PMTrainer
 from pm_hf.trainer import perturbation_factor
 
 pytestmark = pytest.mark.filterwarnings(OLD_NAME)
-KINDS = {"classifier": (lora_bert, rows), "language model": (lora_llama, language_rows)}
 
 
 @pytest.fixture(params=KINDS)

@@ -208,3 +208,7 @@ def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: f
     for name, value in left.items():
         assert right[name].norm() > 0, name
         assert (value - right[name]).norm() <= tolerance * right[name].norm(), name
+
+
+# {kind: (a function that builds the model, a function that makes so many rows)}
+KINDS = {"classifier": (lora_bert, rows), "language model": (lora_llama, language_rows)}

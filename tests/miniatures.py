@@ -58,6 +58,14 @@ def clinc150(folder: Path, stream: dict) -> None:
     write_json(folder / stream["class_groups"], {"one": list(CLASSES[:3]), "two": list(CLASSES[3:])})
 
 
+def banking77(folder: Path, stream: dict) -> None:
+    """CSV of text,label, two classes a task."""
+    for side, count in (("train", 6), ("test", 2)):
+        classes = [f"intent{i:02d}" for i in range(2 * stream["class_groups"])]
+        rows = [{"text": f"{name} text {i}", "label": name} for name in classes for i in range(count)]
+        write_csv(folder / stream[side], rows)
+
+
 def docstrings(folder: Path, stream: dict) -> None:
     """The demo's CSV files, two classes a task."""
     for side, count in (("train", 6), ("test", 2)):

@@ -295,7 +295,7 @@ def test_shipped_config_loads(path):
 
 
 def test_shipped_configs_were_found():
-    assert len(CONFIGS) == 22
+    assert len(CONFIGS) == 24
 
 
 @pytest.mark.parametrize(

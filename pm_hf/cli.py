@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     options.overrides = rest
-    if rest and options.run not in (_train, _evaluate):
+    if rest and options.run not in (_train, _evaluate) and not getattr(options, "line", False):
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         return options.run(options)
@@ -91,6 +91,13 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="what adapters are, and how each pair relates")
     inspect.add_argument("adapters", nargs="+", metavar="ADAPTER")
+    inspect.add_argument(
+        "--coefficient",
+        action="store_true",
+        dest="line",
+        help="of a finished RUN instead: loss and score along every task's merge line, and the best coefficient there",
+    )
+    inspect.epilog = "With --coefficient settings of the RUN may follow as key=value: data_dir=FOLDER"
     inspect.add_argument("--json", action="store_true", help="machine-readable output")
     inspect.set_defaults(run=_inspect)
 
@@ -194,10 +201,26 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    if options.line:
+        return _inspect_line(options)
     from pm_hf.inspection import inspect_adapters, tables
 
     found = inspect_adapters(options.adapters)
     print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else tables(found))
+    return DONE
+
+
+def _inspect_line(options: argparse.Namespace) -> int:
+    from pm_hf.merge_line import merge_line, table
+    from pm_hf.page import write_report
+
+    run, *settings = options.adapters
+    found = merge_line(run, [*settings, *options.overrides])
+    page, notes = write_report([run])
+    for note in notes:
+        print(note, file=sys.stderr)
+    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else table(found))
+    print(f"written: {Path(run) / 'coefficient.json'}, {page} and its plots", file=sys.stderr)
     return DONE
 
 

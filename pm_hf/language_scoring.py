@@ -27,16 +27,17 @@ def score_rows(
     *,
     batch_size: int = 16,
     autocast: torch.dtype | None = None,
+    generate: bool = True,
 ) -> dict[str, float]:
     """All scores of one task's rows.
 
     loss, perplexity, bits_per_byte, token_accuracy: see `token_scores`. exact_match: see there; for prompts whose
-    completions all have at most 64 tokens. Where there are answers to choose among: class_incremental, the share of the
-    rows whose completion is the likeliest of the answers `seen`, task_incremental the same among the task's `own`; an
-    answer's likelihood is the mean log-probability of its tokens, its end included.
+    completions all have at most 64 tokens, and with `generate`. Where there are answers to choose among:
+    class_incremental, the share of the rows whose completion is the likeliest of the answers `seen`, task_incremental
+    the same among the task's `own`; an answer's likelihood is the mean log-probability of its tokens, its end included.
     """
     scores = token_scores(model, encoder, rows, batch_size=batch_size, autocast=autocast)
-    if any(rows.inputs) and _longest(encoder, rows) <= MOST_GENERATED:
+    if generate and any(rows.inputs) and _longest(encoder, rows) <= MOST_GENERATED:
         scores["exact_match"] = exact_match(model, encoder, rows, batch_size=batch_size, autocast=autocast)
     if not seen:
         return scores

@@ -34,6 +34,7 @@ from pm_hf.sharding import load_whole, put_weights, sharded, trained_weights
 from pm_hf.stopping import Stop, stop_on_sigterm
 from pm_hf.strategies import Start, callbacks, check_room, penalties, prepare, start_of
 from pm_hf.tasks import Task, TaskStream, batches, load_stream, sample
+from pm_hf.tracking import Tracking
 from pm_hf.training import EarlyStopping, precision, train, training_arguments
 
 __all__ = ["ForgettingError", "evaluate", "learn"]
@@ -51,24 +52,26 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
     """
     source = config if isinstance(config, Mapping | RunConfig) else Path(config)
     settings = load_config(source, values=overrides)
-    training_arguments(settings, Path(settings.output_dir), 0)  # joins the launcher's other processes
+    args = training_arguments(settings, Path(settings.output_dir), 0)  # joins the launcher's other processes
     run = together(lambda: Run(settings, load_stream(settings)))
     on_main(run.folder.finished)
     with _held(run.folder.path), stop_on_sigterm() as stop:
         done = on_main(run.folder.begin_run)
         together(run.folder.check_shared)
-        for index in range(done, len(run.stream.tasks)):
-            stop.check()
-            run.learn_task(index, stop)
-            on_main(lambda done=index + 1: run.folder.publish(done))  # type: ignore[misc]
+        with run.tracking.opened(args, done):
+            for index in range(done, len(run.stream.tasks)):
+                stop.check()
+                run.learn_task(index, stop)
+                on_main(lambda done=index + 1: run.folder.publish(done))  # type: ignore[misc]
     return on_main(lambda: run.folder.report(len(run.stream.tasks)))  # publish has written it
 
 
 def evaluate(config: RunConfig, adapter: str | os.PathLike) -> dict[str, dict[str, float]]:
-    """Scores of a merged adapter on those tasks of the config whose labels it knows: {task: {metric: score}}."""
+    """Scores of a merged adapter on those tasks of the config whose labels it knows, then on the held-out texts:
+    {task or text: {metric: score}}."""
     opened, stream = open_adapter(adapter), load_stream(config)
     run = Run(config, stream)
-    head, known = None, list(stream.scored or stream.tasks)
+    head, known = None, [*(stream.scored or stream.tasks), *stream.held_out]
     if not run.language:
         if len(opened.labels) != 1:
             raise InputError(f"adapter {opened.path} has no labels.json with one head, so its rows have no names")
@@ -102,6 +105,7 @@ class Run:
     def __init__(self, config: RunConfig, stream: TaskStream) -> None:
         self.config, self.stream = config, stream
         self.folder = RunFolder(config, stream, released(config, stream))
+        self.tracking = Tracking(self.folder)
         args = training_arguments(config, self.folder.path, 0)
         self.encoder = make_encoder(config)
         check_encoding(self.encoder, [rows for task in stream.all for rows in (task.train, task.test)])
@@ -153,6 +157,7 @@ class Run:
                 "notes": [*notes, *self._cut(task, trained, index)],
             }
             self.folder.finish_task(index, step)
+            self.tracking.log(index + 1)
             say(index, len(self.stream.tasks), step, primary_metric(list(scores), [t.own for t in seen]))
 
         on_main(finish)
@@ -245,7 +250,12 @@ class Run:
             examples,
             self.encoder.collate,
             args,
-            callbacks=[stop, *callbacks(self.config, built, state), *([EarlyStopping(patience)] if patience else [])],
+            callbacks=[
+                *self.tracking.training(args, index),
+                stop,
+                *callbacks(self.config, built, state),
+                *([EarlyStopping(patience)] if patience else []),
+            ],
             penalties=penalties(self.config, built, state),
             evaluated=self.encoder.examples(task.eval, task.labels) if len(task.eval) else None,
         )

@@ -9,13 +9,14 @@ from typing import Any
 
 from pm_hf.charts import STYLE, Chart, svg
 from pm_hf.files import write_text
+from pm_hf.page_lines import merge_lines
+from pm_hf.page_tables import NONE, cell, table
 from pm_hf.report import LOWER_IS_BETTER
 from pm_hf.run_charts import COSTS, charts, metric_name
 from pm_hf.saved_runs import Matrix, SavedRun, read_runs
 
 PAGE, PLOTS = "report.html", "plots"
-NONE = "–"
-LONG, LONGEST = 24, 300  # characters of a name that gets a wide column, and shown of a setting
+LONGEST = 300  # characters shown of a setting
 PAGE_STYLE = """
 :root{color-scheme:light dark;--back:#fff;--text:#1a1d21;--faint:#5b6470;--line:#d5dae0;--band:#f4f6f8;--best:#7db4ee;
 --link:#0b5cad}
@@ -87,6 +88,7 @@ def page(runs: list[SavedRun]) -> str:
         "Score matrices": _scale(runs) + f'<div class="runs">{"".join(_matrices(run, runs) for run in runs)}</div>\n',
         "Each task at the end": _at_the_end(runs) + drawn.get("forgetting", ""),
         "Coefficients": _coefficients(runs) + drawn.get("coefficients", ""),
+        "Loss along the merge line": merge_lines(runs, drawn),
         "Training": "".join(_training(run, drawn.get(f"loss-{place}", "")) for place, run in enumerate(runs, 1)),
         "Time, memory and truncation": "".join(drawn.get(name, "") for name, *_ in COSTS),
         "Texts held out": _held_out(runs),
@@ -118,35 +120,7 @@ def _figure(chart: Chart) -> str:
     return f"<figure><h3>{escape(chart.title)}</h3>{svg(chart, f'chart-{chart.name}')}</figure>\n"
 
 
-# tables
-
-
-def _table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """A table; header cells and a row's first cell are text, the others come from `_cell`."""
-    heads = "".join(f'<th scope="col">{escape(text)}</th>' for text in header)
-    body = "".join(f"<tr>{_row_head(row[0])}{''.join(row[1:])}</tr>\n" for row in rows)
-    reach = f' role="region" tabindex="0" aria-label="{escape(caption)}"' if len(header) > 8 else ""
-    start = f'<table class="{kind}">' if kind else "<table>"
-    return (
-        f'<div class="wide"{reach}>{start}<caption>{escape(caption)}</caption><thead><tr>{heads}</tr></thead>'
-        f"<tbody>\n{body}</tbody></table></div>\n"
-    )
-
-
-def _row_head(text: str) -> str:
-    long = ' class="long"' if len(text) > LONG else ""
-    return f'<th scope="row"{long}>{escape(text)}</th>'
-
-
-def _cell(value: Any, share: float | None = None, digits: int = 3) -> str:
-    """One cell; share: how good the value is, from 0 to 1, as a colour behind the number."""
-    text = value if isinstance(value, str) else _number(value, digits)
-    colour = "" if share is None else f' class="heat" style="--v:{share:.3f}"'
-    return f"<td{colour}>{escape(text)}</td>"
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return NONE if value is None else f"{value:.{digits}f}"
+# sections
 
 
 def _id(text: str) -> str:
@@ -173,15 +147,15 @@ def _summary(runs: list[SavedRun]) -> str:
     for run in runs:
         own = run.metrics.get("task_incremental") or {}
         peaks = [step["process_peak_memory_mb"] for step in run.steps if "process_peak_memory_mb" in step]
-        cells = [_cell(run.metrics.get(key)) for key in ("ACC", "AAA", "BWT", "forgetting")]
-        cells += [_cell(own.get("ACC"))] * inside
-        rows.append([run.label, *cells, _cell(run.seconds, digits=1), _cell(max(peaks, default=None), digits=0)])
+        cells = [cell(run.metrics.get(key)) for key in ("ACC", "AAA", "BWT", "forgetting")]
+        cells += [cell(own.get("ACC"))] * inside
+        rows.append([run.label, *cells, cell(run.seconds, digits=1), cell(max(peaks, default=None), digits=0)])
     name = metric_name(runs[0].metric)
     caption = (
         f"Mean {name} over tasks at the end (ACC) and over the whole stream (AAA), mean change since a task was "
         "learned (BWT), mean loss since a task's best score (forgetting: positive is worse)"
     )
-    return _table(caption, header, rows)
+    return table(caption, header, rows)
 
 
 def _scale(runs: list[SavedRun]) -> str:
@@ -207,10 +181,10 @@ def _matrix(run: SavedRun, metric: str, ends: tuple[float, float]) -> str:
     rows = []
     for i, task in enumerate(run.tasks):
         scores = [row[i] for row in R]
-        rows.append([f"{i + 1} {task}", *(_cell(score, _share(score, *ends, lower)) for score in scores)])
+        rows.append([f"{i + 1} {task}", *(cell(score, _share(score, *ends, lower)) for score in scores)])
     after = "all were learned at once" if run.joint else "each task was learned (column)"
     caption = f"{run.label}: {metric_name(metric)} on each task (row) after {after}"
-    return _table(caption, ["task", *(["all"] if run.joint else [str(t + 1) for t in range(len(R))])], rows)
+    return table(caption, ["task", *(["all"] if run.joint else [str(t + 1) for t in range(len(R))])], rows)
 
 
 def _at_the_end(runs: list[SavedRun]) -> str:
@@ -220,14 +194,14 @@ def _at_the_end(runs: list[SavedRun]) -> str:
     low, high = _ends([[list(scores.values())] for scores in last])
     header = ["task", *(run.label for run in runs)]
     ends = [
-        [task, *(_cell(s.get(task), _share(s.get(task), low, high, runs[0].lower_is_better)) for s in last)]
+        [task, *(cell(s.get(task), _share(s.get(task), low, high, runs[0].lower_is_better)) for s in last)]
         for task in tasks
     ]
-    falls = [[task, *(_cell(one.get(task)) for one in lost)] for task in tasks]
+    falls = [[task, *(cell(one.get(task)) for one in lost)] for task in tasks]
     name = metric_name(runs[0].metric)
-    found = _table(f"{name.capitalize()} on each task at the end", header, ends)
+    found = table(f"{name.capitalize()} on each task at the end", header, ends)
     if any(value is not None for one in lost for value in one.values()):
-        found += _table(f"Forgetting of each task: {name} lost since its best score, positive is worse", header, falls)
+        found += table(f"Forgetting of each task: {name} lost since its best score, positive is worse", header, falls)
     return found
 
 
@@ -240,9 +214,9 @@ def _coefficients(runs: list[SavedRun]) -> str:
     rows = []
     for t in range(len(longest.coefficients)):
         known = [run.coefficients[t] if t < len(run.coefficients) else None for run in runs]
-        rows.append([f"{t + 1} {longest.learned[t]}", _cell(1 / (t + 1)), *(_cell(_used(one)) for one in known)])
+        rows.append([f"{t + 1} {longest.learned[t]}", cell(1 / (t + 1)), *(cell(_used(one)) for one in known)])
     header = ["task", "1/t", *(run.label for run in runs)]
-    return _table(f"Coefficient with which each task was merged, and 1/t{unused}", header, rows)
+    return table(f"Coefficient with which each task was merged, and 1/t{unused}", header, rows)
 
 
 def _used(coefficient: Mapping | None) -> str:
@@ -261,20 +235,20 @@ def _training(run: SavedRun, loss: str) -> str:
         factors = ", ".join(f"{count} × {factor}" for factor, count in (step.get("factors") or {}).items())
         size = step.get("curvature_bytes")
         cells = [
-            _cell(step.get("training_loss"), digits=4),
-            _cell(step.get("optimizer_steps"), digits=0),
-            _cell(factors or NONE),
-            _cell(NONE if step.get("merge_error") is None else f"{step['merge_error']:.2g}"),
-            _cell(step.get("seconds"), digits=1),
-            _cell(_times(step.get("step_seconds"), 1000), digits=1),
-            _cell(step.get("process_peak_memory_mb"), digits=0),
-            _cell(_times(size, 2**-20), digits=2),
+            cell(step.get("training_loss"), digits=4),
+            cell(step.get("optimizer_steps"), digits=0),
+            cell(factors or NONE),
+            cell(NONE if step.get("merge_error") is None else f"{step['merge_error']:.2g}"),
+            cell(step.get("seconds"), digits=1),
+            cell(_times(step.get("step_seconds"), 1000), digits=1),
+            cell(step.get("process_peak_memory_mb"), digits=0),
+            cell(_times(size, 2**-20), digits=2),
         ]
         rows.append([f"{place} {task}", *cells])
     caption = (
         f"{run.label}: each task's mean training loss, factors drawn by the perturbation, relative error of the merge"
     )
-    return f"<h3>{escape(run.label)}</h3>{_table(caption, header, rows)}{loss}"
+    return f"<h3>{escape(run.label)}</h3>{table(caption, header, rows)}{loss}"
 
 
 def _times(value: float | None, factor: float) -> float | None:
@@ -288,9 +262,9 @@ def _held_out(runs: list[SavedRun]) -> str:
         rows = []
         for text, metric in names:
             values = [step.get(text, {}).get(metric) for step in run.held_out]
-            rows.append([f"{text}: {metric_name(metric)}", *(_cell(value) for value in values)])
+            rows.append([f"{text}: {metric_name(metric)}", *(cell(value) for value in values)])
         header = ["text", *(str(t + 1) for t in range(len(run.held_out)))]
-        found += _table(f"{run.label}: texts that are never trained on, after each task", header, rows)
+        found += table(f"{run.label}: texts that are never trained on, after each task", header, rows)
     return found
 
 
@@ -305,11 +279,11 @@ def _settings(runs: list[SavedRun]) -> str:
     if not keys:
         return ""
     header = ["setting", *(run.label for run in runs)]
-    rows = {key: [key, *(_cell(one.get(key, NONE)) for one in flat)] for key in keys}
+    rows = {key: [key, *(cell(one.get(key, NONE)) for one in flat)] for key in keys}
     differing = [row for key, row in rows.items() if len({one.get(key) for one in flat}) > 1]
-    first = _table("Settings that differ", header, differing, "text") if differing else ""
-    table = _table("All settings", header, rows.values(), "text")
-    return f"{first}<details><summary>All settings</summary>{table}</details>\n"
+    first = table("Settings that differ", header, differing, "text") if differing else ""
+    every = table("All settings", header, rows.values(), "text")
+    return f"{first}<details><summary>All settings</summary>{every}</details>\n"
 
 
 def _flat(value: Any, name: str = "") -> dict[str, str]:
@@ -327,5 +301,5 @@ def _versions(runs: list[SavedRun]) -> str:
     ]
     found = [place | run.versions for place, run in zip(places, runs, strict=True)]
     keys = list(dict.fromkeys(key for one in found for key in one))
-    rows = [[key, *(_cell(one.get(key, NONE)) for one in found)] for key in keys]
-    return _table("What the runs were made with", ["", *(run.label for run in runs)], rows, "text") if keys else ""
+    rows = [[key, *(cell(one.get(key, NONE)) for one in found)] for key in keys]
+    return table("What the runs were made with", ["", *(run.label for run in runs)], rows, "text") if keys else ""

@@ -31,7 +31,7 @@ def primary_metric(names: Sequence[str], own: Sequence[Sequence[str]]) -> str:
 class Report:
     """What a run learned and forgot.
 
-    matrices: {metric: R}, R[t][i] the score on task i after task t, None above the diagonal. A joint run has one row.
+    matrices: {metric: R}, `R[t][i]` the score on task i after task t, None above the diagonal. A joint run has one row.
     metric: the one the stream is judged by. coefficients: one dict a task. merge_errors: relative Frobenius error of
     each merge, of the module where it is largest.
     """

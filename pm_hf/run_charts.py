@@ -1,7 +1,7 @@
 """The charts of runs side by side: what is drawn of report.json and step.json."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 
 from pm_hf.charts import Chart, Series
@@ -38,6 +38,7 @@ def charts(runs: list[SavedRun]) -> list[Chart]:
     for file, key, title, unit in COSTS:
         values = [[step.get(key) for step in run.steps] for run in runs]
         found.append(Chart(file, title, "task", unit, _of_runs(runs, values)))
+    found += [chart for place, run in enumerate(runs, start=1) for chart in line_charts(run, place, len(runs))]
     return [chart for chart in found if chart.points]
 
 
@@ -85,6 +86,72 @@ def _loss_chart(run: SavedRun, place: int) -> Chart:
     title = f"Training loss of {run.label}"
     about = "Each point is one step, its shape the factor its perturbation drew; upright lines are ends of tasks."
     return Chart(f"loss-{place}", title, "optimizer step", "training loss", series, about, ends)
+
+
+def line_charts(run: SavedRun, place: int, runs: int) -> list[Chart]:
+    """Of each task in coefficient.json: change of the loss and score along its merge line."""
+    return [chart for task in run.line.get("tasks", []) for chart in _line_charts(run, task, place, runs)]
+
+
+def line_chart_names(task: Mapping, place: int, runs: int) -> tuple[str, str]:
+    """Names of the charts of one task's line; place: of its run among the `runs` of the page."""
+    name = f"coefficient-{task['t']}" if runs == 1 else f"coefficient-{place}-{task['t']}"
+    return name, f"{name}-score"
+
+
+def _line_charts(run: SavedRun, task: Mapping, place: int, runs: int) -> tuple[Chart, Chart]:
+    points, score = task["points"], metric_name(run.metric)
+    x = [point["coefficient"] for point in points]
+    start = next(point for point in points if point["coefficient"] == 0)["losses"]
+    changes = [[loss - before for loss, before in zip(point["losses"], start, strict=True)] for point in points]
+    losses = _curves(x, changes, sum)
+    losses += _predicted(x, [point["predicted"] for point in points], losses[0].y)
+    scores = _curves(x, [point["scores"] for point in points], fmean)
+    where = f"along the merge line of task {task['t']}" + (f", {run.label}" if runs > 1 else "")
+    about = "Upright lines and single points: the chosen coefficient, 1/t and the best one on the line."
+    loss_name, score_name = line_chart_names(task, place, runs)
+    losses += _compared(task, "best_loss", dict(zip(x, map(sum, changes), strict=True)))
+    scores += _compared(task, "best_score", {point["coefficient"]: point["score"] for point in points})
+    change = "change of the summed loss, nats"
+    return (
+        Chart(loss_name, f"Loss {where}", "coefficient α", change, losses, about, _marks(losses)),
+        Chart(score_name, f"{score.capitalize()} {where}", "coefficient α", score, scores, about, _marks(scores)),
+    )
+
+
+def _curves(x: list[float], values: list[list[float]], joined: Callable[[Iterable[float]], float]) -> list[Series]:
+    """What `joined` makes of the values (points, tasks): of all tasks, of the earlier ones, of the last one."""
+    found = [Series("all tasks seen", x, [joined(row) for row in values], colour=0, shape=0)]
+    if len(values[0]) > 1:
+        found.append(Series("earlier tasks", x, [joined(row[:-1]) for row in values], colour=1, shape=1))
+        found.append(Series("this task", x, [row[-1] for row in values], colour=2, shape=2))
+    return found
+
+
+def _predicted(x: list[float], values: list[float | None], measured: Sequence[float | None]) -> list[Series]:
+    """The prediction, drawn as large as the measured curve where the two are more than three times apart."""
+    heights = [
+        max(known) - min(known) for known in ([y for y in ys if y is not None] for ys in (measured, values)) if known
+    ]
+    if len(heights) < 2 or not all(heights):
+        return []
+    ratio = heights[0] / heights[1]
+    factor, name = (1.0, "predicted") if 1 / 3 <= ratio <= 3 else (ratio, f"predicted × {float(f'{ratio:.2g}'):g}")
+    return [Series(name, x, [None if y is None else factor * y for y in values], colour=7, dash=1, dots=False)]
+
+
+def _compared(task: Mapping, best: str, values: Mapping[float, float]) -> list[Series]:
+    """One point for each of the coefficients that are compared."""
+    named = (("chosen", "chosen", 3), ("one_over_t", "1/t", 4), (best, "best", 5))
+    return [
+        Series(f"{name} {task[key]:.3f}", [task[key]], [values[task[key]]], line=False, colour=look, shape=look)
+        for key, name, look in named
+    ]
+
+
+def _marks(series: Sequence[Series]) -> dict[float, str]:
+    """Upright lines at the single points."""
+    return {one.x[0]: one.name for one in series if len(one.x) == 1}
 
 
 def _loss_points(run: SavedRun) -> tuple[list[list[float]], dict[float, str]]:

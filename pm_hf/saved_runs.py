@@ -14,6 +14,7 @@ from pm_hf.files import read_json
 from pm_hf.report import CHOICE, INSIDE, LOWER_IS_BETTER, REPORT
 
 Matrix = list[list[float | None]]
+LINE = "coefficient.json"  # what `pm_hf.merge_line` found
 SECRET = re.compile(r"(^|_)(token|password|secret|key)$")
 NEEDED = ("method", "seed", "tasks", "scores", "metrics", "coefficients")
 
@@ -23,7 +24,8 @@ class SavedRun:
     """One run. label: how it is called beside the others, unique among them.
 
     matrices: {metric: R}, R[t][i] the score on task i after task t, None where there is none; that of `metric` judges.
-    metrics: as in report.json. steps: one dict for each learned task, {} where its step.json is not there.
+    metrics: as in report.json. steps: one dict for each learned task, {} where its step.json is not there. line: what
+    coefficient.json says, {} where it is not there.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class SavedRun:
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
+    line: dict = field(default_factory=dict)
 
     @property
     def scores(self) -> Matrix:
@@ -133,6 +136,7 @@ def _read(path: Path) -> SavedRun:
         notes=values.get("notes") or [],
         versions=values.get("versions") or {},
         config=hidden(_config(path) if path.is_dir() else values.get("config") or {}),
+        line=_line(path / LINE),
     )
 
 
@@ -140,6 +144,13 @@ def _steps(folder: Path, count: int) -> list[dict]:
     files = sorted(folder.glob("task-*/step.json"), key=lambda file: int(file.parent.name.split("-")[1]))[:count]
     found = [read_json(file) for file in files]
     return [*found, *({} for _ in range(count - len(found)))]
+
+
+def _line(path: Path) -> dict:
+    found = read_json(path) if path.is_file() else {}
+    if found and not (isinstance(found, dict) and "tasks" in found):
+        raise InputError(f"{path} was not written by pm-hf inspect --coefficient; move it away")
+    return found
 
 
 def _config(folder: Path) -> dict:

@@ -8,6 +8,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 from pm_hf.adapters import open_adapter
 from pm_hf.encoding import TextEncoder
@@ -84,27 +85,39 @@ class Scorer:
     def _forward_in_order(self, model: torch.nn.Module, rows: Examples, head: str) -> tuple[torch.Tensor, torch.Tensor]:
         return forward(model, batches(self.encoder, rows, self.batch_size), head, self.autocast)
 
-    def score(self, merged: Path, head: str | None, tasks: Sequence[Task]) -> list[dict[str, float]]:
-        """Scores of each task: accuracies of a classifier, or those of `score_rows` for a language model."""
+    def score(
+        self, merged: Path, head: str | None, tasks: Sequence[Task], *, loss: bool = False, generate: bool = True
+    ) -> list[dict[str, float]]:
+        """Scores of each task: accuracies of a classifier, or those of `score_rows` for a language model.
+
+        loss: of a classifier also the mean cross-entropy inside the task's own classes, in nats. generate: whether a
+        language model generates, for its exact_match.
+        """
         model = self.load(merged, head)
         if head is None:
-            return self._score_language(model, tasks)
+            return self._score_language(model, tasks, generate)
         labels, metric = open_adapter(merged).labels[head], IncrementalAccuracy(keep_in_memory=True)
         scores = []
         for task in tasks:
             logits, truth = self.logits(model, task, labels, head)
             own = [labels.index(label) for label in task.own]
             scores.append(metric.compute(predictions=logits.numpy(), references=truth, own=own))
+            if loss:
+                inside = torch.tensor([own.index(row) for row in truth])
+                scores[-1]["loss"] = float(cross_entropy(logits[:, own].double(), inside))
         return scores
 
-    def _score_language(self, model: torch.nn.Module, tasks: Sequence[Task]) -> list[dict[str, float]]:
+    def _score_language(self, model: torch.nn.Module, tasks: Sequence[Task], generate: bool) -> list[dict[str, float]]:
         seen = list(dict.fromkeys(answer for task in tasks for answer in task.own))
         assert isinstance(self.encoder, CausalEncoder | Seq2SeqEncoder)
         scores = []
         for task in tasks:
             answers = (task.own, seen if task.own else ())
             found = score_rows(
-                model, self.encoder, task.test, *answers, batch_size=self.batch_size, autocast=self.autocast
+                *(model, self.encoder, task.test, *answers),
+                batch_size=self.batch_size,
+                autocast=self.autocast,
+                generate=generate,
             )
             scores.append(found)
             self.cut[task.name] = self.encoder.cut

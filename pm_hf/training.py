@@ -18,6 +18,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import ParallelMode
 
 from pm_hf.checkpoints import last_checkpoint
@@ -160,8 +161,18 @@ def training_arguments(config: RunConfig, checkpoints: Path, index: int) -> PMCo
         raise
     except (TypeError, ValueError, ImportError) as error:
         raise InputError(f"training: {' '.join(str(error).split())}") from error
+    _check_trackers(args)
     raise_all(_sharding_problems(config, args), "training")
     return args
+
+
+def _check_trackers(args: PMConfig) -> None:
+    """InputError for a tracker that transformers does not know or that is not installed."""
+    try:
+        for kind in get_reporting_integration_callbacks(args.report_to):
+            kind()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise InputError(f"training.report_to: {' '.join(str(error).split())}") from error
 
 
 def _sharding_problems(config: RunConfig, args: PMConfig) -> list[str]:

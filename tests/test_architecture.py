@@ -68,12 +68,14 @@ TIERS = [
     ],
     [
         "learner",
+        "merge_line",
         "runs",
         "released",
         "report",
         "analytic",
         "strategies",
         "published",
+        "tracking",
         "card",
         "hub",
         "saved_runs",
@@ -81,6 +83,7 @@ TIERS = [
         "run_charts",
         "pictures",
         "page",
+        "page_*",
     ],
     ["cli"],
 ]

@@ -251,6 +251,8 @@ def test_plain_text_is_judged_by_bits_per_byte_beside_a_held_out_text(data, tmp_
     assert "held out, dark: bits per byte" in table
     again = evaluate(load_config(config), tmp_path / "run" / "merged")
     assert again["gold"] == pytest.approx({name: report.matrices[name][1][1] for name in PLAIN}, rel=1e-6)
+    assert list(again) == ["red", "gold", "dark"]
+    assert again["dark"] == pytest.approx(report.held_out[1]["dark"], rel=1e-6)
 
 
 def test_chats_are_learned_turn_by_turn(data, tmp_path):

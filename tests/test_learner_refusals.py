@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from streams import contents, dense, settings, steps, write_data, write_yaml
+from accelerate.commands.launch import main as accelerate_launch
+from streams import contents, dense, forked, settings, steps, write_data, write_yaml
 
 from pm_hf.cli import main
 from pm_hf.errors import InputError
@@ -214,14 +215,18 @@ def test_recipe_with_bad_input_exits_with_two_and_one_line(tiny_base, data, tmp_
     assert done.stderr == f"pm-hf: config {path}: lora.r: must be at least 1\n"
 
 
-def test_recipe_runs_under_accelerate_launch(tiny_base, data, tmp_path):
+def test_recipe_runs_under_accelerate_launch(tiny_base, data, tmp_path, monkeypatch):
     config = settings(tiny_base, data, tmp_path / "unused", groups=2, training__num_train_epochs=1)
     path = write_yaml(tmp_path / "good.yaml", config)
     arguments = ["--num_processes", "1", "--cpu", "recipes/train.py", "--config", str(path)]
-    done = launch("-m", "accelerate.commands.launch", *arguments, f"output_dir={tmp_path / 'run'}", "method=average")
-    assert done.returncode == 0, done.stderr
-    assert f"merged adapter: {tmp_path / 'run' / 'merged'}" in done.stdout
-    assert "average, seed 0: accuracy on each task" in done.stdout
+    arguments += [f"output_dir={tmp_path / 'run'}", "method=average"]
+    monkeypatch.setattr(sys, "argv", ["accelerate launch", *arguments])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(ROOT)
+    status, said = forked(accelerate_launch)  # the recipe itself is a new interpreter
+    assert status == 0, said
+    assert f"merged adapter: {tmp_path / 'run' / 'merged'}" in said
+    assert "average, seed 0: accuracy on each task" in said
     assert [step["coefficient"]["used"] for step in steps(tmp_path / "run")] == [1, 0.5]
     assert not (tmp_path / "unused").exists()
 

@@ -24,12 +24,12 @@ NAMES = {
     "pm_lda": "P&M + analytic head",
     "average_lda": "running mean + analytic head",
     "gram_lda": "free Gram + analytic head",
-    "best_last": "`best`, trained from the last optimum",
     "best_no_drift": "`best` without drift correction",
     "first_lda": "first task's LoRA + analytic head",
     "best": "`best`: merging alone + analytic head",
     "individual": "one adapter a task (upper bound)",
     "joint": "joint training (upper bound)",
+    "joint_lda": "joint training + analytic head (upper bound)",
     "frozen": "control: frozen backbone + analytic head",
     "untouched": "control: the base, untouched",
 }
@@ -39,8 +39,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pm_lda": {"method": "pm", "head.kind": "lda"},
     "average_lda": {"method": "average", "head.kind": "lda"},
     "gram_lda": {"method": "pm_gram_lda", "perturbation.scale": 0.0},
-    "best_last": {"method": "best", "merge.train_from": "last"},
     "best_no_drift": {"method": "best", "head.drift": "none"},
+    "joint_lda": {"method": "joint", "head.kind": "lda"},
     "first_lda": {"method": "best", "head.strict": True},
 }
 CLASSES = {"ACC": "ACC", "AAA": "AAA", "forgetting": "forgetting", "ACC, task given": "task_incremental"}
@@ -54,7 +54,7 @@ ANSWERS = {
 TEXT = {"bits/byte": "ACC", "AAA": "AAA", "forgetting": "forgetting", "bits/byte, held-out text": "held_out"}
 CORE = ("sequential", "average", "pm", "best", "frozen", "joint")
 ENGINES = ("coma", "cofima", "magmax", "opcm", "slao", "sfa", "ewc", "olora", "base_kl", "replay", "individual")
-HEADS = ("pm_gram_lda", "pm_lda", "average_lda", "gram_lda", "best_last", "best_no_drift", "first_lda")
+HEADS = ("pm_gram_lda", "pm_lda", "average_lda", "gram_lda", "best_no_drift", "first_lda", "joint_lda")
 REST = ("merge_only", "pm_gram", *HEADS, *ENGINES)
 RIVALS = ("sequential", "average", "olora", "slao", "sfa", "merge_only", "pm", "joint", "untouched")
 TEXTS = ("sequential", "average", "merge_only", "pm", "joint", "untouched")

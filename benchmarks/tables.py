@@ -14,7 +14,7 @@ from pm_hf.report import Report, plot
 
 ROOT = Path(__file__).parents[1]
 OVERVIEW = ("clinc150-quick", "banking77", "mixed", "pacs", "tinyimagenet50", "cifar10")  # judged by accuracy
-REHEARSAL = ("replay", "individual", "joint")  # see old data, or do not make one model
+REHEARSAL = ("replay", "individual", "joint", "joint_lda")  # see old data, or do not make one model
 
 
 def result_path(name: str, method: str, seed: int) -> Path:

@@ -19,6 +19,7 @@ NAMES = {
     "replay": "replay, 5 rows a class",
     "merge_only": "merging alone (Fisher α)",
     "pm": "P&M: perturbation + Fisher α",
+    "pm_trace": "P&M, each task's Fisher over its mean",
     "pm_gram": "perturbation + free Gram",
     "pm_gram_lda": "perturbation + free Gram + analytic head",
     "pm_lda": "P&M + analytic head",
@@ -55,9 +56,9 @@ TEXT = {"bits/byte": "ACC", "AAA": "AAA", "forgetting": "forgetting", "bits/byte
 CORE = ("sequential", "average", "pm", "best", "frozen", "joint")
 ENGINES = ("coma", "cofima", "magmax", "opcm", "slao", "sfa", "ewc", "olora", "base_kl", "replay", "individual")
 HEADS = ("pm_gram_lda", "pm_lda", "average_lda", "gram_lda", "best_no_drift", "first_lda", "joint_lda")
-REST = ("merge_only", "pm_gram", *HEADS, *ENGINES)
-RIVALS = ("sequential", "average", "olora", "slao", "sfa", "merge_only", "pm", "joint", "untouched")
-TEXTS = ("sequential", "average", "merge_only", "pm", "joint", "untouched")
+REST = ("merge_only", "pm_trace", "pm_gram", *HEADS, *ENGINES)
+RIVALS = ("sequential", "average", "olora", "slao", "sfa", "merge_only", "pm", "pm_trace", "joint", "untouched")
+TEXTS = ("sequential", "average", "pm", "pm_trace", "joint", "untouched")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ def value_problems(config: RunConfig) -> list[str]:
         (bool(config.output_dir), "output_dir: required"),
         (bool(config.model.base), "model.base: required, a Hub id, a folder or package:NAME/FOLDER"),
         (config.curvature.samples is None or config.curvature.samples >= 1, "curvature.samples: must be at least 1"),
+        (
+            config.curvature.normalisation == "examples" or config.curvature.kind == "fisher",
+            "curvature.normalisation: trace belongs to curvature.kind: fisher",
+        ),
         (0 <= config.curvature.shrinkage < 1, "curvature.shrinkage: must be in [0, 1)"),
         (config.merge.max_rank is None or config.merge.max_rank >= 1, "merge.max_rank: must be at least 1"),
         (config.seed >= 0, "seed: must be at least 0"),

@@ -39,6 +39,9 @@ METHODS = {
     "coma": _method("coma", 0.0, None, "global", "linear"),
     "merge_only": _method("pm", 0.0, "fisher", "global", "linear"),
     "pm": _method("pm", 0.5, "fisher", "global", "linear"),
+    # each task's Fisher over its mean entry, so that tasks weigh alike whatever the size of their gradients
+    "pm_trace": _method("pm", 0.5, "fisher", "global", "linear")
+    | {"curvature": {"kind": "fisher", "normalisation": "trace"}},
     "pm_gram": _method("pm", 0.5, "gram", "free", "linear"),
     "pm_gram_lda": _method("pm", 0.5, "gram", "free", "lda"),
     "best": _method("pm", 0.0, "fisher", "global", "lda"),  # chosen on held-out training rows of CLINC150

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pm_hf.errors import InputError
 from pm_hf.language import IGNORED
-from pm_hf.merging.curvature import Curvature, Kind, Settings, accumulate
+from pm_hf.merging.curvature import NORMALISATIONS, Curvature, Kind, Settings, accumulate
 from pm_hf.merging.lowrank import LowRank, add
 from pm_hf.modeling import find_head
 from pm_hf.processes import gather, process_count, process_index, sum_over_processes, together
@@ -35,6 +35,7 @@ def estimate_curvature(
     loss_reduction: Literal["mean", "sum"] = "mean",
     samples: int | None = None,
     shrinkage: float | None = None,
+    normalisation: Literal["examples", "trace"] = "examples",
     previous: Curvature | None = None,
     heads: Mapping[str, LowRank] | None = None,
     seed: int = 0,
@@ -56,6 +57,8 @@ def estimate_curvature(
     drawn given the given prefix. In several processes each one passes its own share of the examples, and all get the
     sums over all of them; what is drawn is what one process draws when process r of P has the rows r, r + P, r + 2P, …
     samples: number of examples used at most in a process (None: all). previous: sums of the earlier tasks.
+    normalisation: "trace" divides each task's diagonal Fisher by the mean of its entries over all modules before it is
+    summed: tasks weigh alike, where the size of a Fisher says mostly how far its task is from fitted.
     heads: {module: its weight before the task, [weight | bias]} of linear heads shared by all tasks, to be inside the
     curvature. The model's mode and gradients are left as they were.
     Raises InputError when samples < 1, when a module was not reached, or when there is no data.
@@ -69,6 +72,8 @@ def estimate_curvature(
         raise InputError(f"loss_reduction must be one of {', '.join(REDUCTIONS)}, found {loss_reduction!r}")
     if shrinkage is not None and kind != "gram":
         raise InputError("shrinkage belongs to kind='gram'; the diagonal Fisher has nothing off its diagonal")
+    if normalisation not in NORMALISATIONS or (normalisation == "trace" and kind != "fisher"):
+        raise InputError(f"normalisation must be examples, or trace with kind='fisher', found {normalisation!r}")
     rho = SHRINKAGE if shrinkage is None else shrinkage
     if not 0 <= rho < 1:
         raise InputError(f"shrinkage must be in [0, 1), found {shrinkage}")
@@ -88,6 +93,7 @@ def estimate_curvature(
         optimum[name] = head_matrix(watched[name])
         delta[name] = LowRank(optimum[name].B - before.B, before.A)
     settings = Settings(kind, "none", rho) if kind == "gram" else Settings(kind, labels, loss_reduction=loss_reduction)
+    settings = replace(settings, normalisation=NORMALISATIONS[normalisation])
     return together(
         lambda: accumulate(measured, optimum, delta, settings, examples, owner=pass_.owner, previous=previous)
     )

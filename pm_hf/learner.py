@@ -296,6 +296,7 @@ class Run:
             kind=settings.kind or "fisher",
             labels=settings.labels,
             shrinkage=settings.shrinkage if settings.kind == "gram" else None,
+            normalisation=settings.normalisation,
             previous=Curvature.load(state.curvature) if sums and state.curvature is not None else None,
             heads=heads,
             seed=self.config.seed + index,

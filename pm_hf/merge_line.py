@@ -280,6 +280,8 @@ def _unit(config: RunConfig) -> str:
     """What the objective is counted in, a sum over tasks in any case."""
     if config.curvature.kind == "gram":
         return "half the squared change of the layers' outputs, mean over examples"
+    if config.curvature.normalisation == "trace":
+        return "nats of each task over its mean Fisher entry"
     summed = config.stream.kind in LANGUAGE and config.curvature.loss_reduction == "sum"
     return "nats of an example, summed over its target tokens" if summed else "nats"
 

@@ -7,7 +7,7 @@ from pm_hf.adapters import Adapter, base_name, measured_tasks, open_adapter
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import same_folder
 from pm_hf.heads import HeadStatistics
-from pm_hf.merging.curvature import Curvature
+from pm_hf.merging.curvature import NORMALISATIONS, Curvature
 from pm_hf.modeling import resolve_base
 from pm_hf.settings import RunConfig
 from pm_hf.tasks import TaskStream
@@ -82,8 +82,9 @@ def _adapter_misfits(config: RunConfig, stream: TaskStream, adapter: Adapter) ->
 def _curvature_misfits(config: RunConfig, adapter: Adapter, curvature: Curvature) -> list[str]:
     ours, theirs, problems = config.curvature, curvature.settings, []
     gram = ours.kind == "gram"
-    wanted: tuple = (ours.kind, "none" if gram else ours.labels, ours.shrinkage if gram else 0.0)
-    found: tuple = (theirs.kind, theirs.labels, theirs.shrinkage)
+    normalisation = NORMALISATIONS[ours.normalisation]
+    wanted: tuple = (ours.kind, "none" if gram else ours.labels, ours.shrinkage if gram else 0.0, normalisation)
+    found: tuple = (theirs.kind, theirs.labels, theirs.shrinkage, theirs.normalisation)
     if config.head.kind == "none" and not gram:
         wanted, found = (*wanted, ours.loss_reduction), (*found, theirs.loss_reduction)
     if found != wanted:

@@ -91,6 +91,7 @@ class CurvatureSettings:
     loss_reduction: Literal["mean", "sum"] = "mean"  # language models: over the target tokens of an example
     max_gib: float = 8.0  # the run is refused when the curvature's sums would be larger than this many GiB
     samples: int | None = 512  # examples used at most; null: all
+    normalisation: Literal["examples", "trace"] = "examples"  # trace: each task's Fisher over its mean entry
     shrinkage: float = 0.1  # ρ of the Gram: (1−ρ)G + ρ·diag(G)
 
 

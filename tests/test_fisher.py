@@ -7,6 +7,7 @@ from per_example import batches, distance, examples, lora_layers
 
 import pm_hf.fisher
 from pm_hf import estimate_curvature, optimal_coefficient
+from pm_hf.errors import InputError
 from pm_hf.fisher import adapted_layers, head_matrix, layer_product
 from pm_hf.merging.lowrank import LowRank
 from pm_hf.modeling import find_head
@@ -56,6 +57,15 @@ def test_fisher_is_the_mean_of_squared_per_example_gradients_at_any_batch_size(m
     assert curvature.examples == [11]
     assert len(reference) == 4
     assert curvature.settings.kind == "fisher"
+
+
+def test_trace_normalisation_divides_by_the_mean_entry_of_all_modules(model, reference):
+    found = measure(model, batches(ROWS, 4), normalisation="trace")
+    mean = torch.cat([H.flatten() for H in reference.values()]).mean()
+    assert distance(found.S, {name: H / mean for name, H in reference.items()}) < 1e-5
+    for wrong in ({"normalisation": "sum"}, {"normalisation": "trace", "kind": "gram"}):
+        with pytest.raises(InputError, match="normalisation must be examples, or trace with kind='fisher'"):
+            measure(model, batches(ROWS, 4), **wrong)
 
 
 def test_forming_the_gradients_in_small_chunks_changes_nothing(model, reference, monkeypatch):

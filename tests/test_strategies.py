@@ -84,8 +84,8 @@ def assert_same(left, right, tolerance=1e-5):
 # every method
 
 
-def test_there_are_twenty_methods_and_every_sequential_merge_is_one():
-    assert len(METHODS) == 20
+def test_there_are_twenty_one_methods_and_every_sequential_merge_is_one():
+    assert len(METHODS) == 21
     folds = {name for name, method in MERGES.items() if method.fold}
     assert folds == {"pm", "average", "sequential", "coma", "cofima", "magmax", "opcm", "slao"}
     assert folds == {row["merge"]["method"] for row in METHODS.values()}

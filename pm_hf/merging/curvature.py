@@ -28,6 +28,7 @@ from pm_hf.errors import InputError
 from pm_hf.merging.lowrank import LowRank, row_slices
 
 Kind = Literal["fisher", "gram", "factored"]
+NORMALISATIONS = {"examples": "mean over examples", "trace": "mean over examples, each task's entries over their mean"}
 FORMAT = "pm_hf.curvature.v1"
 CHUNK = 2**19  # entries of one matrix held in float64 at a time
 PROBES = 4  # fixed projections of each module's task vector
@@ -41,7 +42,7 @@ class Settings:
     kind: Kind = "fisher"
     labels: str = "empirical"  # labels of the Fisher: the data's own ("empirical") or drawn from the model ("mc")
     shrinkage: float = 0.0  # ρ of (1−ρ)G + ρ·diag(G), put into each task's Gram before it is summed
-    normalisation: str = "mean over examples"
+    normalisation: str = NORMALISATIONS["examples"]
     loss_reduction: str = "mean"  # language models: an example's loss is the mean or the sum over its target tokens
 
 
@@ -272,6 +273,8 @@ def accumulate(
 
     measured: {module: H_t}; for `gram` the raw mean of xxᵀ, shrunk here, one entry per shared input; for `factored`
     (out + in,), the means over the columns and over the rows of each example's squared gradient, averaged.
+    With the normalisation "trace" a task's `fisher` is divided by the mean of its entries over all modules, so that
+    every task weighs alike, however large its gradients are; a Fisher that is zero stays zero.
     optimum: {module: θ*_t relative to the pretrained weights}; delta: {module: Δ_t}, both (out, in).
     previous: the sums of the past, read one module at a time where they lie on disk.
     Raises InputError when `previous` was measured otherwise or has other modules or shapes.
@@ -279,6 +282,8 @@ def accumulate(
     owner = dict(owner or {})
     if settings.kind == "gram":
         measured = {name: shrink(gram, settings.shrinkage) for name, gram in measured.items()}
+    if settings.normalisation == NORMALISATIONS["trace"]:
+        measured = _of_mean_one(measured)
     if previous is not None:
         _check_continues(previous, settings, measured, optimum, owner)
     S, M, current, before = {}, {}, {}, {}
@@ -297,6 +302,13 @@ def accumulate(
     probes = {name: delta_probe(name, d) for name, d in delta.items()}
     past = [] if previous is None else previous.examples
     return Curvature(settings, S, M, current, norms, [*past, examples], owner, probes, before)
+
+
+def _of_mean_one(measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All entries of all modules over their mean, which is the trace over the number of weights."""
+    total = sum(float(H.double().sum()) for H in measured.values())
+    mean = total / sum(H.numel() for H in measured.values())
+    return {name: H / (mean or 1.0) for name, H in measured.items()}
 
 
 def _anchored(kind: Kind, measured: Mapping[str, Tensor], name: str, theta: LowRank) -> Tensor:

@@ -9,7 +9,7 @@ from small_sums import FISHER, GRAM, OWNER, SHAPES, stream, task
 
 from pm_hf.errors import InputError
 from pm_hf.merging import curvature as kernel
-from pm_hf.merging.curvature import Settings, accumulate, delta_probe, shrink
+from pm_hf.merging.curvature import NORMALISATIONS, Settings, accumulate, delta_probe, shrink
 from pm_hf.merging.lowrank import LowRank
 
 FIXED_PROBE = [165.35646601052875, -145.96145571068897, 77.28770885786221, -29.076310368505382]
@@ -154,6 +154,7 @@ def test_the_previous_sums_are_left_as_they_were(settings):
         {"labels": "mc"},
         {"loss_reduction": "sum"},
         {"shrinkage": 0.3},
+        {"normalisation": NORMALISATIONS["trace"]},
         {"normalisation": "sum over tokens"},
     ],
     ids=str,
@@ -164,6 +165,30 @@ def test_sums_measured_otherwise_are_never_mixed(change):
     measured, delta = task(1, settings.kind)
     with pytest.raises(InputError, match="sums are never mixed"):
         accumulate(measured, delta, delta, settings, 3, previous=first)
+
+
+def test_with_the_trace_normalisation_the_scale_of_a_task_s_fisher_does_not_count():
+    settings = replace(FISHER, normalisation=NORMALISATIONS["trace"])
+    (first, one), (second, two) = (task(seed, "fisher") for seed in (0, 1))
+    sums = None
+    for measured, delta, factor in ((first, one, 1.0), (second, two, 1e4)):
+        scaled = {name: factor * H for name, H in measured.items()}
+        sums = accumulate(scaled, delta, delta, settings, 8, previous=sums)
+    mean = [torch.cat([H.flatten() for H in measured.values()]).double().mean() for measured in (first, second)]
+    for name in SHAPES:
+        expected = first[name].double() / mean[0] + second[name].double() / mean[1]
+        torch.testing.assert_close(sums.sum_of(name).double(), expected, rtol=1e-5, atol=1e-6)
+        d = two[name].B.double() @ two[name].A.double()
+        assert sums.current[name] == pytest.approx(float((second[name].double() / mean[1] * d**2).sum()), rel=1e-5)
+    whole = torch.cat([sums.sum_of(name).flatten() for name in SHAPES])
+    assert float(whole.double().mean()) == pytest.approx(2, rel=1e-5)  # one for each task
+
+
+def test_fisher_that_is_zero_stays_zero_under_the_trace_normalisation():
+    measured, delta = task(0, "fisher")
+    zero = {name: torch.zeros_like(H) for name, H in measured.items()}
+    sums = accumulate(zero, delta, delta, replace(FISHER, normalisation=NORMALISATIONS["trace"]), 8)
+    assert all(not sums.sum_of(name).any() for name in SHAPES)
 
 
 def test_sums_with_other_modules_or_shapes_are_refused():

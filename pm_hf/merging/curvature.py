@@ -305,9 +305,8 @@ def accumulate(
 
 
 def _of_mean_one(measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All entries of all modules over their mean, which is the trace over the number of weights."""
-    total = sum(float(H.double().sum()) for H in measured.values())
-    mean = total / sum(H.numel() for H in measured.values())
+    """All entries of all modules over their mean."""
+    mean = sum(float(H.double().sum()) for H in measured.values()) / sum(H.numel() for H in measured.values())
     return {name: H / (mean or 1.0) for name, H in measured.items()}
 
 

@@ -2,7 +2,8 @@
 
 python benchmarks/coefficient.py --streams pacs mixed-quick --methods pm merge_only --seeds 0 [--runs runs/benchmark]
 
-STREAM-METHOD-SEED.json has what `pm-hf inspect --coefficient RUN` writes, table.md one line for each task.
+STREAM-METHOD-SEED.json has what `pm-hf inspect --coefficient RUN` writes and the .png beside it the line of the second
+task; table.md has a row for each task.
 """
 
 import argparse
@@ -17,6 +18,9 @@ from tables import ROOT
 
 from pm_hf.files import write_json
 from pm_hf.merge_line import merge_line
+from pm_hf.pictures import write_chart
+from pm_hf.run_charts import line_charts
+from pm_hf.saved_runs import read_runs
 
 FOLDER = ROOT / "results" / "coefficient"
 
@@ -46,6 +50,7 @@ def measure(name: str, method: str, seed: int, run: Path) -> None:
     print(f"--- {run}", file=sys.stderr, flush=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
     write_json(path, {"stream": name, "method": method, "seed": seed, **merge_line(run), **environment()})
+    write_chart(line_charts(read_runs([run])[0], 1, 1)[0], path.with_suffix(".png"))
 
 
 def table() -> str:

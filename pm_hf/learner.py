@@ -110,7 +110,8 @@ class Run:
         self.encoder = make_encoder(config)
         check_encoding(self.encoder, [rows for task in stream.all for rows in (task.train, task.test)])
         self.scorer = Scorer(config, self.encoder, args.per_device_eval_batch_size, precision(args), args.device)
-        fewest, samples = min(len(task.train) for task in stream.tasks), config.curvature.samples
+        sizes, samples = [len(task.train) for task in stream.tasks if len(task.train)], config.curvature.samples
+        fewest = min(sizes, default=process_count())  # a finished task may leave its training rows out
         if self._measures and min(fewest, samples or fewest) < process_count():
             raise InputError(
                 f"curvature.samples is {samples} and the smallest task has {fewest} training rows: each of "
@@ -141,6 +142,7 @@ class Run:
                 "task": task.name,
                 "labels": list(task.labels),
                 "fingerprint": task.fingerprint(),
+                "test_fingerprint": task.test_fingerprint(),
                 "head": head,
                 "train_from": start.train_from,
                 "freedom": merge.freedom,

@@ -20,12 +20,11 @@ from pm_hf.learner import Run
 from pm_hf.memory import release_memory
 from pm_hf.merge import merge_adapters
 from pm_hf.merging.methods import get_method
-from pm_hf.released import STEP
 from pm_hf.report import CHOICE, INSIDE, LOWER_IS_BETTER
 from pm_hf.runs import CONFIG
 from pm_hf.saved_runs import LINE, read_runs
 from pm_hf.settings import LANGUAGE, RunConfig
-from pm_hf.tasks import load_stream
+from pm_hf.tasks import STEP, load_stream
 from pm_hf.versions import versions
 
 GRID = tuple(tenth / 10 for tenth in range(11))
@@ -66,10 +65,11 @@ def merge_line(run: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     found: dict[str, Any] = {}
     for index in _folded(work):
         step = work.folder.step(index)
-        if reason := _reason(step):
+        reason = _reason(step)
+        key = "" if reason else _key(work, index, step)
+        if key not in known and (reason := reason or _lacks_rows(work, index)):
             skipped.append({"task": step["task"], "reason": reason})
         else:
-            key = _key(work, index, step)
             tasks.append(known[key] if key in known else _task(work, index, step, saved.metric) | {"key": key})
         found = _result(config, saved.metric, tasks, skipped)
         write_json(folder / LINE, found)
@@ -111,7 +111,7 @@ def _folded(work: Run) -> list[int]:
     done = 0
     while done < len(tasks) and (folder.task(done) / STEP).is_file():
         done += 1
-    other = [task.name for i, task in enumerate(tasks[:done]) if folder.step(i)["fingerprint"] != task.fingerprint()]
+    other = [task.name for i, task in enumerate(tasks[:done]) if folder.data_problem(i)]
     raise_all(
         [f"labels or rows of {', '.join(other)} are not those that it was trained on; use data_dir=FOLDER"]
         * bool(other),
@@ -132,6 +132,13 @@ def _reason(step: Mapping) -> str | None:
     return None
 
 
+def _lacks_rows(work: Run, index: int) -> str | None:
+    """Why a task's line cannot be computed anew."""
+    if work.config.head.kind == "lda" and not len(work.stream.tasks[index].train):
+        return "its training rows are left out, from which the analytic head of every point is computed"
+    return None
+
+
 def _key(work: Run, index: int, step: Mapping) -> str:
     """Digest of all that a task's line depends on."""
     settings = work.config.to_dict()
@@ -141,7 +148,7 @@ def _key(work: Run, index: int, step: Mapping) -> str:
     adapters = [work.folder.task(index) / "adapter", work.folder.state(index).merged]
     parts: list = [
         [open_adapter(path).digest() for path in adapters if path],
-        [task.fingerprint() for task in work.stream.seen(index)],
+        [work.folder.step(seen)["fingerprint"] for seen in range(index + 1)],  # compared with the rows in _folded
         [step["coefficient"], _coefficients(step), settings],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -10,9 +10,9 @@ from pm_hf.heads import HeadStatistics
 from pm_hf.merging.curvature import NORMALISATIONS, Curvature
 from pm_hf.modeling import resolve_base
 from pm_hf.settings import RunConfig
-from pm_hf.tasks import TaskStream
+from pm_hf.tasks import STEP, TaskStream
 
-STEP, CURVATURE, STATISTICS = "step.json", "curvature.safetensors", "head_statistics.safetensors"
+CURVATURE, STATISTICS = "curvature.safetensors", "head_statistics.safetensors"
 OPTIMUM = "optimum"  # adapter folder of the last task's own optimum, for methods that train from it
 
 
@@ -102,7 +102,7 @@ def _curvature_misfits(config: RunConfig, adapter: Adapter, curvature: Curvature
 def _check_first_task(stream: TaskStream) -> None:
     """With one head shared by all tasks, the analytic head needs a row of every class in the first task."""
     first = stream.tasks[0]
-    if lacking := sorted(set(first.labels) - set(first.train.labels)):
+    if len(first.train) and (lacking := sorted(set(first.labels) - set(first.train.labels))):
         raise InputError(
             f"head.kind lda: task {first.name!r}, the first, has no row of {lacking[:5]}; "
             "put a task with all classes first, or use head.kind: linear"

@@ -10,10 +10,10 @@ from pm_hf.config import config_text, differing_keys, load_config, save_config
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import LOCK, copy_folder, make_folder, read_json, remove_leftovers, same_folder, write_json
 from pm_hf.metrics import task_forgetting
-from pm_hf.released import CURVATURE, OPTIMUM, STATISTICS, STEP, State
+from pm_hf.released import CURVATURE, OPTIMUM, STATISTICS, State
 from pm_hf.report import CHOICE, Report, primary_metric
 from pm_hf.settings import RunConfig
-from pm_hf.tasks import Task, TaskStream
+from pm_hf.tasks import STEP, Task, TaskStream, task_folder
 
 ROWS = "rows.json"  # rows of the task that is being trained, and under which conditions
 CONFIG = "config.yaml"
@@ -37,8 +37,7 @@ class RunFolder:
 
     def task(self, index: int) -> Path:
         """Folder of one task."""
-        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.stream.tasks[index].name)
-        return self.path / f"task-{index:02d}-{name}"
+        return task_folder(self.config, index, self.stream.tasks[index].name)
 
     def step(self, index: int) -> dict:
         """What step.json says of a finished task."""
@@ -58,7 +57,29 @@ class RunFolder:
         )
 
     def finished(self) -> int:
-        """Number of finished tasks in the folder; InputError when they contradict the config."""
+        """Number of finished tasks in the folder; InputError when they contradict the config, or where the training
+        rows of a task are left out that is not finished."""
+        done = self._finished()
+        left = [task.name for task in self.stream.tasks[done:] if not len(task.train)]
+        if left:
+            raise InputError(
+                f"stream.tasks: {', '.join(left)} leave out train, which only finished tasks may, and {self.path} has "
+                f"{done} finished tasks; name the training files, or the output_dir in which they are finished"
+            )
+        for index in range(done):
+            self.tidy(index)
+        return done
+
+    def data_problem(self, index: int) -> str | None:
+        """What contradicts a finished task in its data; training rows that are left out are not compared."""
+        task, step = self.stream.tasks[index], self.step(index)
+        if len(task.train):
+            return None if step["fingerprint"] == task.fingerprint() else "its labels or rows differ"
+        if "test_fingerprint" not in step:
+            return "an older version finished it, whose training rows cannot be left out"
+        return None if step["test_fingerprint"] == task.test_fingerprint() else "its labels or test rows differ"
+
+    def _finished(self) -> int:
         path = self.path / CONFIG
         if not path.is_file():
             if self.path.exists() and not self.path.is_dir():
@@ -76,14 +97,12 @@ class RunFolder:
             raise InputError(f"{path} is a file of yours; choose another output_dir, the run writes its settings there")
         problems = differing_keys(load_config(path).to_dict(), self.config.to_dict()) if started else []
         for index in range(done):
-            if self.step(index)["fingerprint"] != self.stream.tasks[index].fingerprint():
-                problems.append(f"task {index} ({self.stream.tasks[index].name}): its labels or rows differ")
+            if problem := self.data_problem(index):
+                problems.append(f"task {index} ({self.stream.tasks[index].name}): {problem}")
         steps = len(list(self.path.glob(f"task-*/{STEP}")))
         if steps > done:
             problems.append(f"the folder has {steps} finished tasks, the config fits the first {done}")
         raise_all(problems, f"output_dir {self.path} holds another run; use its config or another output_dir")
-        for index in range(done):
-            self.tidy(index)
         return done
 
     def begin_run(self) -> int:

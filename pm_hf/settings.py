@@ -36,7 +36,7 @@ class Source:
 
 @dataclass
 class TaskSettings(Source):
-    """One task of a list."""
+    """One task of a list; a finished one may leave out its training rows (`train`)."""
 
     name: str = ""  # unique within the stream
 

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from pm_hf.rows import Encoder, Examples, Rows
 from pm_hf.settings import LANGUAGE, RunConfig, Source, StreamSettings, TaskSettings
 from pm_hf.sources import path_of, read_rows
 
+STEP = "step.json"  # in a finished task's folder: what became of it
 MOST_ANSWERS = 200  # a language task with more different completions has free answers, none to choose among
 
 
@@ -23,6 +25,7 @@ class Task:
     """One task: the classes of its head in row order, its rows, and its own classes where the head has others too.
 
     Of a language model the labels are the answers to choose among, none where the completions are free text.
+    train is empty where a finished task's training rows are left out; its labels are then those of its step.json.
     replayed: rows of earlier tasks that are trained on with its own. eval: training rows held out for evaluations
     during the training.
     """
@@ -37,14 +40,18 @@ class Task:
 
     def fingerprint(self) -> str:
         """Digest of labels and rows; a finished task must keep it."""
-        return self._digest
+        return self._digests[0]
+
+    def test_fingerprint(self) -> str:
+        """Digest of labels and test rows; a finished task whose training rows are left out must keep it."""
+        return self._digests[1]
 
     @cached_property
-    def _digest(self) -> str:  # pictures are read for it
-        digest = hashlib.sha256(json.dumps([self.name, self.labels]).encode())
-        for rows in (self.train, self.test, self.replayed, self.eval):
-            digest.update(rows.content() if len(rows) else b"")
-        return digest.hexdigest()[:16]
+    def _digests(self) -> tuple[str, str]:  # pictures are read for it, once
+        named = json.dumps([self.name, self.labels]).encode()
+        found = [rows.content() if len(rows) else b"" for rows in (self.train, self.test, self.replayed, self.eval)]
+        whole, tested = (hashlib.sha256(b"".join(parts)) for parts in ((named, *found), (named, found[1])))
+        return whole.hexdigest()[:16], tested.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,18 @@ class TaskStream:
         return self.scored or self.tasks[: index + 1]
 
 
+def task_folder(config: RunConfig, index: int, name: str) -> Path:
+    """Folder of one task in the run's output folder."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+    return Path(config.output_dir).expanduser() / f"task-{index:02d}-{safe}"
+
+
 def load_stream(config: RunConfig) -> TaskStream:
-    """Read and check all data before any training; one InputError with everything that is wrong."""
+    """Read and check all data before any training; one InputError with everything that is wrong.
+
+    A task of `stream.tasks` with a test file and no training rows is read as one that is finished in output_dir, which
+    is not checked here.
+    """
     return replace(_load_tasks(config), held_out=_held_out_texts(config))
 
 
@@ -95,8 +112,9 @@ def make_stream(config: RunConfig, parts: Sequence[tuple[str, Rows, Rows]]) -> T
     language = stream.kind in LANGUAGE
     if stream.tasks is not None and not stream.shared_labels and scenario == "class_incremental" and not language:
         parts = [(name, _qualified(name, train), _qualified(name, test)) for name, train, test in parts]
-    raise_all(_problems(scenario, parts, language), "stream")
-    own = [_answers(train, test) if language else tuple(sorted(set(train.labels))) for _, train, test in parts]
+    left = _left_out(config, parts)
+    raise_all(_problems(scenario, parts, language, left) + _needing_rows(config, left), "stream")
+    own = [left[name] if name in left else _labels(language, train, test) for name, train, test in parts]
     everything = tuple(sorted({label for labels in own for label in labels}))
     tasks = []
     for (name, train, test), labels in zip(parts, own, strict=True):
@@ -108,7 +126,7 @@ def make_stream(config: RunConfig, parts: Sequence[tuple[str, Rows, Rows]]) -> T
         train, evaluated = _split_off(train, stream.eval_share, bool(labels), f"eval/{config.seed}/{name}")
         shared = everything if scenario == "domain_incremental" and (labels or not language) else labels
         tasks.append(Task(name, shared, train, test, shared, eval=evaluated))
-    few = [] if stream.eval_share is None else [task.name for task in tasks if not len(task.eval)]
+    few = [task.name for task in tasks if stream.eval_share and not len(task.eval) and task.name not in left]
     raise_all([f"task {name!r}: too few training rows for eval_share to hold one out" for name in few], "stream")
     if config.strategy.replay_per_class:
         tasks = _with_replay(tasks, config.strategy.replay_per_class, config.seed)
@@ -127,6 +145,10 @@ def sample(rows: Rows, count: int | None, seed: int) -> Rows:
     """`count` rows drawn without repetition, or all of them, in a seeded order."""
     order = random.Random(f"sample/{seed}").sample(range(len(rows)), len(rows))
     return rows.take(order if count is None else order[:count])
+
+
+def _labels(language: bool, train: Rows, test: Rows) -> tuple[str, ...]:
+    return _answers(train, test) if language else tuple(sorted(set(train.labels)))
 
 
 def _answers(train: Rows, test: Rows) -> tuple[str, ...]:
@@ -198,13 +220,40 @@ def _listed(config: RunConfig) -> list[tuple[str, Rows, Rows]]:
         if not task.name:
             problems.append(f"tasks[{number}] has no name")
             continue
+        source, train = _source(config.stream, task), Rows([], [])
         try:
-            (train, _), (test, _) = _both(config, _source(config.stream, task), task=task.name)
+            if _leaves_out(source):
+                test, _ = read_rows(config.stream.kind, source, config.data_dir, test=True, task=task.name)
+            else:
+                (train, _), (test, _) = _both(config, source, task=task.name)
             parts.append((task.name, train, test))
         except InputError as error:
             problems.append(f"task {task.name}: {error}")
     raise_all(problems, "stream")
     return parts
+
+
+def _leaves_out(source: Source) -> bool:
+    """Whether a task has a test file and no training rows."""
+    return bool(source.test) and not source.train and source.dataset is None
+
+
+def _left_out(config: RunConfig, parts: Sequence[tuple[str, Rows, Rows]]) -> dict[str, tuple[str, ...]]:
+    """{task without training rows: its labels}: those of its step.json, of its test rows where there is none."""
+    found, tests, language = {}, {name: test for name, _, test in parts}, config.stream.kind in LANGUAGE
+    for index, task in enumerate(config.stream.tasks or []):
+        if _leaves_out(_source(config.stream, task)):
+            step, test = task_folder(config, index, task.name) / STEP, tests[task.name]
+            derived = _labels(language, test, test) if len(test) else ()
+            found[task.name] = tuple(read_json(step)["labels"]) if step.is_file() else derived
+    return found
+
+
+def _needing_rows(config: RunConfig, left: Collection[str]) -> list[str]:
+    """Settings that train on rows which are left out."""
+    needing = [key for key in ("joint", "replay_per_class") if left and getattr(config.strategy, key)]
+    names = ", ".join(map(repr, left))
+    return [f"strategy.{key} trains on rows of earlier tasks: name the training files of {names}" for key in needing]
 
 
 def _source(stream: StreamSettings, task: TaskSettings) -> Source:
@@ -268,15 +317,17 @@ def _by_domain(train: tuple, test: tuple) -> list[tuple[str, Rows, Rows]]:
     return [(name, _where(train[0], train[1], {name}), _where(test[0], test[1], {name})) for name in domains]
 
 
-def _problems(scenario: str, parts: Sequence[tuple[str, Rows, Rows]], language: bool) -> list[str]:
+def _problems(
+    scenario: str, parts: Sequence[tuple[str, Rows, Rows]], language: bool, left: Mapping[str, Sequence[str]]
+) -> list[str]:
     problems, names = [], [name for name, _, _ in parts]
     if not names:
         problems.append("no tasks")
     problems += [f"two tasks are named {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
-    known = {label for _, train, _ in parts for label in train.labels}
+    known = {label for name, train, _ in parts for label in left.get(name, train.labels)}
     for name, train, test in parts:
         for kind, rows in (("training", train), ("test", test)):
-            if not len(rows):
+            if not len(rows) and not (kind == "training" and name in left):
                 problems.append(f"task {name!r} is empty: no {kind} rows")
         allowed = known if scenario == "domain_incremental" else set(train.labels)
         strange = sorted(set(test.labels) - allowed)

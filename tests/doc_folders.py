@@ -133,12 +133,8 @@ def teams(_: Path) -> Names:
 
 def add_a_class(base: Path) -> Names:
     encoder(base)
-    train_and_test([*CARDS, *TRANSFERS])
-    train_and_test(TOP_UPS, "whole-")
-    for side in ("train", "test"):
-        text = Path(f"whole-{side}.csv").read_text().split("\n", 1)[1]  # appended to a file that has a heading
-        Path(f"new-{side}.csv").write_text(text)
-    train_and_test(REFUNDS, "only-new-")
+    for name, labels in (("cards", CARDS), ("transfers", TRANSFERS), ("top-ups", TOP_UPS), ("refunds", REFUNDS)):
+        train_and_test(labels, f"{name}-")
     return {}
 
 

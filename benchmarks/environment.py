@@ -16,10 +16,11 @@ def environment() -> dict[str, object]:
 
 
 def commit() -> str:
-    """Short hash of HEAD; a + says that tracked files differ from it."""
+    """Short hash of HEAD; a + says that tracked files other than results differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    status = [*git, "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results"]
+    dirty = subprocess.run(status, capture_output=True, text=True, check=True)
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 

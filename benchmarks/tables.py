@@ -13,7 +13,15 @@ from scipy.stats import ttest_rel
 from pm_hf.report import Report, plot
 
 ROOT = Path(__file__).parents[1]
-OVERVIEW = ("clinc150-quick", "banking77", "mixed", "pacs", "tinyimagenet50", "cifar10")  # judged by accuracy
+OVERVIEW = (
+    "clinc150-quick",
+    "banking77",
+    "mixed",
+    "mixed-quick",
+    "pacs",
+    "tinyimagenet50",
+    "cifar10",
+)  # judged by accuracy
 REHEARSAL = ("replay", "individual", "joint", "joint_lda")  # see old data, or do not make one model
 
 

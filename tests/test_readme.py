@@ -12,10 +12,14 @@ from pm_hf.config import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TABLES = [
+    "overview.md",
+    *(f"{name}/table.md" for name in ("clinc150-quick", "smollm2-text", "smollm2-domains", "coefficient")),
+]
 RESULTS = sorted((ROOT / "results").glob("*/*/*.json"))
 
 
-@pytest.mark.parametrize("table", ["clinc150-quick/table.md", "overview.md"])
+@pytest.mark.parametrize("table", TABLES)
 def test_table_of_results_is_the_one_the_benchmark_wrote(table):
     assert (ROOT / "results" / table).read_text(encoding="utf-8").strip() in README
 

@@ -62,8 +62,10 @@ METHODS = {
 
 
 # what may change when a finished run is continued; the data of finished tasks is compared by its fingerprint
-FREE_KEYS = ("output_dir", "data_dir", "max_forgetting", "stream.tasks", "stream.class_groups", "stream.domain_column")
-LOGGING_KEYS = ("training.report_to", "training.run_name")
+FREE_KEYS = (
+    *("output_dir", "data_dir", "max_forgetting", "training.report_to", "training.run_name"),
+    *("stream.tasks", "stream.class_groups", "stream.domain_column"),
+)
 
 
 def load_config(
@@ -140,7 +142,7 @@ def differing_keys(finished: Mapping, now: Mapping, path: str = "") -> list[str]
     found = []
     for key in [*finished, *(key for key in now if key not in finished)]:
         name, old, new = f"{path}{key}", finished.get(key), now.get(key)
-        if name in (*FREE_KEYS, *LOGGING_KEYS) or old == new:
+        if name in FREE_KEYS or old == new:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differing_keys(old, new, name + ".")

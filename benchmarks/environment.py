@@ -25,8 +25,9 @@ def commit() -> str:
 
 
 def hardware() -> str:
-    """Processor, cores used, memory."""
+    """Processor, threads of a process, memory, and the GPU where torch has one."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, {memory:.0f} GiB"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, {memory:.0f} GiB{gpu}"

@@ -15,6 +15,7 @@ import argparse
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,20 +95,27 @@ def run_missing(found: list[Job], options: argparse.Namespace) -> int:
     missing = [job for job in found if not result_path(*job).exists()]
     for name in {job.stream for job in missing}:
         prepare(name, options)
+    return pooled(run, missing, options, done=len(found) - len(missing))
+
+
+def pooled(work: Callable, jobs: Sequence[tuple], options: argparse.Namespace, done: int = 0) -> int:
+    """work(job, options) for every job, options.jobs at a time; the number of those that failed.
+
+    done: jobs that were finished before; they count in the bar, whose time left follows from those done here.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
     failed = 0
-    # a bar with the time left, from the runs that are done
     with (
-        tqdm(total=len(found), initial=len(found) - len(missing), unit="run", smoothing=0) as bar,
+        tqdm(total=done + len(jobs), initial=done, unit="run", smoothing=0) as bar,
         ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
     ):
-        waiting = {pool.submit(run, job, options): job for job in missing}
+        waiting = {pool.submit(work, job, options): " ".join(map(str, job)) for job in jobs}
         for future in as_completed(waiting):
             job, error = waiting[future], future.exception()
             if error is not None:  # the others go on
                 failed += 1
-                bar.write(f"{job.stream}: {job.method}, seed {job.seed} failed: {error!r}", file=sys.stderr)
-            bar.set_postfix_str(f"{failed} failed, last {job.stream} {job.method} {job.seed}", refresh=False)
+                bar.write(f"{job} failed: {error!r}", file=sys.stderr)
+            bar.set_postfix_str(f"{failed} failed, last {job}", refresh=False)
             bar.update()
     return failed
 
@@ -135,12 +143,7 @@ def run(job: Job, options: argparse.Namespace) -> None:
 
     datasets.disable_progress_bars()
     stream, folder = STREAMS[job.stream], options.runs / job.stream / f"{job.method}-{job.seed}"
-    source = ROOT / "configs" / stream.config
-    changes: dict[str, Any] = {"data_dir": str(data_folder(job.stream, options)), "output_dir": str(folder)}
-    if stream.data == "image":
-        changes["model.base"] = str(options.backbone)
-    if stream.orders or stream.tasks:
-        changes["stream.tasks"] = tasks(source, job.seed if stream.orders else 0, stream.tasks)
+    source, changes = data_settings(job.stream, job.seed, folder, options)
     report = learn(source, seed=job.seed, **(changes | VARIANTS.get(job.method, {"method": job.method})))
     path = result_path(*job)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +151,18 @@ def run(job: Job, options: argparse.Namespace) -> None:
     config = {key: value for key, value in config.items() if key not in ("data_dir", "output_dir")}  # this machine's
     origin = {"stream": stream.title, "preset": options.preset, "config": config}
     write_json(path, {**origin, **report.to_dict(), "method": job.method, **environment()})
+
+
+def data_settings(name: str, seed: int, folder: Path, options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """(the stream's YAML, settings for this machine's files and the stream's order and length)."""
+    stream = STREAMS[name]
+    source = ROOT / "configs" / stream.config
+    changes: dict[str, Any] = {"data_dir": str(data_folder(name, options)), "output_dir": str(folder)}
+    if stream.data == "image":
+        changes["model.base"] = str(options.backbone)
+    if stream.orders or stream.tasks:
+        changes["stream.tasks"] = tasks(source, seed if stream.orders else 0, stream.tasks)
+    return source, changes
 
 
 def tasks(config: Path, first: int, count: int | None) -> list[dict]:

@@ -100,8 +100,10 @@ def _merge_problems(config: RunConfig) -> list[str]:
     chosen = get_method(merge.method or "pm")
     if chosen.factors and merge.max_rank is not None:
         problems.append(f"merge.max_rank: {merge.method} keeps the factors as they are; it must be null")
-    if merge.train_from not in (None, chosen.train_from) and "merged" in (merge.train_from, chosen.train_from):
-        problems.append(f"merge.train_from: the mathematics of {merge.method} needs {chosen.train_from}")
+    steps = ("merged", "last") if chosen.kernel is None else ("merged",)  # a step may lead to any model's weights
+    starts = steps if chosen.train_from == "merged" else ("last", "base")
+    if merge.train_from not in (None, *starts):
+        problems.append(f"merge.train_from: the mathematics of {merge.method} needs {' or '.join(starts)}")
     try:
         read_options(merge.method or "pm", merge.options)
     except InputError as error:

@@ -38,6 +38,7 @@ def estimate_curvature(
     normalisation: Literal["examples", "trace"] = "examples",
     previous: Curvature | None = None,
     heads: Mapping[str, LowRank] | None = None,
+    merged: Mapping[str, LowRank] | None = None,
     seed: int = 0,
     autocast: torch.dtype | None = None,
 ) -> Curvature:
@@ -60,7 +61,9 @@ def estimate_curvature(
     normalisation: "trace" divides each task's diagonal Fisher by the mean of its entries over all modules before it is
     summed: tasks weigh alike, where the size of a Fisher says mostly how far its task is from fitted.
     heads: {module: its weight before the task, [weight | bias]} of linear heads shared by all tasks, to be inside the
-    curvature. The model's mode and gradients are left as they were.
+    curvature. merged: {module: θ̂_{t−1} − θ0, (out, in)} where the task was not trained from the running merge: Δ is
+    then all that the model adds to the base less this, and not `adapter`'s product. The model's mode and gradients are
+    left as they were.
     Raises InputError when samples < 1, when a module was not reached, or when there is no data.
     """
     for name, value, valid in (("kind", kind, KINDS), ("labels", labels, LABELS)):
@@ -89,6 +92,8 @@ def estimate_curvature(
     measured = {name: total.div_(examples).cpu() for name, total in pass_.sums.items()}
     delta = {name: layer_product(layer, [adapter]) for name, layer in layers.items()}
     optimum = {name: layer_product(layer, layer.active_adapters) for name, layer in layers.items()}
+    if merged is not None:
+        delta = {name: add(found, merged[name].scale(-1.0)) for name, found in optimum.items()}
     for name, before in (heads or {}).items():
         optimum[name] = head_matrix(watched[name])
         delta[name] = LowRank(optimum[name].B - before.B, before.A)

@@ -25,14 +25,14 @@ from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank
 from pm_hf.modeling import TASK, TaskModel, build_task_model, find_head, task_tensors
 from pm_hf.processes import on_main, process_count, process_index, together
-from pm_hf.released import CURVATURE, OPTIMUM, State, released
+from pm_hf.released import CURVATURE, State, released
 from pm_hf.report import Report, primary_metric
 from pm_hf.runs import ForgettingError, RunFolder, say
 from pm_hf.scoring import Scorer, cut_note
 from pm_hf.settings import RunConfig
 from pm_hf.sharding import load_whole, put_weights, sharded, trained_weights
 from pm_hf.stopping import Stop, stop_on_sigterm
-from pm_hf.strategies import Start, callbacks, check_room, penalties, prepare, start_of
+from pm_hf.strategies import Start, callbacks, check_room, penalties, prepare, start_of, task_vector
 from pm_hf.tasks import Task, TaskStream, batches, load_stream, sample
 from pm_hf.tracking import Tracking
 from pm_hf.training import EarlyStopping, precision, train, training_arguments
@@ -301,6 +301,7 @@ class Run:
             normalisation=settings.normalisation,
             previous=Curvature.load(state.curvature) if sums and state.curvature is not None else None,
             heads=heads,
+            merged=self._apart(state),
             seed=self.config.seed + index,
             autocast=self.scorer.autocast,
             loss_reduction=settings.loss_reduction if self.language else "mean",
@@ -308,6 +309,12 @@ class Run:
         path = self.folder.task(index) / CURVATURE
         on_main(lambda: curvature.save(path))
         return Curvature.load(path)  # from here on it is read a chunk at a time
+
+    def _apart(self, state: State) -> Mapping[str, LowRank] | None:
+        """θ̂_{t−1} where the task was trained from another model, the last optimum."""
+        if state.merged is None or start_of(self.config, state).train_from == "merged":
+            return None
+        return open_adapter(state.merged).products()
 
     def _save(self, built: TaskModel, task: Task, folder: Path) -> None:
         factors, saved, peft_config = task_tensors(built.model, self.config.stream.kind)
@@ -330,14 +337,8 @@ class Run:
             curvatures.insert(0, Curvature.load(state.curvature))
         elif method != "pm":
             curvatures = []
-        vector = folder / "adapter"
-        if start.train_from == "last" and start.frozen is not None:  # a task vector relative to the base
-            vector = folder / OPTIMUM
-            merge_adapters(
-                folder / "adapter", vector, into=start.frozen, method="sequential", max_rank=settings.max_rank
-            )
         return merge_adapters(
-            vector,
+            task_vector(folder, start, state, method, settings.max_rank),
             folder / "merged",
             into=into,
             method=method,

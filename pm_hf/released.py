@@ -14,6 +14,7 @@ from pm_hf.tasks import STEP, TaskStream
 
 CURVATURE, STATISTICS = "curvature.safetensors", "head_statistics.safetensors"
 OPTIMUM = "optimum"  # adapter folder of the last task's own optimum, for methods that train from it
+CHANGE = "change"  # adapter folder of θ*_t − θ̂_{t−1}, where training started from the last optimum and not from θ̂_{t−1}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pm_hf.config import config_text, differing_keys, load_config, save_config
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import LOCK, copy_folder, make_folder, read_json, remove_leftovers, same_folder, write_json
 from pm_hf.metrics import task_forgetting
-from pm_hf.released import CURVATURE, OPTIMUM, STATISTICS, State
+from pm_hf.released import CHANGE, CURVATURE, OPTIMUM, STATISTICS, State
 from pm_hf.report import CHOICE, Report, primary_metric
 from pm_hf.settings import RunConfig
 from pm_hf.tasks import STEP, Task, TaskStream, task_folder
@@ -144,6 +144,7 @@ class RunFolder:
         for older in range(last + 1):
             (self.task(older) / CURVATURE).unlink(missing_ok=True)
             shutil.rmtree(self.task(older) / OPTIMUM, ignore_errors=True)
+            shutil.rmtree(self.task(older) / CHANGE, ignore_errors=True)
 
     def publish(self, done: int) -> None:
         """Copy the newest merge to `merged/` unless an old task fell further than allowed; write report.json."""

@@ -6,15 +6,18 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from pm_hf.adapter_writer import Update, write_adapter
 from pm_hf.adapters import open_adapter
 from pm_hf.errors import InputError
 from pm_hf.fisher import adapted_layers
+from pm_hf.merge import merge_adapters
 from pm_hf.merging.curvature import Curvature
+from pm_hf.merging.lowrank import weighted_sum
 from pm_hf.merging.methods import get_method
 from pm_hf.modeling import MERGED, TASK, TaskModel, find_head
 from pm_hf.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, Penalty
 from pm_hf.regularised import SequentialAveraging, orthonormal_start
-from pm_hf.released import State
+from pm_hf.released import CHANGE, OPTIMUM, State
 from pm_hf.settings import RunConfig
 
 
@@ -34,6 +37,28 @@ def start_of(config: RunConfig, state: State) -> Start:
     if method.factors:
         return Start(where, factors=state.optimum)
     return Start(where, {"merged": state.merged, "last": state.optimum, "base": None}[where])
+
+
+def task_vector(folder: Path, start: Start, state: State, method: str, max_rank: int | None) -> Path:
+    """The adapter folder that is folded: the trained adapter, or what it is together with the optimum it started from.
+
+    Trained from the last optimum, a method that takes task vectors relative to the base gets the optimum itself, one
+    that takes steps from the running merge gets θ*_t − θ̂_{t−1}, exact. The optimum is kept for the next task.
+    """
+    trained = folder / "adapter"
+    if start.train_from != "last" or start.frozen is None:
+        return trained
+    merge_adapters(trained, folder / OPTIMUM, into=start.frozen, method="sequential", max_rank=max_rank)
+    if get_method(method).train_from != "merged" or state.merged is None:
+        return folder / OPTIMUM
+    task, last, merged = (open_adapter(path) for path in (trained, start.frozen, state.merged))
+    updates = {}
+    for module, layout in task.layouts.items():
+        parts = zip(*(adapter.read(module, bias=False) for adapter in (task, last, merged)), strict=True)
+        updates[module] = Update(layout.merged, [weighted_sum(part, [1.0, 1.0, -1.0]) for part in parts])
+    saved = {name: task.tensor(name) for name in task.saved}
+    write_adapter(folder / CHANGE, task.config, updates, saved, task.labels, ambiguous=False, overwrite=True, extra={})
+    return folder / CHANGE
 
 
 def prepare(config: RunConfig, built: TaskModel, start: Start) -> None:

@@ -1,0 +1,271 @@
+"""Merge x head x drift x start, on the same trained tasks. Writes results/factorial/STREAM/CELL/SEED.json and table.md.
+
+python benchmarks/factorial.py --streams clinc150-quick pacs --seeds 0       scored on the test rows
+python benchmarks/factorial.py --streams clinc150-quick --seeds 0 --choose   on a fifth of the training rows, held out
+
+A cell is a way to merge and a start; it is trained once, with linear heads. The other heads are computed from the
+features of its merges, so they differ in nothing else. --choose writes to results/factorial-choice/: settings are
+chosen there, never on test rows. Controls with the same heads: the frozen backbone, the first task's LoRA, joint
+training.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from environment import environment
+from grid import STREAMS
+from suite import ROOT, SHARED, data_settings, lacking_input, pooled
+from tables import spread
+from torch import Tensor
+
+from pm_hf.config import load_config
+from pm_hf.files import write_json
+from pm_hf.heads import HeadStatistics, ridge_drift
+from pm_hf.learner import Run, learn
+from pm_hf.tasks import Task, load_stream
+
+SHARE = 0.2  # of the training rows, held out where settings are chosen
+PROJECTION = 2048  # random features of RanPAC
+RIDGES = tuple(10.0**power for power in range(9))  # RanPAC's, chosen on a fifth of its training rows
+DRAWS = 200  # features drawn a class for an aligned head
+
+
+STEP = {"merge.options": {"coefficient": 0.2}}
+
+
+def _merge(method: str, start: str = "merged", more: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"method": method, "merge.train_from": start, "perturbation.scale": 0.0, "head.kind": "linear"} | (
+        more or {}
+    )
+
+
+CELLS: dict[str, dict[str, Any]] = {
+    "α = 1, from the merge": _merge("sequential"),
+    "1/t, from the merge": _merge("average"),
+    "1/t, from the last optimum": _merge("average", "last"),
+    "α = 0.2, from the merge": _merge("coma", more=STEP),
+    "α = 0.2, from the last optimum": _merge("coma", "last", STEP),
+    "Fisher α, from the merge": _merge("merge_only"),
+    "Fisher α, from the last optimum": _merge("merge_only", "last"),
+    "Fisher α, perturbed, from the merge": _merge("pm", more={"perturbation.scale": 0.5}),
+    "free Gram, from the merge": _merge("pm_gram"),
+    "frozen backbone": {"method": "frozen"},
+    "joint training": {"method": "joint", "head.kind": "linear"},
+}
+FIRST = "first task's LoRA"  # a control made of the features of another cell
+HEADS = ("linear", "aligned", "lda, none", "lda, mean shift", "lda, ridge", "lda, oracle", "joint head", "RanPAC")
+
+
+def main() -> int:
+    """Train what is missing, compute the heads, write the table; 1 where a cell failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", nargs="*", choices=list(STREAMS), default=[])
+    parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--choose", action="store_true", help="score on training rows that are held out")
+    parser.add_argument("--data", type=Path, default=SHARED / "data", help="folder with text/ and image/")
+    parser.add_argument("--backbone", type=Path, default=SHARED / "models" / "vit-tiny-imagenet150", help="of pictures")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time, one thread each")
+    parser.add_argument("--runs", type=Path, default=Path("runs/factorial"), help="folder for the runs themselves")
+    options = parser.parse_args()
+    if lacking := lacking_input(options.streams, options):
+        parser.error(lacking)
+    found = [(name, cell, seed) for name in options.streams for seed in options.seeds for cell in options.cells]
+    failed = pooled(cell_result, [job for job in found if not result_path(options.choose, *job).exists()], options)
+    for choose in (False, True):
+        if (folder := folder_of(choose)).is_dir():
+            (folder / "table.md").write_text(text := table(choose), encoding="utf-8")
+            print(text)
+    return int(failed > 0)
+
+
+def folder_of(choose: bool) -> Path:
+    """Where the results are."""
+    return ROOT / "results" / ("factorial-choice" if choose else "factorial")
+
+
+def result_path(choose: bool, name: str, cell: str, seed: int) -> Path:
+    """The file of one cell."""
+    return folder_of(choose) / name / cell.replace(" ", "-").replace(",", "") / f"{seed}.json"
+
+
+def cell_result(job: tuple[str, str, int], options: argparse.Namespace) -> None:
+    """One run, the heads on its features, and the file of them."""
+    name, cell, seed = job
+    folder = options.runs / f"{name}{'-choice' * options.choose}" / f"{list(CELLS).index(cell)}-{seed}"
+    source, changes = data_settings(name, seed, folder, options)
+    report = learn(source, seed=seed, **(changes | held_out(source, changes, options.choose) | CELLS[cell]))
+    config = load_config(folder / "config.yaml")
+    scores = {} if config.head.kind == "lda" else {"linear": report.metrics["ACC"]}
+    found: dict[str, Any] = {cell: scores | heads(Run(config, load_stream(config)), cell)}
+    if cell == "Fisher α, from the merge":
+        found[FIRST] = heads(Run(config, load_stream(config)), FIRST)
+    path = result_path(options.choose, *job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        path,
+        {"stream": name, "cell": cell, "seed": seed, "ACC": found, "config": config.to_dict(), **environment()},
+    )
+
+
+def held_out(source: Path, changes: Mapping[str, Any], choose: bool) -> dict[str, Any]:
+    """Settings that score on a fifth of the training rows in place of the test rows."""
+    if not choose:
+        return {}
+    listed = changes.get("stream.tasks") or yaml.safe_load(source.read_text(encoding="utf-8"))["stream"].get("tasks")
+    found: dict[str, Any] = {"stream.test": None, "stream.test_share": SHARE}
+    if listed:
+        found["stream.tasks"] = [{**task, "test": None} for task in listed]
+    return found
+
+
+class Features:
+    """Input of the head under the merges of one run, read once."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.tasks = run, run.stream.tasks
+        self.scored = run.stream.scored or run.stream.tasks  # joint training has one task, and is scored on each
+        self.known: dict[tuple[int, int, bool], Tensor] = {}
+
+    def of(self, merge: int, task: int, *, test: bool = False) -> Tensor:
+        """Features (n, d) of a task's rows under the merge after task `merge`."""
+        key = (merge, task, test)
+        if key not in self.known:
+            part, folder = (self.scored if test else self.tasks)[task], self.run.folder
+            rows = part.test if test else part.train
+            head = folder.step(merge)["head"]
+            self.known[key] = self.run.scorer.features(folder.task(merge) / "merged", rows, part.own, head).double()
+        return self.known[key]
+
+
+def heads(run: Run, cell: str) -> dict[str, float]:
+    """{head: ACC, the mean over tasks of the accuracy among all classes} on the features of the last merge."""
+    features = Features(run)
+    tasks = features.tasks
+    end = 0 if cell == FIRST else len(tasks) - 1
+    labels = list(dict.fromkeys(label for task in tasks for label in task.own))
+    train = [(features.of(end, i), _targets(task, labels, test=False)) for i, task in enumerate(tasks)]
+    test = [
+        (features.of(end, i, test=True), _targets(task, labels, test=True)) for i, task in enumerate(features.scored)
+    ]
+
+    def score(logits: Callable[[Tensor], Tensor]) -> float:
+        return fmean(float((logits(rows).argmax(1) == truth).double().mean()) for rows, truth in test)
+
+    everything = torch.cat([rows for rows, _ in train]), torch.cat([truth for _, truth in train])
+    oracle = HeadStatistics()
+    for (rows, _), task in zip(train, tasks, strict=True):
+        oracle = oracle.added(rows, _targets(task, list(task.own), test=False), list(task.own))
+    moving = cell not in (FIRST, "frozen backbone", "joint training")
+    found = {"lda, oracle" if moving else "lda, none": score(_linear(oracle))}
+    if moving:
+        followed = {drift: _followed(features, drift) for drift in ("none", "mean shift", "ridge")}
+        found |= {f"lda, {drift}": score(_linear(statistics)) for drift, statistics in followed.items()}
+        found["aligned"] = score(_aligned(followed["ridge"]))
+    else:
+        found["RanPAC"] = score(_random_projection(*everything, len(labels)))
+    return found | {"joint head": score(_logistic(*everything))}
+
+
+def _targets(task: Task, labels: list[str], *, test: bool) -> Tensor:
+    index = {label: i for i, label in enumerate(labels)}
+    return torch.tensor([index[label] for label in (task.test if test else task.train).labels])
+
+
+def _followed(features: Features, drift: str) -> HeadStatistics:
+    """The statistics after the last task, each merge's drift estimated from the rows of its own task."""
+    statistics = HeadStatistics()
+    for index, task in enumerate(features.tasks):
+        now = features.of(index, index)
+        if index and drift != "none":
+            before = features.of(index - 1, index)
+            if drift == "ridge":
+                statistics = statistics.moved(ridge_drift(before, now, features.run.config.head.ridge))
+            else:
+                statistics.means += (now - before).mean(0)
+        statistics = statistics.added(now, _targets(task, list(task.own), test=False), list(task.own))
+    return statistics
+
+
+def _linear(statistics: HeadStatistics) -> Callable[[Tensor], Tensor]:
+    weight, bias = statistics.solve()
+    return lambda rows: rows @ weight.T + bias
+
+
+def _aligned(statistics: HeadStatistics) -> Callable[[Tensor], Tensor]:
+    """Logistic regression on draws from the stored Gaussians, one covariance for all classes (after SLCA)."""
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.linalg.cholesky(statistics.pooled_covariance())
+    drawn = [
+        torch.randn(DRAWS, len(factor), generator=generator, dtype=torch.float64) @ factor.T + mean
+        for mean in statistics.means
+    ]
+    return _logistic(torch.cat(drawn), torch.arange(len(drawn)).repeat_interleave(DRAWS))
+
+
+def _logistic(rows: Tensor, truth: Tensor) -> Callable[[Tensor], Tensor]:
+    """Multinomial logistic regression on standardised features, scikit-learn's default penalty."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
+    model.fit(rows.numpy(), truth.numpy())
+    return lambda inputs: torch.from_numpy(np.asarray(model.decision_function(inputs.numpy())).reshape(len(inputs), -1))
+
+
+def _random_projection(rows: Tensor, truth: Tensor, classes: int) -> Callable[[Tensor], Tensor]:
+    """RanPAC (arXiv 2307.02251): ridge regression on ReLU of a frozen random projection; not linear in the features."""
+    generator = torch.Generator().manual_seed(0)
+    projection = torch.randn(rows.shape[1], PROJECTION, generator=generator, dtype=torch.float64)
+    project = lambda inputs: (inputs @ projection).relu()  # noqa: E731
+    hidden, answers = project(rows), torch.nn.functional.one_hot(truth, classes).double()
+    order = torch.randperm(len(rows), generator=generator)
+    held, kept = order[: len(rows) // 5], order[len(rows) // 5 :]
+    gram, pull = hidden[kept].T @ hidden[kept], hidden[kept].T @ answers[kept]
+    unit = torch.eye(PROJECTION, dtype=torch.float64)
+    scored = [
+        ((hidden[held] @ torch.linalg.solve(gram + ridge * unit, pull)).argmax(1) == truth[held]).sum()
+        for ridge in RIDGES
+    ]
+    ridge = RIDGES[int(torch.stack(scored).argmax())]
+    weight = torch.linalg.solve(hidden.T @ hidden + ridge * unit, hidden.T @ answers)
+    return lambda inputs: project(inputs) @ weight
+
+
+def cells_of(choose: bool) -> Iterator[dict[str, Any]]:
+    """Every result there is."""
+    for path in sorted(folder_of(choose).glob("*/*/*.json")):
+        yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def table(choose: bool) -> str:
+    """ACC of every cell with every head, a table for each stream, as Markdown."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for result in cells_of(choose):
+        for cell, scores in result["ACC"].items():
+            for head, value in scores.items():
+                found.setdefault(result["stream"], {}).setdefault(cell, {}).setdefault(head, []).append(value)
+    parts = []
+    for name in (name for name in STREAMS if name in found):
+        lines = [f"### {STREAMS[name].title}", "", "| merge and start | " + " | ".join(HEADS) + " |"]
+        lines.append("|---" * (len(HEADS) + 1) + "|")
+        for cell in (cell for cell in [*CELLS, FIRST] if cell in found[name]):
+            scores = found[name][cell]
+            shown = [spread(scores[head], interval=False) if head in scores else "–" for head in HEADS]
+            lines.append(f"| {cell} | " + " | ".join(shown) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

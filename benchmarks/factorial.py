@@ -23,7 +23,7 @@ import torch
 import yaml
 from environment import environment
 from grid import STREAMS
-from suite import ROOT, SHARED, data_settings, lacking_input, pooled
+from suite import ROOT, SHARED, anywhere, data_settings, lacking_input, pooled
 from tables import spread
 from torch import Tensor
 
@@ -48,20 +48,22 @@ def _merge(method: str, start: str = "merged", more: dict[str, Any] | None = Non
     )
 
 
-CELLS: dict[str, dict[str, Any]] = {
-    "α = 1, from the merge": _merge("sequential"),
-    "1/t, from the merge": _merge("average"),
-    "1/t, from the last optimum": _merge("average", "last"),
-    "α = 0.2, from the merge": _merge("coma", more=STEP),
-    "α = 0.2, from the last optimum": _merge("coma", "last", STEP),
-    "Fisher α, from the merge": _merge("merge_only"),
-    "Fisher α, from the last optimum": _merge("merge_only", "last"),
-    "Fisher α, perturbed, from the merge": _merge("pm", more={"perturbation.scale": 0.5}),
-    "free Gram, from the merge": _merge("pm_gram"),
-    "frozen backbone": {"method": "frozen"},
-    "joint training": {"method": "joint", "head.kind": "linear"},
+# {name in paths: (title, settings)}
+CELLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sequential": ("α = 1, from the merge", _merge("sequential")),
+    "average": ("1/t, from the merge", _merge("average")),
+    "average-last": ("1/t, from the last optimum", _merge("average", "last")),
+    "constant": ("α = 0.2, from the merge", _merge("coma", more=STEP)),
+    "constant-last": ("α = 0.2, from the last optimum", _merge("coma", "last", STEP)),
+    "fisher": ("Fisher α, from the merge", _merge("merge_only")),
+    "fisher-last": ("Fisher α, from the last optimum", _merge("merge_only", "last")),
+    "fisher-perturbed": ("Fisher α, perturbed, from the merge", _merge("pm", more={"perturbation.scale": 0.5})),
+    "gram": ("free Gram, from the merge", _merge("pm_gram")),
+    "frozen": ("frozen backbone", {"method": "frozen"}),
+    "joint": ("joint training", {"method": "joint", "head.kind": "linear"}),
 }
-FIRST = "first task's LoRA"  # a control made of the features of another cell
+FIRST = "first"  # a control made of the features of another cell
+TITLES = {cell: title for cell, (title, _) in CELLS.items()} | {FIRST: "first task's LoRA"}
 HEADS = ("linear", "aligned", "lda, none", "lda, mean shift", "lda, ridge", "lda, oracle", "joint head", "RanPAC")
 
 
@@ -95,25 +97,32 @@ def folder_of(choose: bool) -> Path:
 
 def result_path(choose: bool, name: str, cell: str, seed: int) -> Path:
     """The file of one cell."""
-    return folder_of(choose) / name / cell.replace(" ", "-").replace(",", "") / f"{seed}.json"
+    return folder_of(choose) / name / cell / f"{seed}.json"
 
 
 def cell_result(job: tuple[str, str, int], options: argparse.Namespace) -> None:
     """One run, the heads on its features, and the file of them."""
     name, cell, seed = job
-    folder = options.runs / f"{name}{'-choice' * options.choose}" / f"{list(CELLS).index(cell)}-{seed}"
+    folder = options.runs / f"{name}{'-choice' * options.choose}" / f"{cell}-{seed}"
     source, changes = data_settings(name, seed, folder, options)
-    report = learn(source, seed=seed, **(changes | held_out(source, changes, options.choose) | CELLS[cell]))
+    report = learn(source, seed=seed, **(changes | held_out(source, changes, options.choose) | CELLS[cell][1]))
     config = load_config(folder / "config.yaml")
     scores = {} if config.head.kind == "lda" else {"linear": report.metrics["ACC"]}
     found: dict[str, Any] = {cell: scores | heads(Run(config, load_stream(config)), cell)}
-    if cell == "Fisher α, from the merge":
+    if cell == "fisher":
         found[FIRST] = heads(Run(config, load_stream(config)), FIRST)
     path = result_path(options.choose, *job)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
         path,
-        {"stream": name, "cell": cell, "seed": seed, "ACC": found, "config": config.to_dict(), **environment()},
+        {
+            "stream": name,
+            "cell": cell,
+            "seed": seed,
+            "ACC": found,
+            "config": anywhere(config.to_dict()),
+            **environment(),
+        },
     )
 
 
@@ -165,7 +174,7 @@ def heads(run: Run, cell: str) -> dict[str, float]:
     oracle = HeadStatistics()
     for (rows, _), task in zip(train, tasks, strict=True):
         oracle = oracle.added(rows, _targets(task, list(task.own), test=False), list(task.own))
-    moving = cell not in (FIRST, "frozen backbone", "joint training")
+    moving = cell not in (FIRST, "frozen", "joint")
     found = {"lda, oracle" if moving else "lda, none": score(_linear(oracle))}
     if moving:
         followed = {drift: _followed(features, drift) for drift in ("none", "mean shift", "ridge")}
@@ -259,10 +268,12 @@ def table(choose: bool) -> str:
     for name in (name for name in STREAMS if name in found):
         lines = [f"### {STREAMS[name].title}", "", "| merge and start | " + " | ".join(HEADS) + " |"]
         lines.append("|---" * (len(HEADS) + 1) + "|")
-        for cell in (cell for cell in [*CELLS, FIRST] if cell in found[name]):
+        for cell, title in TITLES.items():
+            if cell not in found[name]:
+                continue
             scores = found[name][cell]
             shown = [spread(scores[head], interval=False) if head in scores else "–" for head in HEADS]
-            lines.append(f"| {cell} | " + " | ".join(shown) + " |")
+            lines.append(f"| {title} | " + " | ".join(shown) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 

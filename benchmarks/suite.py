@@ -12,6 +12,7 @@ command. A seed is also an order where the stream is said to have orders: seed k
 """
 
 import argparse
+import gc
 import multiprocessing
 import os
 import sys
@@ -107,7 +108,7 @@ def pooled(work: Callable, jobs: Sequence[tuple], options: argparse.Namespace, d
     failed = 0
     with (
         tqdm(total=done + len(jobs), initial=done, unit="run", smoothing=0) as bar,
-        ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=begin) as pool,
     ):
         waiting = {pool.submit(work, job, options): " ".join(map(str, job)) for job in jobs}
         for future in as_completed(waiting):
@@ -118,6 +119,18 @@ def pooled(work: Callable, jobs: Sequence[tuple], options: argparse.Namespace, d
             bar.set_postfix_str(f"{failed} failed, last {job}", refresh=False)
             bar.update()
     return failed
+
+
+def begin() -> None:
+    """Of a worker: no progress bars of data sets; and what imports left is never garbage, so that a Trainer's
+    collections (three a task) do not look through it again and again."""
+    import datasets
+
+    import pm_hf.learner  # noqa: F401
+
+    datasets.disable_progress_bars()
+    gc.collect()
+    gc.freeze()
 
 
 def prepare(name: str, options: argparse.Namespace) -> None:
@@ -136,21 +149,22 @@ def data_folder(name: str, options: argparse.Namespace) -> Path:
 
 def run(job: Job, options: argparse.Namespace) -> None:
     """One run and its result."""
-    import datasets
-
     from pm_hf.config import load_config
     from pm_hf.learner import learn
 
-    datasets.disable_progress_bars()
     stream, folder = STREAMS[job.stream], options.runs / job.stream / f"{job.method}-{job.seed}"
     source, changes = data_settings(job.stream, job.seed, folder, options)
     report = learn(source, seed=job.seed, **(changes | VARIANTS.get(job.method, {"method": job.method})))
     path = result_path(*job)
     path.parent.mkdir(parents=True, exist_ok=True)
-    config = load_config(folder / "config.yaml").to_dict()
-    config = {key: value for key, value in config.items() if key not in ("data_dir", "output_dir")}  # this machine's
+    config = anywhere(load_config(folder / "config.yaml").to_dict())
     origin = {"stream": stream.title, "preset": options.preset, "config": config}
     write_json(path, {**origin, **report.to_dict(), "method": job.method, **environment()})
+
+
+def anywhere(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the folders of this machine."""
+    return {key: value for key, value in config.items() if key not in ("data_dir", "output_dir")}
 
 
 def data_settings(name: str, seed: int, folder: Path, options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:

@@ -173,7 +173,7 @@ def test_only_missing_runs_are_made_and_failures_counted(suite, elsewhere, monke
     assert suite.run_missing(suite.jobs(options), options) == 2
     assert made == [("pacs", "best", 0), ("pacs", "pm", 1), ("pacs", "best", 1)]
     said = capsys.readouterr().err
-    assert "pacs: best, seed 0 failed: InputError('no such file')" in said
+    assert "pacs best 0 failed: InputError('no such file')" in said
     assert "4/4" in said
 
 

@@ -97,19 +97,22 @@ def save_adapter(
         open_adapter(folder)
 
 
-def replace_head(path: Path, head: str, weight: Tensor, bias: Tensor) -> None:
-    """Write other rows for a linear head into an adapter folder, everything else byte for byte the same."""
+def replace_head(path: Path, head: str, weight: Tensor, bias: Tensor, labels: Sequence[str]) -> None:
+    """Write other rows, and their labels, for a linear head into an adapter folder; else it stays byte for byte."""
     adapter = open_adapter(path)
     tensors = load_file(path / WEIGHTS)
     for name, value in ((f"{PREFIX}{head}.weight", weight), (f"{PREFIX}{head}.bias", bias)):
-        if tensors[name].shape != value.shape:
-            raise InputError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, found {tuple(value.shape)}")
+        expected = (len(labels), *tensors[name].shape[1:])
+        if tuple(value.shape) != expected:
+            raise InputError(f"{path}: {name} needs shape {expected}, found {tuple(value.shape)}")
         tensors[name] = value.to(tensors[name].dtype).contiguous().clone()
     others = [file for file in path.iterdir() if file.name != WEIGHTS]
     with new_folder(path, overwrite=True) as folder:
         save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
         for file in others:
             (folder / file.name).write_bytes(file.read_bytes())
+        if adapter.labels.get(head) != list(labels):
+            write_json(folder / LABELS, adapter.labels | {head: list(labels)})
         if open_adapter(folder).layouts != adapter.layouts:
             raise RuntimeError(f"{path}: the rewritten adapter does not read back as it was written")
 

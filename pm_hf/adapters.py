@@ -1,7 +1,8 @@
 """PEFT adapter folders: read and check, one module at a time.
 
 It needs neither PEFT nor the base model: an adapter is `adapter_config.json`, `adapter_model.safetensors` and, when it
-carries a classification head, `labels.json` ({head module: [label, …] in row order}).
+carries a classification head, `labels.json` ({head module: [label, …] in row order; of several rows of one label the
+largest logit decides).
 """
 
 import hashlib
@@ -273,8 +274,6 @@ def _are_labels(names: object) -> bool:
 def _label_problems(labels: Mapping[str, list], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     problems = []
     for head, names in labels.items():
-        if twice := sorted({str(name) for name in names if names.count(name) > 1}):
-            problems.append(f"{LABELS} names {', '.join(twice)} more than once for {head}")
         rows = shapes.get(f"{head}.weight", (0,))[0]
         if rows != len(names):
             problems.append(f"{LABELS} names {len(names)} labels for {head}, which has {rows} rows")

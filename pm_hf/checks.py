@@ -43,6 +43,11 @@ def value_problems(config: RunConfig) -> list[str]:
         (stream.test_rows is None or stream.test_rows >= 1, "stream.test_rows: must be at least 1"),
         (config.curvature.max_gib > 0, "curvature.max_gib: must be positive"),
         (config.head.ridge > 0, "head.ridge: must be positive"),
+        (config.head.training == "task" or config.head.kind == "lda", "head.training: seen belongs to head.kind: lda"),
+        (
+            config.head.training == "task" or (config.merge.train_from or _starts(config)) == "merged",
+            "head.training: seen starts at the analytic rows of the running merge; the training has to start there too",
+        ),
         (not config.head.strict or config.head.kind == "lda", "head.strict: belongs to head.kind: lda"),
         (config.trains or config.head.kind != "linear", "trains: false needs head.kind: lda"),
     ]
@@ -55,6 +60,10 @@ def value_problems(config: RunConfig) -> list[str]:
     if managed:
         problems.append(f"training: {', '.join(managed)} are decided by pm_hf, which never uploads; remove them")
     return problems
+
+
+def _starts(config: RunConfig) -> str:
+    return get_method(config.merge.method or "pm").train_from
 
 
 def _stream_problems(config: RunConfig) -> list[str]:

@@ -92,6 +92,8 @@ def load_config(
     config = build(RunConfig, raw, "", problems)
     if config.stream.scenario is None:
         config.stream.scenario = "domain_incremental" if config.stream.domain_column else "class_incremental"
+    if config.head.kind == "lda" and config.head.means is None:
+        config.head.means = "task" if config.stream.scenario == "domain_incremental" else "class"
     config.training = {key: number(value) for key, value in config.training.items()}
     raise_all(problems + value_problems(config), name)
     return config

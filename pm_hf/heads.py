@@ -20,7 +20,8 @@ FORMAT = "pm_hf.head.v1"
 class HeadStatistics:
     """What the analytic head keeps of every class seen: no examples, and one d×d matrix for all of them.
 
-    labels: C names in row order. counts (C,), means (C, d), scatter (d, d) = Σ_x (x − μ_c)(x − μ_c)ᵀ, float64.
+    labels: C names in row order; a class with several means (`added(…, apart=True)`) has as many rows of its name.
+    counts (C,), means (C, d), scatter (d, d) = Σ_x (x − μ_c)(x − μ_c)ᵀ, float64.
     covariance, center, temperature: set once the head is frozen (strict mode), None before.
     """
 
@@ -37,23 +38,24 @@ class HeadStatistics:
         means, scatter = self.means @ drift.T, drift @ self.scatter @ drift.T
         return replace(self, means=means, scatter=scatter)
 
-    def added(self, features: Tensor, targets: Tensor, labels: list[str]) -> "HeadStatistics":
-        """Pool in one task's features (n, d); targets (n,) index `labels`. A known class is pooled by counts."""
+    def added(self, features: Tensor, targets: Tensor, labels: list[str], *, apart: bool = False) -> "HeadStatistics":
+        """Pool in one task's features (n, d); targets (n,) index `labels`. A known class is pooled by counts, or with
+        `apart` gets a further mean of its own, the classes being mixtures of one Gaussian a task (Σ shared by all)."""
         features = features.double()
         d = features.shape[1]
-        names = list(dict.fromkeys([*self.labels, *labels]))
+        known = list(self.labels)
+        present = [(i, label) for i, label in enumerate(labels) if label not in known or bool((targets == i).any())]
+        names = [*known, *(label for _, label in present if apart or label not in known)]
         counts, means = torch.zeros(len(names), dtype=torch.float64), torch.zeros(len(names), d, dtype=torch.float64)
         scatter = self.scatter.clone() if len(self.labels) else torch.zeros(d, d, dtype=torch.float64)
         counts[: len(self.labels)] = self.counts
         if len(self.labels):
             means[: len(self.labels)] = self.means
-        for index, label in enumerate(labels):
+        for place, (index, label) in enumerate(present):
             rows = features[targets == index]
-            if not len(rows) and label in self.labels:
-                continue
             if not len(rows):
                 raise InputError(f"class {label!r} has no training row; the analytic head needs at least one")
-            at, mean = names.index(label), rows.mean(0)
+            at, mean = len(known) + place if apart else names.index(label), rows.mean(0)
             gap, old = mean - means[at], counts[at].clone()
             total = old + len(rows)
             scatter += (rows - mean).T @ (rows - mean) + torch.outer(gap, gap) * (old * len(rows) / total)

@@ -10,9 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch.utils.hooks import RemovableHandle
+
 from pm_hf.adapter_writer import save_adapter
 from pm_hf.adapters import Adapter, open_adapter
-from pm_hf.analytic import update_head
+from pm_hf.analytic import start_head, update_head
 from pm_hf.conditions import conditions
 from pm_hf.config import load_config
 from pm_hf.encoding import check_encoding, check_length, make_encoder
@@ -174,7 +176,10 @@ class Run:
         before = None if built.head is None else head_matrix(find_head(built.model, built.head))
         trained: dict[str, Any] = {}
         if self._trains(index):
+            rivals = self._rivals(built, task, state)
             trained = self._train(built, task, state, index, stop)
+            if rivals is not None:
+                rivals.remove()
             built = self._whole(built, task, state, start, index)
         stop.check()
         curvature = self._measure(built, task, state, before, index)
@@ -240,6 +245,11 @@ class Run:
                     f"curvature.kind {self.config.curvature.kind} needs {size / limit:.1f} GiB, curvature.max_gib is "
                     f"{self.config.curvature.max_gib:g}; use kind: factored, fewer target_modules, or a higher limit"
                 )
+
+    def _rivals(self, built: TaskModel, task: Task, state: State) -> RemovableHandle | None:
+        if self.config.head.kind != "lda" or self.config.head.training != "seen":
+            return None
+        return start_head(built.model, state, task, str(built.head), self.scorer, self.config.head)
 
     def _train(self, built: TaskModel, task: Task, state: State, index: int, stop: Stop) -> dict[str, Any]:
         args = training_arguments(self.config, self.folder.task(index) / "checkpoints", index)

@@ -75,7 +75,7 @@ def _adapter_misfits(config: RunConfig, stream: TaskStream, adapter: Adapter) ->
         return problems
     if len(adapter.labels) != 1:
         problems.append("it has no labels.json with one head, so its rows have no names")
-    elif shared and list(next(iter(adapter.labels.values()))) != list(stream.tasks[0].labels):
+    elif shared and list(dict.fromkeys(next(iter(adapter.labels.values())))) != list(stream.tasks[0].labels):
         problems.append("its labels are not those of the domain-incremental stream, in this order")
     return problems
 

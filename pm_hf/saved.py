@@ -15,18 +15,21 @@ from pm_hf.plan import Plan
 def merge_saved(plan: Plan) -> tuple[dict[str, Tensor], dict[str, list[str]], dict[str, str]]:
     """(tensors, labels, how each tensor was merged).
 
-    Heads merge by label: the same label by the weights, a new label appends its row. Other modules merge by the
-    weights, which must sum to 1. Base weights that PEFT saved along must be equal. InputError names what conflicts.
+    Heads merge by label: the same label by the weights, a new label appends its row; where a label has several rows in
+    one adapter, of which the largest logit decides, the rows of all adapters stand side by side. Other modules merge by
+    the weights, which must sum to 1. Base weights that PEFT saved along must be equal. InputError names what conflicts.
     """
     heads = dict.fromkeys(head for adapter in plan.adapters for head in adapter.labels)
-    labels = {h: list(dict.fromkeys(x for a in plan.adapters for x in a.labels.get(h, []))) for h in heads}
+    every = {head: [label for adapter in plan.adapters for label in adapter.labels.get(head, [])] for head in heads}
+    beside = {h for h in heads if any(len(set(a.labels.get(h, []))) < len(a.labels.get(h, [])) for a in plan.adapters)}
+    labels = {h: found if h in beside else list(dict.fromkeys(found)) for h, found in every.items()}
     saved, how = {}, {}
     for name in dict.fromkeys(tensor for adapter in plan.adapters for tensor in adapter.saved):
         head = name.rpartition(".")[0]
         holders = [(a, w) for a, w in zip(plan.adapters, plan.absolute_for(head), strict=True) if name in a.saved]
         if head in labels:
-            saved[name] = _rows(plan, name, labels[head], holders)
-            how[name] = f"by label, {len(labels[head])} rows"
+            saved[name] = _rows(plan, name, None if head in beside else labels[head], holders)
+            how[name] = f"{'side by side' if head in beside else 'by label'}, {len(labels[head])} rows"
             continue
         values = [(adapter.tensor(name), weight) for adapter, weight in holders]
         shapes = {tuple(value.shape) for value, _ in values}
@@ -78,8 +81,8 @@ def _tied(adapter: Adapter, name: str) -> bool:
     return any(value.shape == other.shape and torch.equal(value, other) for other in trained)
 
 
-def _rows(plan: Plan, name: str, labels: Sequence[str], holders: Sequence[tuple[Adapter, float]]) -> Tensor:
-    """Rows of a head's tensor, one for each label."""
+def _rows(plan: Plan, name: str, labels: Sequence[str] | None, holders: Sequence[tuple[Adapter, float]]) -> Tensor:
+    """Rows of a head's tensor, one for each label, or with None all there are, side by side."""
     head = name.rpartition(".")[0]
     if without := [str(a.path) for a, _ in holders if head not in a.labels]:
         raise InputError(f"{', '.join(without)}: {head} has no entry in labels.json, which the other adapter has")
@@ -88,6 +91,8 @@ def _rows(plan: Plan, name: str, labels: Sequence[str], holders: Sequence[tuple[
     tables = [(a.labels[head], a.tensor(name), weight) for a, weight in holders]
     if len(shapes := {tuple(tensor.shape[1:]) for _, tensor, _ in tables}) > 1:
         raise InputError(f"{name} has different row shapes: {sorted(shapes)}")
+    if labels is None:
+        return torch.cat([tensor.float() for _, tensor, _ in tables])
     rows = [(dict(zip(names, tensor, strict=True)), weight) for names, tensor, weight in tables]
     whole = sum(plan.absolute_for(head)) if len(plan.adapters) > 1 else 1.0
     return torch.stack([_blend(f"{name} row {x}", [(r[x], w) for r, w in rows if x in r], whole) for x in labels])

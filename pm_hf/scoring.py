@@ -62,16 +62,28 @@ class Scorer:
         return load_published(self.config.model, merged, labels, self.config.stream.kind).to(self.device)
 
     def features(self, merged: Path, rows: Rows, labels: Sequence[str], head: str) -> torch.Tensor:
-        """Input of the head's Linear, (n, d)."""
-        return self._forward(self.load(merged, head), self.encoder.examples(rows, labels), head)[0]
+        """Input of the head's Linear under a merged adapter, (n, d)."""
+        return self.features_of(self.load(merged, head), rows, labels, head)
+
+    def features_of(self, model: torch.nn.Module, rows: Rows, labels: Sequence[str], head: str) -> torch.Tensor:
+        """Input of the model's head, (n, d), in eval mode."""
+        return self._forward(model, self.encoder.examples(rows, labels), head)[0]
 
     def logits(
         self, model: torch.nn.Module, task: Task, labels: Sequence[str], head: str
     ) -> tuple[torch.Tensor, list[int]]:
-        """Logits of a task's test rows over all `labels`, (n, C), and the row index of each one's label."""
-        index = {label: i for i, label in enumerate(labels)}
-        examples = self.encoder.examples(task.test, labels)
-        return self._forward(model, examples, head)[1], [index[label] for label in task.test.labels]
+        """Logits of a task's test rows, (n, C), and the index of each one's label, both over the distinct `labels`.
+
+        labels: of the head's rows; of several rows of one label the largest logit is taken.
+        """
+        classes = list(dict.fromkeys(labels))
+        index = {label: i for i, label in enumerate(classes)}
+        found = self._forward(model, self.encoder.examples(task.test, classes), head)[1]
+        if len(classes) < len(labels):
+            rows = torch.tensor([index[label] for label in labels]).expand(len(found), -1)
+            empty = torch.full((len(found), len(classes)), -torch.inf)
+            found = empty.scatter_reduce(1, rows, found, "amax")
+        return found, [index[label] for label in task.test.labels]
 
     def _forward(self, model: torch.nn.Module, rows: Examples, head: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and logits in the order of `rows`; batches are made of texts of like length."""
@@ -97,10 +109,11 @@ class Scorer:
         if head is None:
             return self._score_language(model, tasks, generate)
         labels, metric = open_adapter(merged).labels[head], IncrementalAccuracy(keep_in_memory=True)
+        classes = list(dict.fromkeys(labels))
         scores = []
         for task in tasks:
             logits, truth = self.logits(model, task, labels, head)
-            own = [labels.index(label) for label in task.own]
+            own = [classes.index(label) for label in task.own]
             scores.append(metric.compute(predictions=logits.numpy(), references=truth, own=own))
             if loss:
                 inside = torch.tensor([own.index(row) for row in truth])

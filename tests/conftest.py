@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not os.environ.get("PM_HF_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare with references on the CPU, bit by bit
 
 import csv
 import gc
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+GPU = torch.cuda.is_available()  # only with PM_HF_TEST_GPU, for tests/test_gpu.py
 WORDS = [f"{kind}{i}" for kind in ("apple", "bird", "car", "dog", "egg", "fog", "the", "of") for i in range(6)]
 CLASSES = ("apple", "bird", "car", "dog", "egg", "fog")  # a text's class is the kind of word it has most of
 

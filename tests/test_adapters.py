@@ -296,13 +296,15 @@ def test_replace_head_changes_the_rows_only(tmp_path):
     (folder / "merge_report.json").write_text('{"tasks": 3}')
     before, new = tree(folder), head(2, 8)
     factors = dense(folder)
-    replace_head(folder, HEAD, new[f"{HEAD}.weight"], new[f"{HEAD}.bias"])
+    replace_head(folder, HEAD, new[f"{HEAD}.weight"], new[f"{HEAD}.bias"], ["x", "y"])
     found = saved_tensors(folder)
     assert {value.dtype for value in found.values()} == {torch.bfloat16}
     assert all(distance(found[name], new[name].double()) < 1e-2 for name in new)
     assert_same(dense(folder), factors, 0.0)
     after = tree(folder)
     assert {name for name in after if after[name] != before.get(name)} == {WEIGHTS}
-    with pytest.raises(InputError, match=r"classifier.weight has shape \(2, 16\), found \(3, 16\)"):
-        replace_head(folder, HEAD, torch.ones(3, 16), torch.ones(3))
+    with pytest.raises(InputError, match=r"classifier.weight needs shape \(2, 16\), found \(3, 16\)"):
+        replace_head(folder, HEAD, torch.ones(3, 16), torch.ones(3), ["x", "y"])
     assert tree(folder) == after
+    replace_head(folder, HEAD, torch.ones(3, 16), torch.ones(3), ["x", "y", "x"])
+    assert open_adapter(folder).labels == {HEAD: ["x", "y", "x"]}

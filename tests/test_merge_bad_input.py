@@ -148,7 +148,6 @@ LABELS = {
     "too few": ({HEAD: ["x"]}, "labels.json names 1 labels for classifier, which has 2 rows"),
     "too many": ({HEAD: ["x", "y", "z"]}, "labels.json names 3 labels for classifier, which has 2 rows"),
     "no such head": ({"score": ["x", "y"]}, "labels.json names 2 labels for score, which has 0 rows"),
-    "twice the same": ({HEAD: ["x", "x"]}, "labels.json.*x"),
     "a text": ({HEAD: "xy"}, "labels.json"),
     "a list": (["x", "y"], "labels.json"),
 }

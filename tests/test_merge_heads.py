@@ -51,6 +51,16 @@ def test_new_labels_append_rows_and_the_same_label_is_blended(pair, tmp_path):
     assert report.heads == {W: "by label, 4 rows", B: "by label, 4 rows"}
 
 
+def test_several_rows_of_one_label_stand_side_by_side(tmp_path):
+    folders = [with_head(tmp_path / "merged", ["a", "b", "a"], 1), with_head(tmp_path / "task", ["b", "c"], 2)]
+    report = merge_adapters(folders[1], tmp_path / "out", into=folders[0], coefficient=0.3)
+    old, new = (saved_tensors(folder) for folder in folders)
+    found = saved_tensors(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "labels.json").read_text())[HEAD] == ["a", "b", "a", "b", "c"]
+    assert all(torch.equal(found[name], torch.cat([old[name], new[name]])) for name in (W, B))
+    assert report.heads == {W: "side by side, 5 rows", B: "side by side, 5 rows"}
+
+
 @pytest.mark.parametrize("has_it", ["merged", "task"])
 def test_head_of_one_side_only_is_taken_as_it_is(tmp_path, has_it):
     folders = {

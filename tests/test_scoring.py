@@ -32,6 +32,17 @@ def test_order_of_own_classes_does_not_matter(metric):
     assert metric.compute(predictions=LOGITS, references=[2, 3, 3, 2], own=[3, 2])["task_incremental"] == 1.0
 
 
+def test_of_several_rows_of_a_label_the_largest_logit_counts(tiny_base, tmp_path):
+    config = load_config(settings(tiny_base, write_data(tmp_path), tmp_path / "out"))
+    task, labels = load_stream(config).tasks[1], [*CLASSES, *CLASSES[::-1]]
+    model, _ = load_base(config.model, labels, seed=0)
+    scorer = Scorer(config, make_encoder(config), 5, None)
+    found, truth = scorer.logits(model.eval(), task, labels, "classifier")
+    rows = scorer._forward(model, scorer.encoder.examples(task.test, CLASSES), "classifier")[1]
+    assert torch.equal(found, torch.maximum(rows[:, : len(CLASSES)], rows[:, len(CLASSES) :].flip(1)))
+    assert [CLASSES[index] for index in truth] == task.test.labels
+
+
 def test_second_use_does_not_remember_the_first(metric):
     metric.compute(predictions=LOGITS, references=[0, 3, 1, 0], own=[0, 1, 2, 3])
     assert metric.compute(predictions=LOGITS[:1], references=[1], own=[0, 1])["class_incremental"] == 0.0

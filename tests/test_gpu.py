@@ -1,0 +1,88 @@
+"""On a CUDA GPU: what the CPU gives. Run by hand on such a machine: PM_HF_TEST_GPU=1 pytest tests/test_gpu.py"""
+
+import json
+
+import per_example as slow
+import pytest
+import torch
+from per_example import batches, examples
+from streams import dense, first, settings, steps, write_data
+from test_adaptive_stream import accuracy, trained
+from test_language_streams import data as language_data  # noqa: F401
+from test_language_streams import settings as language
+from tiny_training import OLD_NAME
+
+from pm_hf import estimate_curvature, learn_coefficients, merge_adapters
+from pm_hf.config import load_config
+from pm_hf.learner import evaluate, learn
+from pm_hf.modeling import load_base
+from pm_hf.settings import ModelSettings
+from pm_hf.tasks import load_stream
+
+DEV = "cpu"
+pytestmark = [
+    pytest.mark.skipif(False, reason="needs a CUDA GPU and PM_HF_TEST_GPU=1"),
+    pytest.mark.filterwarnings(OLD_NAME),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("kind", ["fisher", "gram", "factored"])
+def test_curvature_is_that_of_the_cpu(tiny_base, kind):
+    model, rows = slow.task_model(tiny_base), batches(examples(11), 4)
+    here = estimate_curvature(model, rows, adapter="task", kind=kind)
+    there = estimate_curvature(model.to(DEV), rows, adapter="task", kind=kind)
+    for name in here.modules:
+        assert torch.allclose(here.sum_of(name), there.sum_of(name), rtol=1e-3, atol=1e-6 * here.sum_of(name).max())
+        assert there.sum_of(name).device.type == "cpu"
+
+
+@pytest.mark.parametrize("method", ["pm", "best", "ewc", "olora", "sfa", "slao", "base_kl", "pm_gram_lda", "magmax"])
+def test_streams_train_on_the_gpu_with_the_factors_of_the_cpu(tiny_base, data, tmp_path, method):
+    reports = {}
+    for device in ("cpu", "cuda"):
+        config = settings(tiny_base, data, tmp_path / device, method, groups=2, training__use_cpu=True)
+        reports[device] = learn(config)
+    factors = [[point[2] for step in steps(tmp_path / device) for point in step["log"]] for device in reports]
+    assert factors[0] == factors[1]
+    here, there = (reports[device].metrics["ACC"] for device in reports)
+    assert there > here - 0.2  # dropout draws other numbers there
+    again = load_config(tmp_path / "cuda" / "config.yaml", (), {"training.use_cpu": True})
+    found = evaluate(again, tmp_path / "cuda" / "merged")  # what was trained there is read here
+    assert {name: scores["class_incremental"] for name, scores in found.items()} == pytest.approx(
+        dict(zip(first(2), reports["cuda"].scores[-1], strict=True)), abs=0.1
+    )
+
+
+@pytest.mark.parametrize("model", ["llama", "t5"])
+def test_language_streams_are_scored_as_on_the_cpu(language_data, tmp_path, model):  # noqa: F811
+    learn(language(language_data, tmp_path / "run", model))
+    for name, value in dense(tmp_path / "run" / "merged").items():
+        assert value.isfinite().all(), name
+    config = load_config(tmp_path / "run" / "config.yaml")
+    here, there = (
+        evaluate(load_config(config, (), {"training.use_cpu": cpu}), tmp_path / "run" / "merged")
+        for cpu in (True, False)
+    )
+    for name, scores in here.items():
+        assert there[name]["loss"] == pytest.approx(scores["loss"], rel=1e-3)
+        assert there[name]["exact_match"] == pytest.approx(scores["exact_match"], abs=0.2)
+
+
+def test_coefficients_are_learned_on_the_gpu(stream_config, tiny_base, tmp_path):
+    tasks = load_stream(load_config(stream_config)).tasks
+    adapters, inputs = zip(*(trained(t, i, tiny_base, tmp_path / t.name) for i, t in enumerate(tasks)), strict=True)
+    base, _ = load_base(ModelSettings(base=str(tiny_base)), [label for task in tasks for label in task.labels], 0)
+    base.config.hidden_dropout_prob = 0.0
+    found = [
+        learn_coefficients(model, list(inputs), adapters, per="task", steps=20, learning_rate=0.01)
+        for model in (base, base.to(DEV))
+    ]
+    assert found[0].history == pytest.approx(found[1].history, rel=1e-2)
+    merge_adapters(adapters, tmp_path / "learned", method="adamerging", learned=found[1])
+    assert accuracy(tasks, tiny_base, tmp_path / "learned") > 0.4
+    assert json.loads((tmp_path / "learned" / "merge_report.json").read_text())["method"] == "adamerging"

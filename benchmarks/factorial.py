@@ -39,6 +39,7 @@ RIDGES = tuple(10.0**power for power in range(9))  # RanPAC's, chosen on a fifth
 DRAWS = 200  # features drawn a class for an aligned head
 
 
+SEEN = {"method": "best", "head.training": "seen"}
 STEP = {"merge.options": {"coefficient": 0.2}}
 
 
@@ -58,13 +59,16 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "fisher": ("Fisher α, from the merge", _merge("merge_only")),
     "fisher-last": ("Fisher α, from the last optimum", _merge("merge_only", "last")),
     "fisher-perturbed": ("Fisher α, perturbed, from the merge", _merge("pm", more={"perturbation.scale": 0.5})),
+    "fisher-seen": ("Fisher α, from the merge, against all classes seen", SEEN),
+    "average-seen": ("1/t, from the merge, against all classes seen", SEEN | {"merge.method": "average"}),
     "gram": ("free Gram, from the merge", _merge("pm_gram")),
     "frozen": ("frozen backbone", {"method": "frozen"}),
     "joint": ("joint training", {"method": "joint", "head.kind": "linear"}),
 }
 FIRST = "first"  # a control made of the features of another cell
 TITLES = {cell: title for cell, (title, _) in CELLS.items()} | {FIRST: "first task's LoRA"}
-HEADS = ("linear", "aligned", "lda, none", "lda, mean shift", "lda, ridge", "lda, oracle", "joint head", "RanPAC")
+DRIFTS = ("lda, none", "lda, mean shift", "lda, ridge", "lda, oracle")
+HEADS = ("linear", "aligned", *DRIFTS, "lda, one mean a class", "joint head", "RanPAC")
 
 
 def main() -> int:
@@ -171,15 +175,18 @@ def heads(run: Run, cell: str) -> dict[str, float]:
         return fmean(float((logits(rows).argmax(1) == truth).double().mean()) for rows, truth in test)
 
     everything = torch.cat([rows for rows, _ in train]), torch.cat([truth for _, truth in train])
+    domains = run.stream.scenario == "domain_incremental"
     oracle = HeadStatistics()
     for (rows, _), task in zip(train, tasks, strict=True):
-        oracle = oracle.added(rows, _targets(task, list(task.own), test=False), list(task.own))
+        oracle = oracle.added(rows, _targets(task, list(task.own), test=False), list(task.own), apart=domains)
     moving = cell not in (FIRST, "frozen", "joint")
-    found = {"lda, oracle" if moving else "lda, none": score(_linear(oracle))}
+    found = {"lda, oracle" if moving else "lda, none": score(_linear(oracle, labels))}
     if moving:
-        followed = {drift: _followed(features, drift) for drift in ("none", "mean shift", "ridge")}
-        found |= {f"lda, {drift}": score(_linear(statistics)) for drift, statistics in followed.items()}
-        found["aligned"] = score(_aligned(followed["ridge"]))
+        followed = {drift: _followed(features, drift, apart=domains) for drift in ("none", "mean shift", "ridge")}
+        found |= {f"lda, {drift}": score(_linear(statistics, labels)) for drift, statistics in followed.items()}
+        found["aligned"] = score(_aligned(followed["ridge"], labels))
+        if domains:
+            found["lda, one mean a class"] = score(_linear(_followed(features, "ridge", apart=False), labels))
     else:
         found["RanPAC"] = score(_random_projection(*everything, len(labels)))
     return found | {"joint head": score(_logistic(*everything))}
@@ -190,7 +197,7 @@ def _targets(task: Task, labels: list[str], *, test: bool) -> Tensor:
     return torch.tensor([index[label] for label in (task.test if test else task.train).labels])
 
 
-def _followed(features: Features, drift: str) -> HeadStatistics:
+def _followed(features: Features, drift: str, *, apart: bool) -> HeadStatistics:
     """The statistics after the last task, each merge's drift estimated from the rows of its own task."""
     statistics = HeadStatistics()
     for index, task in enumerate(features.tasks):
@@ -201,16 +208,28 @@ def _followed(features: Features, drift: str) -> HeadStatistics:
                 statistics = statistics.moved(ridge_drift(before, now, features.run.config.head.ridge))
             else:
                 statistics.means += (now - before).mean(0)
-        statistics = statistics.added(now, _targets(task, list(task.own), test=False), list(task.own))
+        statistics = statistics.added(now, _targets(task, list(task.own), test=False), list(task.own), apart=apart)
     return statistics
 
 
-def _linear(statistics: HeadStatistics) -> Callable[[Tensor], Tensor]:
+def _linear(statistics: HeadStatistics, labels: list[str]) -> Callable[[Tensor], Tensor]:
+    """Logits of every class, the largest of its rows."""
     weight, bias = statistics.solve()
-    return lambda rows: rows @ weight.T + bias
+    place = _classes(statistics, labels)
+
+    def logits(rows: Tensor) -> Tensor:
+        lowest = torch.full((len(rows), len(labels)), -torch.inf, dtype=torch.float64)
+        return lowest.scatter_reduce(1, place.expand(len(rows), -1), rows @ weight.T + bias, "amax")
+
+    return logits
 
 
-def _aligned(statistics: HeadStatistics) -> Callable[[Tensor], Tensor]:
+def _classes(statistics: HeadStatistics, labels: list[str]) -> Tensor:
+    """Index in `labels` of every row's class."""
+    return torch.tensor([labels.index(label) for label in statistics.labels])
+
+
+def _aligned(statistics: HeadStatistics, labels: list[str]) -> Callable[[Tensor], Tensor]:
     """Logistic regression on draws from the stored Gaussians, one covariance for all classes (after SLCA)."""
     generator = torch.Generator().manual_seed(0)
     factor = torch.linalg.cholesky(statistics.pooled_covariance())
@@ -218,7 +237,7 @@ def _aligned(statistics: HeadStatistics) -> Callable[[Tensor], Tensor]:
         torch.randn(DRAWS, len(factor), generator=generator, dtype=torch.float64) @ factor.T + mean
         for mean in statistics.means
     ]
-    return _logistic(torch.cat(drawn), torch.arange(len(drawn)).repeat_interleave(DRAWS))
+    return _logistic(torch.cat(drawn), _classes(statistics, labels).repeat_interleave(DRAWS))
 
 
 def _logistic(rows: Tensor, truth: Tensor) -> Callable[[Tensor], Tensor]:

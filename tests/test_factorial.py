@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from streams import settings, write_data
+from streams import domains, settings, write_data
 from test_benchmarks import ROOT, load
 from tiny_training import OLD_NAME
 
@@ -43,8 +43,16 @@ def test_heads_of_a_run_are_those_that_training_with_them_gives(factorial, run):
     for drift in ("ridge", "none"):
         report, _ = run("best", head__drift=drift)
         assert found[f"lda, {drift}"] == pytest.approx(report.metrics["ACC"])
-    assert set(found) == set(factorial.HEADS) - {"linear", "RanPAC"}
+    assert set(found) == set(factorial.HEADS) - {"linear", "lda, one mean a class", "RanPAC"}
     assert all(0 < value <= 1 for value in found.values())
+
+
+def test_domains_have_a_mean_each_and_the_largest_row_decides(factorial, tiny_base, tmp_path):
+    config = load_config(domains(tiny_base, tmp_path, tmp_path / "run", "best"))
+    report = learn(config)
+    found = factorial.heads(Run(config, load_stream(config)), "fisher-seen")
+    assert found["lda, ridge"] == pytest.approx(report.metrics["ACC"])
+    assert 0.5 < found["lda, one mean a class"] <= 1
 
 
 def test_controls_have_the_features_of_their_own_backbone(factorial, run):
@@ -60,7 +68,7 @@ def test_controls_have_the_features_of_their_own_backbone(factorial, run):
 def test_mean_shift_moves_old_means_by_what_the_new_rows_move(factorial, run):
     _, linear = run("average")
     features = factorial.Features(linear)
-    moved, still = (factorial._followed(features, drift) for drift in ("mean shift", "none"))
+    moved, still = (factorial._followed(features, drift, apart=False) for drift in ("mean shift", "none"))
     first = len(linear.stream.tasks[0].own)
     shift = sum((features.of(t, t) - features.of(t - 1, t)).mean(0) for t in (1, 2))
     assert torch.allclose(moved.means[:first], still.means[:first] + shift)
@@ -74,7 +82,7 @@ def test_random_projection_separates_what_no_linear_head_can(factorial):
     project = factorial._random_projection(rows, truth, 2)
     assert (project(rows).argmax(1) == truth).double().mean() > 0.95
     linear = HeadStatistics().added(rows, truth, ["same", "other"])
-    assert (factorial._linear(linear)(rows).argmax(1) == truth).double().mean() < 0.7
+    assert (factorial._linear(linear, linear.labels)(rows).argmax(1) == truth).double().mean() < 0.7
 
 
 def test_settings_are_chosen_on_training_rows_alone(factorial):

@@ -39,7 +39,7 @@ RIDGES = tuple(10.0**power for power in range(9))  # RanPAC's, chosen on a fifth
 DRAWS = 200  # features drawn a class for an aligned head
 
 
-SEEN = {"method": "best", "head.training": "seen"}
+SEEN = {"method": "best"}  # whose head.training is seen
 STEP = {"merge.options": {"coefficient": 0.2}}
 
 

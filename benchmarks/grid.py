@@ -26,8 +26,10 @@ NAMES = {
     "average_lda": "running mean + analytic head",
     "gram_lda": "free Gram + analytic head",
     "best_no_drift": "`best` without drift correction",
+    "best_local": "`best` trained against the task's own classes",
+    "best_average": "`best` with the running mean (α = 1/t)",
     "first_lda": "first task's LoRA + analytic head",
-    "best": "`best`: merging alone + analytic head",
+    "best": "`best`: Fisher α + analytic head, trained against all classes seen",
     "individual": "one adapter a task (upper bound)",
     "joint": "joint training (upper bound)",
     "joint_lda": "joint training + analytic head (upper bound)",
@@ -41,6 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "average_lda": {"method": "average", "head.kind": "lda"},
     "gram_lda": {"method": "pm_gram_lda", "perturbation.scale": 0.0},
     "best_no_drift": {"method": "best", "head.drift": "none"},
+    "best_local": {"method": "best", "head.training": "task"},
+    "best_average": {"method": "best", "merge.method": "average"},
     "joint_lda": {"method": "joint", "head.kind": "lda"},
     "first_lda": {"method": "best", "head.strict": True},
 }
@@ -53,10 +57,10 @@ ANSWERS = {
     "bits/byte of answers": "bits_per_byte",
 }
 TEXT = {"bits/byte": "ACC", "AAA": "AAA", "forgetting": "forgetting", "bits/byte, held-out text": "held_out"}
-CORE = ("sequential", "average", "pm", "best", "frozen", "joint")
+CORE = ("sequential", "average", "pm", "best", "frozen", "joint", "joint_lda")
 ENGINES = ("coma", "cofima", "magmax", "opcm", "slao", "sfa", "ewc", "olora", "base_kl", "replay", "individual")
-HEADS = ("pm_gram_lda", "pm_lda", "average_lda", "gram_lda", "best_no_drift", "first_lda", "joint_lda")
-REST = ("merge_only", "pm_trace", "pm_gram", *HEADS, *ENGINES)
+LDA = ("pm_gram_lda", "pm_lda", "average_lda", "gram_lda", "best_no_drift", "best_local", "best_average", "first_lda")
+REST = ("merge_only", "pm_trace", "pm_gram", *LDA, *ENGINES)
 RIVALS = ("sequential", "average", "olora", "slao", "sfa", "merge_only", "pm", "pm_trace", "joint", "untouched")
 TEXTS = ("sequential", "average", "pm", "pm_trace", "joint", "untouched")
 

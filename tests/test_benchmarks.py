@@ -180,7 +180,7 @@ def test_only_missing_runs_are_made_and_failures_counted(suite, elsewhere, monke
 def test_presets_name_every_run(suite):
     known = {"streams": None, "methods": None, "seeds": None}
     quick = suite.jobs(Namespace(preset="quick", **known))
-    assert len(quick) == 3 * 6
+    assert len(quick) == 3 * 7
     assert {job.seed for job in quick} == {0}
     standard = suite.jobs(Namespace(preset="standard", **known))
     assert {job.stream for job in standard} == suite.STREAMS.keys() - {"mixed-quick"}

@@ -41,7 +41,7 @@ def test_heads_of_a_run_are_those_that_training_with_them_gives(factorial, run):
     _, linear = run("merge_only")
     found = factorial.heads(linear, "fisher")
     for drift in ("ridge", "none"):
-        report, _ = run("best", head__drift=drift)
+        report, _ = run("best", head__drift=drift, head__training="task")
         assert found[f"lda, {drift}"] == pytest.approx(report.metrics["ACC"])
     assert set(found) == set(factorial.HEADS) - {"linear", "lda, one mean a class", "RanPAC"}
     assert all(0 < value <= 1 for value in found.values())

@@ -40,6 +40,7 @@ DRAWS = 200  # features drawn a class for an aligned head
 
 
 SEEN = {"method": "best"}  # whose head.training is seen
+SLOW, SLOWER = ({"training.learning_rate": rate} for rate in (1e-3, 3e-4))
 STEP = {"merge.options": {"coefficient": 0.2}}
 
 
@@ -61,6 +62,9 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "fisher-perturbed": ("Fisher α, perturbed, from the merge", _merge("pm", more={"perturbation.scale": 0.5})),
     "fisher-seen": ("Fisher α, from the merge, against all classes seen", SEEN),
     "average-seen": ("1/t, from the merge, against all classes seen", SEEN | {"merge.method": "average"}),
+    "fisher-slow": ("Fisher α, learning rate 1e-3", _merge("merge_only", more=SLOW)),
+    "fisher-seen-slow": ("Fisher α, against all classes seen, learning rate 1e-3", SEEN | SLOW),
+    "fisher-seen-slower": ("Fisher α, against all classes seen, learning rate 3e-4", SEEN | SLOWER),
     "gram": ("free Gram, from the merge", _merge("pm_gram")),
     "frozen": ("frozen backbone", {"method": "frozen"}),
     "joint": ("joint training", {"method": "joint", "head.kind": "linear"}),

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pm_hf.config import load_config
 from pm_hf.files import write_json
-from pm_hf.heads import HeadStatistics, ridge_drift
+from pm_hf.heads import HeadStatistics, class_logits, ridge_drift
 from pm_hf.learner import Run, learn
 from pm_hf.tasks import Task, load_stream
 
@@ -39,7 +39,9 @@ RIDGES = tuple(10.0**power for power in range(9))  # RanPAC's, chosen on a fifth
 DRAWS = 200  # features drawn a class for an aligned head
 
 
-SEEN = {"method": "best"}  # whose head.training is seen
+SEEN: dict[str, Any] = {"method": "best", "merge.on_zero_curvature": "average"}  # whose head.training is seen
+MEAN: dict[str, Any] = {"method": "average", "head.kind": "lda", "head.training": "seen"}
+PRIOR = {"merge.options": {"prior": 1.0}}
 SLOW, SLOWER = ({"training.learning_rate": rate} for rate in (1e-3, 3e-4))
 STEP = {"merge.options": {"coefficient": 0.2}}
 
@@ -60,8 +62,13 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "fisher": ("Fisher α, from the merge", _merge("merge_only")),
     "fisher-last": ("Fisher α, from the last optimum", _merge("merge_only", "last")),
     "fisher-perturbed": ("Fisher α, perturbed, from the merge", _merge("pm", more={"perturbation.scale": 0.5})),
-    "fisher-seen": ("Fisher α, from the merge, against all classes seen", SEEN),
-    "average-seen": ("1/t, from the merge, against all classes seen", SEEN | {"merge.method": "average"}),
+    "fisher-seen": ("Fisher α, against all classes seen", SEEN),
+    "average-seen": ("1/t, against all classes seen", MEAN),
+    "average-seen-slow": ("1/t, against all classes seen, learning rate 1e-3", MEAN | SLOW),
+    "prior-seen": ("1/(t + 1), against all classes seen", MEAN | PRIOR),
+    "prior-seen-slow": ("1/(t + 1), against all classes seen, learning rate 1e-3", MEAN | PRIOR | SLOW),
+    "prior": ("1/(t + 1), from the merge", _merge("average", more=PRIOR)),
+    "prior-slow": ("1/(t + 1), from the merge, learning rate 1e-3", _merge("average", more=PRIOR | SLOW)),
     "fisher-slow": ("Fisher α, learning rate 1e-3", _merge("merge_only", more=SLOW)),
     "fisher-seen-slow": ("Fisher α, against all classes seen, learning rate 1e-3", SEEN | SLOW),
     "fisher-seen-slower": ("Fisher α, against all classes seen, learning rate 3e-4", SEEN | SLOWER),
@@ -184,13 +191,13 @@ def heads(run: Run, cell: str) -> dict[str, float]:
     for (rows, _), task in zip(train, tasks, strict=True):
         oracle = oracle.added(rows, _targets(task, list(task.own), test=False), list(task.own), apart=domains)
     moving = cell not in (FIRST, "frozen", "joint")
-    found = {"lda, oracle" if moving else "lda, none": score(_linear(oracle, labels))}
+    found = {"lda, oracle" if moving else "lda, none": score(_linear(oracle))}
     if moving:
         followed = {drift: _followed(features, drift, apart=domains) for drift in ("none", "mean shift", "ridge")}
-        found |= {f"lda, {drift}": score(_linear(statistics, labels)) for drift, statistics in followed.items()}
+        found |= {f"lda, {drift}": score(_linear(statistics)) for drift, statistics in followed.items()}
         found["aligned"] = score(_aligned(followed["ridge"], labels))
         if domains:
-            found["lda, one mean a class"] = score(_linear(_followed(features, "ridge", apart=False), labels))
+            found["lda, one mean a class"] = score(_linear(_followed(features, "ridge", apart=False)))
     else:
         found["RanPAC"] = score(_random_projection(*everything, len(labels)))
     return found | {"joint head": score(_logistic(*everything))}
@@ -216,32 +223,22 @@ def _followed(features: Features, drift: str, *, apart: bool) -> HeadStatistics:
     return statistics
 
 
-def _linear(statistics: HeadStatistics, labels: list[str]) -> Callable[[Tensor], Tensor]:
+def _linear(statistics: HeadStatistics) -> Callable[[Tensor], Tensor]:
     """Logits of every class, the largest of its rows."""
     weight, bias = statistics.solve()
-    place = _classes(statistics, labels)
-
-    def logits(rows: Tensor) -> Tensor:
-        lowest = torch.full((len(rows), len(labels)), -torch.inf, dtype=torch.float64)
-        return lowest.scatter_reduce(1, place.expand(len(rows), -1), rows @ weight.T + bias, "amax")
-
-    return logits
-
-
-def _classes(statistics: HeadStatistics, labels: list[str]) -> Tensor:
-    """Index in `labels` of every row's class."""
-    return torch.tensor([labels.index(label) for label in statistics.labels])
+    return lambda rows: class_logits(rows @ weight.T + bias, statistics.labels)[0]
 
 
 def _aligned(statistics: HeadStatistics, labels: list[str]) -> Callable[[Tensor], Tensor]:
     """Logistic regression on draws from the stored Gaussians, one covariance for all classes (after SLCA)."""
     generator = torch.Generator().manual_seed(0)
+    classes = torch.tensor([labels.index(label) for label in statistics.labels])
     factor = torch.linalg.cholesky(statistics.pooled_covariance())
     drawn = [
         torch.randn(DRAWS, len(factor), generator=generator, dtype=torch.float64) @ factor.T + mean
         for mean in statistics.means
     ]
-    return _logistic(torch.cat(drawn), _classes(statistics, labels).repeat_interleave(DRAWS))
+    return _logistic(torch.cat(drawn), classes.repeat_interleave(DRAWS))
 
 
 def _logistic(rows: Tensor, truth: Tensor) -> Callable[[Tensor], Tensor]:

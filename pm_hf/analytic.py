@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pm_hf.adapter_writer import replace_head
-from pm_hf.heads import HeadStatistics, merge_temperature, ridge_drift
+from pm_hf.heads import HeadStatistics, held_out_temperature, merge_temperature, ridge_drift
 from pm_hf.modeling import find_head
 from pm_hf.released import STATISTICS, State
 from pm_hf.scoring import Scorer
@@ -21,16 +21,16 @@ def start_head(
     """Give a task's rows their analytic values before they are trained, and let them compete with all that is known.
 
     model: as training starts, at the running merge. The rows of the task's classes are those of linear discriminant
-    analysis on its own features there, tempered; until the handle is removed, the head's logits (n, C) are followed by
+    analysis on its own features there, with the temperature that fits rows held out of them in turn; until the handle is removed, the head's logits (n, C) are followed by
     those of the fixed rows of every other class seen, so that a cross-entropy over the task's classes is one over all.
     None where no other class is known.
     """
     features = scorer.features_of(model.to(scorer.device), task.train, task.own, head)
     known = HeadStatistics() if state.statistics is None else HeadStatistics.load(state.statistics)
-    targets = _targets(task)
-    statistics = known.added(features, targets, list(task.own), apart=settings.means == "task")
-    own = _newest(statistics, task)
-    weight, bias = (value / merge_temperature(statistics, features, own[targets]) for value in statistics.solve())
+    apart = settings.means == "task"
+    statistics = known.added(features, _targets(task), list(task.own), apart=apart)
+    temperature = held_out_temperature(known, features, task.train.labels, apart=apart)
+    own, (weight, bias) = _newest(statistics, task), (value / temperature for value in statistics.solve())
     linear = find_head(model, head)
     place = torch.tensor([task.labels.index(label) for label in task.own])
     with torch.no_grad():

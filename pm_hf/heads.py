@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -147,7 +148,48 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     return float(10**best)
 
 
+def class_logits(logits: Tensor, labels: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """(logits (n, C) of the distinct labels, these labels): of several rows of one label the largest logit (n, R)."""
+    classes = list(dict.fromkeys(labels))
+    if len(classes) == len(labels):
+        return logits, classes
+    rows = torch.tensor([classes.index(label) for label in labels], device=logits.device)
+    lowest = logits.new_full((len(logits), len(classes)), -torch.inf)
+    return lowest.scatter_reduce(1, rows.expand(len(logits), -1), logits, "amax"), classes
+
+
 def merge_temperature(statistics: HeadStatistics, features: Tensor, targets: Tensor) -> float:
     """Temperature of the untempered head on features (n, d) whose targets index the statistics' labels."""
+    return fit_temperature(*_class_scores(statistics, features, [statistics.labels[row] for row in targets.tolist()]))
+
+
+def held_out_temperature(
+    known: HeadStatistics, features: Tensor, truth: Sequence[str], *, apart: bool = False, folds: int = 5
+) -> float:
+    """Temperature of the untempered head of `known` and a new task, on rows that the head was not made of.
+
+    features (n, d) and truth (n,): the task's rows and labels. Each fold of a class's rows is scored by the head of the
+    other folds; a class with one row is in all of them. On its own rows a head of few rows in many dimensions knows no
+    doubt, whatever it does on others.
+    """
+    labels = list(dict.fromkeys(truth))
+    targets = torch.tensor([labels.index(label) for label in truth])
+    turn = torch.zeros(len(truth), dtype=torch.long)
+    for index in range(len(labels)):
+        rows = (targets == index).nonzero()[:, 0]
+        turn[rows] = torch.arange(len(rows)) % folds if len(rows) > 1 else -1
+    scores, answers = [], []
+    for fold in range(folds):
+        if (held := turn == fold).any():
+            part = known.added(features[~held], targets[~held], labels, apart=apart)
+            found = _class_scores(part, features[held], [truth[row] for row in held.nonzero()[:, 0].tolist()])
+            scores.append(found[0])
+            answers.append(found[1])
+    return fit_temperature(torch.cat(scores), torch.cat(answers)) if scores else 1.0
+
+
+def _class_scores(statistics: HeadStatistics, features: Tensor, truth: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """(untempered logits (n, C) of the classes, index of each row's class)."""
     weight, bias = replace(statistics, temperature=None).solve()
-    return fit_temperature(features.double() @ weight.T + bias, targets)
+    logits, classes = class_logits(features.double() @ weight.T + bias, statistics.labels)
+    return logits, torch.tensor([classes.index(label) for label in truth])

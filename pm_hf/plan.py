@@ -188,7 +188,8 @@ def _coefficient(
     if request.coefficient is not None:
         return fixed_coefficient(request.coefficient, tasks, "given")
     if request.method == "average":
-        return fixed_coefficient(1.0 if running is None else 1 / tasks, tasks)
+        new = tasks if running is None else 1
+        return fixed_coefficient(new / (tasks + request.options["prior"]), tasks)
     if request.method == "coma" and running is not None:
         return fixed_coefficient(request.options["coefficient"], tasks)
     if request.method != "pm" or (running is None and sums is None):

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from pm_hf.adapters import open_adapter
 from pm_hf.encoding import TextEncoder
+from pm_hf.heads import class_logits
 from pm_hf.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.language_scoring import score_rows
 from pm_hf.modeling import forward, load_published
@@ -76,14 +77,9 @@ class Scorer:
 
         labels: of the head's rows; of several rows of one label the largest logit is taken.
         """
-        classes = list(dict.fromkeys(labels))
-        index = {label: i for i, label in enumerate(classes)}
-        found = self._forward(model, self.encoder.examples(task.test, classes), head)[1]
-        if len(classes) < len(labels):
-            rows = torch.tensor([index[label] for label in labels]).expand(len(found), -1)
-            empty = torch.full((len(found), len(classes)), -torch.inf)
-            found = empty.scatter_reduce(1, rows, found, "amax")
-        return found, [index[label] for label in task.test.labels]
+        rows = self._forward(model, self.encoder.examples(task.test, list(dict.fromkeys(labels))), head)[1]
+        logits, classes = class_logits(rows, labels)
+        return logits, [classes.index(label) for label in task.test.labels]
 
     def _forward(self, model: torch.nn.Module, rows: Examples, head: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and logits in the order of `rows`; batches are made of texts of like length."""

@@ -82,7 +82,7 @@ def test_random_projection_separates_what_no_linear_head_can(factorial):
     project = factorial._random_projection(rows, truth, 2)
     assert (project(rows).argmax(1) == truth).double().mean() > 0.95
     linear = HeadStatistics().added(rows, truth, ["same", "other"])
-    assert (factorial._linear(linear, linear.labels)(rows).argmax(1) == truth).double().mean() < 0.7
+    assert (factorial._linear(linear)(rows).argmax(1) == truth).double().mean() < 0.7
 
 
 def test_settings_are_chosen_on_training_rows_alone(factorial):

@@ -121,13 +121,14 @@ METHODS: dict[str, Method] = {
         },
     ),
     "average": Method(
-        "α = 1/t, the running mean of the task optima; with N adapters Σ wᵢΔᵢ (wᵢ = 1/N)",
+        "α = 1/(t + prior), the running mean of the task optima; with N adapters Σ wᵢΔᵢ (wᵢ = 1/N)",
         "model soups, arXiv 2203.05482",
         "nothing",
         SUM,
         fold=True,
         batch=True,
         train_from="merged",
+        options={"prior": Option(0.0, "number of models that the base counts as in a fold's mean, 0 or more", 0.0)},
     ),
     "sequential": Method(
         "α = 1, plain sequential training", "–", "nothing", SUM, fold=True, batch=False, train_from="merged"

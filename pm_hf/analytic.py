@@ -21,8 +21,9 @@ def start_head(
     """Give a task's rows their analytic values before they are trained, and let them compete with all that is known.
 
     model: as training starts, at the running merge. The rows of the task's classes are those of linear discriminant
-    analysis on its own features there, with the temperature that fits rows held out of them in turn; until the handle is removed, the head's logits (n, C) are followed by
-    those of the fixed rows of every other class seen, so that a cross-entropy over the task's classes is one over all.
+    analysis on its own features there, with the temperature that fits rows held out of them in turn. Until the handle
+    is removed, the head's logits (n, C) are followed by those of the fixed rows of every other class seen, so that a
+    cross-entropy over the task's classes is one over all.
     None where no other class is known.
     """
     features = scorer.features_of(model.to(scorer.device), task.train, task.own, head)

@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pm_hf.errors import InputError
-from pm_hf.heads import HeadStatistics, fit_temperature, merge_temperature, ridge_drift
+from pm_hf.heads import (
+    HeadStatistics,
+    class_logits,
+    fit_temperature,
+    held_out_temperature,
+    merge_temperature,
+    ridge_drift,
+)
 
 D = 6
 CENTRES = torch.randn(5, D, generator=torch.Generator().manual_seed(99), dtype=torch.float64) * 2
@@ -282,3 +289,43 @@ def test_missing_broken_and_foreign_files_are_input_errors(tmp_path):
     save_file({"means": torch.ones(2, 2)}, path, metadata={"format": "pt"})
     with pytest.raises(InputError, match="holds no head statistics: expected format"):
         HeadStatistics.load(path)
+
+
+def test_held_out_temperature_is_that_of_rows_that_the_head_does_not_know():
+    features, targets = draw((0, 1, 2), 3, seed=5)  # fewer rows than dimensions in a class
+    truth = ["abc"[target] for target in targets]
+    found = held_out_temperature(HeadStatistics(), features, truth, folds=3)
+    scores, answers = [], []
+    seen = dict.fromkeys("abc", 0)
+    turn = []
+    for label in truth:
+        turn.append(seen[label] % 3)
+        seen[label] += 1
+    names = list(dict.fromkeys(truth))
+    for fold in range(3):
+        kept = torch.tensor([t != fold for t in turn])
+        numbers = torch.tensor([names.index(label) for label in truth])
+        weight, bias = HeadStatistics().added(features[kept], numbers[kept], names).solve()
+        scores.append(features[~kept] @ weight.T + bias)
+        answers.append(numbers[~kept])
+    assert found == pytest.approx(fit_temperature(torch.cat(scores), torch.cat(answers)))
+    whole = HeadStatistics().added(features, targets, ["a", "b", "c"])
+    assert found > 2 * merge_temperature(whole, features, targets)
+
+
+def test_held_out_temperature_counts_the_classes_known_before_and_single_rows():
+    (x1, y1), (x2, _) = draw((0, 1), 20, seed=1), draw((2,), 4, seed=2)
+    known = HeadStatistics().added(x1, y1, ["a", "b"])
+    features, truth = torch.cat([x2, CENTRES[3:4]]), ["c"] * 4 + ["d"]
+    alone, among = (held_out_temperature(start, features, truth) for start in (HeadStatistics(), known))
+    assert 1 <= alone < 1000
+    assert 1 <= among < 1000
+    assert held_out_temperature(known, CENTRES[3:5], ["d", "e"]) == 1.0  # nothing can be held out
+
+
+def test_of_the_rows_of_a_class_the_largest_counts():
+    rows = torch.tensor([[1.0, 5.0, 3.0, 0.0], [2.0, 0.0, -1.0, 4.0]])
+    found, classes = class_logits(rows, ["a", "b", "a", "c"])
+    assert classes == ["a", "b", "c"]
+    assert found.tolist() == [[3.0, 5.0, 0.0], [2.0, 0.0, 4.0]]
+    assert class_logits(rows, ["a", "b", "c", "d"])[0] is rows

@@ -45,7 +45,11 @@ METHODS = {
     "pm_gram": _method("pm", 0.5, "gram", "free", "linear"),
     "pm_gram_lda": _method("pm", 0.5, "gram", "free", "lda"),
     # chosen on held-out training rows, results/factorial-choice
-    "best": _method("pm", 0.0, "fisher", "global", "lda") | {"head": {"kind": "lda", "training": "seen"}},
+    "best": _method("pm", 0.0, "fisher", "global", "lda")
+    | {
+        "head": {"kind": "lda", "training": "seen"},
+        "merge": {"method": "pm", "freedom": "global", "max_rank": 64, "on_zero_curvature": "average"},
+    },
     "frozen": _sequential(head="lda") | {"trains": False},
     "cofima": _method("cofima", 0.0, "fisher", "global", "linear"),
     "magmax": _method("magmax", 0.0, None, "global", "linear"),

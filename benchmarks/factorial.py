@@ -1,19 +1,19 @@
-"""Merge x head x drift x start, on the same trained tasks. Writes results/factorial/STREAM/CELL/SEED.json and table.md.
+"""Merge x head x drift x start on training rows: what `best` is made of was chosen here, never on test rows.
 
-python benchmarks/factorial.py --streams clinc150-quick pacs --seeds 0       scored on the test rows
-python benchmarks/factorial.py --streams clinc150-quick --seeds 0 --choose   on a fifth of the training rows, held out
+python benchmarks/factorial.py --streams clinc150-quick pacs --seeds 0 [--cells fisher average …]
+python benchmarks/factorial.py                                          only the table of what is in results/factorial/
 
-A cell is a way to merge and a start; it is trained once, with linear heads. The other heads are computed from the
-features of its merges, so they differ in nothing else. --choose writes to results/factorial-choice/: settings are
-chosen there, never on test rows. Controls with the same heads: the frozen backbone, the first task's LoRA, joint
-training.
+Scored is a fifth of each task's training rows, which is held out. A cell is a way to train and to merge; those with
+linear heads are trained once, and the other heads are computed from the features of their merges, so that they differ
+in nothing else. Controls with the same heads: the frozen backbone, the first task's LoRA, joint training. Writes
+results/factorial/STREAM/CELL/SEED.json and table.md.
 """
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -88,7 +88,6 @@ def main() -> int:
     parser.add_argument("--streams", nargs="*", choices=list(STREAMS), default=[])
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--choose", action="store_true", help="score on training rows that are held out")
     parser.add_argument("--data", type=Path, default=SHARED / "data", help="folder with text/ and image/")
     parser.add_argument("--backbone", type=Path, default=SHARED / "models" / "vit-tiny-imagenet150", help="of pictures")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time, one thread each")
@@ -97,36 +96,29 @@ def main() -> int:
     if lacking := lacking_input(options.streams, options):
         parser.error(lacking)
     found = [(name, cell, seed) for name in options.streams for seed in options.seeds for cell in options.cells]
-    failed = pooled(cell_result, [job for job in found if not result_path(options.choose, *job).exists()], options)
-    for choose in (False, True):
-        if (folder := folder_of(choose)).is_dir():
-            (folder / "table.md").write_text(text := table(choose), encoding="utf-8")
-            print(text)
+    failed = pooled(cell_result, [job for job in found if not result_path(*job).exists()], options)
+    (ROOT / "results" / "factorial" / "table.md").write_text(text := table(), encoding="utf-8")
+    print(text)
     return int(failed > 0)
 
 
-def folder_of(choose: bool) -> Path:
-    """Where the results are."""
-    return ROOT / "results" / ("factorial-choice" if choose else "factorial")
-
-
-def result_path(choose: bool, name: str, cell: str, seed: int) -> Path:
+def result_path(name: str, cell: str, seed: int) -> Path:
     """The file of one cell."""
-    return folder_of(choose) / name / cell / f"{seed}.json"
+    return ROOT / "results" / "factorial" / name / cell / f"{seed}.json"
 
 
 def cell_result(job: tuple[str, str, int], options: argparse.Namespace) -> None:
     """One run, the heads on its features, and the file of them."""
     name, cell, seed = job
-    folder = options.runs / f"{name}{'-choice' * options.choose}" / f"{cell}-{seed}"
+    folder = options.runs / name / f"{cell}-{seed}"
     source, changes = data_settings(name, seed, folder, options)
-    report = learn(source, seed=seed, **(changes | held_out(source, changes, options.choose) | CELLS[cell][1]))
+    report = learn(source, seed=seed, **(changes | held_out(source, changes) | CELLS[cell][1]))
     config = load_config(folder / "config.yaml")
     scores = {} if config.head.kind == "lda" else {"linear": report.metrics["ACC"]}
     found: dict[str, Any] = {cell: scores | heads(Run(config, load_stream(config)), cell)}
     if cell == "fisher":
         found[FIRST] = heads(Run(config, load_stream(config)), FIRST)
-    path = result_path(options.choose, *job)
+    path = result_path(*job)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
         path,
@@ -141,15 +133,11 @@ def cell_result(job: tuple[str, str, int], options: argparse.Namespace) -> None:
     )
 
 
-def held_out(source: Path, changes: Mapping[str, Any], choose: bool) -> dict[str, Any]:
+def held_out(source: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that score on a fifth of the training rows in place of the test rows."""
-    if not choose:
-        return {}
     listed = changes.get("stream.tasks") or yaml.safe_load(source.read_text(encoding="utf-8"))["stream"].get("tasks")
     found: dict[str, Any] = {"stream.test": None, "stream.test_share": SHARE}
-    if listed:
-        found["stream.tasks"] = [{**task, "test": None} for task in listed]
-    return found
+    return found | ({"stream.tasks": [{**task, "test": None} for task in listed]} if listed else {})
 
 
 class Features:
@@ -271,16 +259,11 @@ def _random_projection(rows: Tensor, truth: Tensor, classes: int) -> Callable[[T
     return lambda inputs: project(inputs) @ weight
 
 
-def cells_of(choose: bool) -> Iterator[dict[str, Any]]:
-    """Every result there is."""
-    for path in sorted(folder_of(choose).glob("*/*/*.json")):
-        yield json.loads(path.read_text(encoding="utf-8"))
-
-
-def table(choose: bool) -> str:
+def table() -> str:
     """ACC of every cell with every head, a table for each stream, as Markdown."""
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for result in cells_of(choose):
+    for path in sorted((ROOT / "results" / "factorial").glob("*/*/*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
         for cell, scores in result["ACC"].items():
             for head, value in scores.items():
                 found.setdefault(result["stream"], {}).setdefault(cell, {}).setdefault(head, []).append(value)

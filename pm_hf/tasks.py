@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -119,10 +120,8 @@ def make_stream(config: RunConfig, parts: Sequence[tuple[str, Rows, Rows]]) -> T
     tasks = []
     for (name, train, test), labels in zip(parts, own, strict=True):
         train = _thinned(train, stream.train_per_class, config.seed, name)
-        train, test = (
-            _cut(rows, count, f"{config.seed}/{name}/{kind}")
-            for rows, count, kind in ((train, stream.train_rows, "train"), (test, stream.test_rows, "test"))
-        )
+        train = _cut(train, stream.train_rows, f"{config.seed}/{name}/train", labels)
+        test = _cut(test, stream.test_rows, f"{config.seed}/{name}/test")
         train, evaluated = _split_off(train, stream.eval_share, bool(labels), f"eval/{config.seed}/{name}")
         shared = everything if scenario == "domain_incremental" and (labels or not language) else labels
         tasks.append(Task(name, shared, train, test, shared, eval=evaluated))
@@ -355,8 +354,18 @@ def _thinned(rows: Rows, per_class: int | None, seed: int, task: str) -> Rows:
     return rows.take(sorted(kept))
 
 
-def _cut(rows: Rows, count: int | None, key: str) -> Rows:
-    """At most `count` rows, drawn with the key, in the original order."""
+def _cut(rows: Rows, count: int | None, key: str, labels: Sequence[str] = ()) -> Rows:
+    """At most `count` rows, drawn with the key, in the original order.
+
+    labels: each keeps a row where `count` allows it; its first one stands in for the last drawn of the commonest class.
+    """
     if count is None or count >= len(rows):
         return rows
-    return rows.take(sorted(random.Random(key).sample(range(len(rows)), count)))
+    kept = random.Random(key).sample(range(len(rows)), count)
+    for label in labels if count >= len(labels) else ():
+        drawn = Counter(rows.labels[i] for i in kept)
+        if not drawn[label] and label in rows.labels:
+            commonest = drawn.most_common(1)[0][0]
+            kept.remove(next(i for i in reversed(kept) if rows.labels[i] == commonest))
+            kept.append(rows.labels.index(label))
+    return rows.take(sorted(kept))

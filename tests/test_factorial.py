@@ -87,21 +87,19 @@ def test_random_projection_separates_what_no_linear_head_can(factorial):
 
 def test_settings_are_chosen_on_training_rows_alone(factorial):
     source = ROOT / "configs" / "mixed" / "minilm.yaml"
-    assert factorial.held_out(source, {}, choose=False) == {}
-    found = factorial.held_out(source, {}, choose=True)
+    found = factorial.held_out(source, {})
     assert found["stream.test_share"] == factorial.SHARE
     assert all(task["test"] is None and task["train"] for task in found["stream.tasks"])
+    assert "stream.tasks" not in factorial.held_out(ROOT / "configs" / "pacs" / "vit.yaml", {})
 
 
-def test_committed_tables_are_those_of_the_committed_results(factorial):
-    for choose in (False, True):
-        text = (factorial.folder_of(choose) / "table.md").read_text(encoding="utf-8")
-        assert text == factorial.table(choose)
-        assert len(text.splitlines()) > len(factorial.CELLS)
+def test_committed_table_is_that_of_the_committed_results(factorial):
+    text = (ROOT / "results" / "factorial" / "table.md").read_text(encoding="utf-8")
+    assert text == factorial.table()
+    assert all(title in text for title in factorial.TITLES.values())
 
 
-def test_a_cell_that_has_a_result_is_not_trained_again(factorial, tmp_path, monkeypatch):
+def test_every_cell_has_a_file_of_its_own(factorial, tmp_path, monkeypatch):
     monkeypatch.setattr(factorial, "ROOT", tmp_path)
-    paths = {factorial.result_path(False, "pacs", cell, 0) for cell in factorial.CELLS}
-    assert len(paths) == len(factorial.CELLS)
-    assert factorial.table(False) == ""
+    assert len({factorial.result_path("pacs", cell, 0) for cell in factorial.CELLS}) == len(factorial.CELLS)
+    assert factorial.table() == ""

@@ -349,3 +349,17 @@ def test_label_of_another_domain_is_fine_in_test(tmp_path):
     tasks = [{"name": "one", "train": "a.csv", "test": "a.csv"}, {"name": "two", "train": "b.csv", "test": "a.csv"}]
     assert stream(tmp_path, tasks=tasks, scenario="domain_incremental").tasks[1].test.labels == ["pos", "neg"]
     assert "labels in test that train lacks" in error(tmp_path, tasks=tasks)
+
+
+def test_thinning_a_task_leaves_every_class_a_row(tiny_base, tmp_path):
+    rare = [(f"rare{i}", f"rare{i}") for i in range(6)]
+    write(tmp_path / "train.csv", [(f"apple{i}", "apple") for i in range(60)] + rare)
+    write(tmp_path / "test.csv", [("apple0", "apple")])
+    task = {"name": "one", "train": "train.csv", "test": "test.csv"}
+    base = {"output_dir": str(tmp_path / "run"), "data_dir": str(tmp_path), "model": {"base": str(tiny_base)}}
+    for seed in range(4):
+        stream = {"tasks": [task], "train_rows": 12, "shared_labels": True}
+        found = load_stream(load_config({**base, "seed": seed, "stream": stream})).tasks[0].train
+        assert len(found) == 12
+        assert set(found.labels) == {"apple", *(label for _, label in rare)}
+        assert len(set(found.inputs)) == 12

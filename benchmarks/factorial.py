@@ -42,7 +42,7 @@ DRAWS = 200  # features drawn a class for an aligned head
 SEEN: dict[str, Any] = {"method": "best", "merge.on_zero_curvature": "average"}  # whose head.training is seen
 MEAN: dict[str, Any] = {"method": "average", "head.kind": "lda", "head.training": "seen"}
 PRIOR = {"merge.options": {"prior": 1.0}}
-SLOW, SLOWER = ({"training.learning_rate": rate} for rate in (1e-3, 3e-4))
+SLOW = {"training.learning_rate": 1e-3}
 STEP = {"merge.options": {"coefficient": 0.2}}
 
 
@@ -70,8 +70,6 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "prior": ("1/(t + 1), from the merge", _merge("average", more=PRIOR)),
     "prior-slow": ("1/(t + 1), from the merge, learning rate 1e-3", _merge("average", more=PRIOR | SLOW)),
     "fisher-slow": ("Fisher α, learning rate 1e-3", _merge("merge_only", more=SLOW)),
-    "fisher-seen-slow": ("Fisher α, against all classes seen, learning rate 1e-3", SEEN | SLOW),
-    "fisher-seen-slower": ("Fisher α, against all classes seen, learning rate 3e-4", SEEN | SLOWER),
     "gram": ("free Gram, from the merge", _merge("pm_gram")),
     "frozen": ("frozen backbone", {"method": "frozen"}),
     "joint": ("joint training", {"method": "joint", "head.kind": "linear"}),

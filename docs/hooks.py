@@ -89,6 +89,7 @@ def readme_section(title: str) -> str:
 def _stream_row(name: str, sets: Mapping[str, Any]) -> list[object]:
     merge, curvature = sets["merge"], {key: value for key, value in sets["curvature"].items() if value is not None}
     further = [f"`strategy.{key}: {value}`" for key, value in sets["strategy"].items() if value != getattr(OFF, key)]
+    further += ["`head.training: seen`"] if sets["head"].get("training") == "seen" else []
     further += [] if sets["trains"] else ["`trains: false`"]
     rank = "exact" if merge["max_rank"] is None else merge["max_rank"]
     scale = sets["perturbation"]["scale"] or ""

@@ -113,10 +113,8 @@ class HeadSettings:
     """The classification head."""
 
     kind: Literal["linear", "lda", "none"] | None = None  # trained rows, the analytic head, or none (language models)
-    means: Literal["class", "task"] | None = None  # lda: one mean a class, or one a class and task; default: task
-    # where the classes of all tasks are the same (domain_incremental)
-    training: Literal["task", "seen"] = "task"  # lda: a task's rows are trained against each other, from random values,
-    # or against the analytic rows of every class seen, from analytic ones
+    means: Literal["class", "task"] | None = None  # lda: one for each class, or class and task (default of domains)
+    training: Literal["task", "seen"] = "task"  # lda: seen: from analytic rows, against those of all classes seen
     drift: Literal["ridge", "none"] = "ridge"  # lda: how old class means follow the backbone
     ridge: float = 1.0  # lda: λ = ridge · tr(FᵀF)/d of the drift regression
     strict: bool = False  # lda: freeze backbone and covariance after task 1, old rows stay bit-identical

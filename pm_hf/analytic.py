@@ -1,5 +1,6 @@
 """The analytic head of a finished task: drift, new classes, rows of the merged adapter."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,31 +21,35 @@ def start_head(
 ) -> RemovableHandle | None:
     """Give a task's rows their analytic values before they are trained, and let them compete with all that is known.
 
-    model: as training starts, at the running merge. The rows of the task's classes are those of linear discriminant
-    analysis on its own features there, with the temperature that fits rows held out of them in turn. Until the handle
-    is removed, the head's logits (n, C) are followed by those of the fixed rows of every other class seen, so that a
-    cross-entropy over the task's classes is one over all.
-    None where no other class is known.
+    model: as training starts, at the running merge. The rows of the labels that the task trains (its own classes, and
+    those that are replayed) are those of linear discriminant analysis on its own features and on what is known, with
+    the temperature that fits rows of the task held out in turn. Until the handle is removed, the head's logits (n, C)
+    are followed by those of the fixed rows of every other class seen, computed in float32, so that a cross-entropy over
+    the task's labels is one over all. None where no other class is known.
     """
     features = scorer.features_of(model.to(scorer.device), task.train, task.own, head)
     known = HeadStatistics() if state.statistics is None else HeadStatistics.load(state.statistics)
     apart = settings.means == "task"
     statistics = known.added(features, _targets(task), list(task.own), apart=apart)
     temperature = held_out_temperature(known, features, task.train.labels, apart=apart)
-    own, (weight, bias) = _newest(statistics, task), (value / temperature for value in statistics.solve())
+    weight, bias = (value / temperature for value in statistics.solve())
     linear = find_head(model, head)
-    place = torch.tensor([task.labels.index(label) for label in task.own])
+    trained = [label for label in task.labels if label in statistics.labels]
+    place, rows = torch.tensor([task.labels.index(label) for label in trained]), _newest(statistics, trained)
     with torch.no_grad():
-        linear.weight[place] = weight[own].to(linear.weight)
-        linear.bias[place] = bias[own].to(linear.bias)
-    others = [row for row, label in enumerate(statistics.labels) if label not in task.own]
+        linear.weight[place] = weight[rows].to(linear.weight)
+        linear.bias[place] = bias[rows].to(linear.bias)
+    others = [row for row, label in enumerate(statistics.labels) if label not in task.labels]
     if not others:
         return None
-    fixed, offset = weight[others].to(linear.weight), bias[others].to(linear.bias)
+    fixed, offset = weight[others].float(), bias[others].float()
 
     def against_all(_: nn.Module, args: tuple[Tensor], logits: Tensor) -> Tensor:
-        """The task's logits, then those of the fixed rows, float32."""
-        return torch.cat([logits.float(), torch.nn.functional.linear(args[0].float(), fixed, offset)], dim=-1)
+        """The task's logits, then those of the fixed rows."""
+        place = args[0].device
+        with torch.autocast(place.type, enabled=False):
+            found = torch.nn.functional.linear(args[0].float(), fixed.to(place), offset.to(place))
+        return torch.cat([logits.float(), found], dim=-1)
 
     return linear.register_forward_hook(against_all)
 
@@ -65,7 +70,7 @@ def update_head(
         statistics = statistics.moved(ridge_drift(past, features, settings.ridge))
     targets = _targets(task)
     statistics = statistics.added(features, targets, list(task.own), apart=settings.means == "task")
-    columns = _newest(statistics, task)
+    columns = _newest(statistics, task.own)
     temperature = statistics.temperature or merge_temperature(statistics, features, columns[targets])
     if settings.strict and statistics.temperature is None:
         statistics = statistics.frozen(temperature)
@@ -80,7 +85,7 @@ def _targets(task: Task) -> Tensor:
     return torch.tensor([index[label] for label in task.train.labels])
 
 
-def _newest(statistics: HeadStatistics, task: Task) -> Tensor:
-    """The last row of each of the task's classes."""
+def _newest(statistics: HeadStatistics, labels: Sequence[str]) -> Tensor:
+    """The last row of each label."""
     rows = {label: row for row, label in enumerate(statistics.labels)}
-    return torch.tensor([rows[label] for label in task.own])
+    return torch.tensor([rows[label] for label in labels])

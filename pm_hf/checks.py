@@ -109,7 +109,8 @@ def _merge_problems(config: RunConfig) -> list[str]:
     chosen = get_method(merge.method or "pm")
     if chosen.factors and merge.max_rank is not None:
         problems.append(f"merge.max_rank: {merge.method} keeps the factors as they are; it must be null")
-    steps = ("merged", "last") if chosen.kernel is None else ("merged",)  # a step may lead to any model's weights
+    # a step from the running merge may lead to an optimum that was found from elsewhere; of all of it nothing is left
+    steps = ("merged", "last") if merge.method in (None, "pm", "average", "coma") else ("merged",)
     starts = steps if chosen.train_from == "merged" else ("last", "base")
     if merge.train_from not in (None, *starts):
         problems.append(f"merge.train_from: the mathematics of {merge.method} needs {' or '.join(starts)}")

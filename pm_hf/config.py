@@ -44,7 +44,7 @@ METHODS = {
     | {"curvature": {"kind": "fisher", "normalisation": "trace"}},
     "pm_gram": _method("pm", 0.5, "gram", "free", "linear"),
     "pm_gram_lda": _method("pm", 0.5, "gram", "free", "lda"),
-    # chosen on held-out training rows, results/factorial-choice
+    # chosen on held-out training rows, results/factorial
     "best": _method("pm", 0.0, "fisher", "global", "lda")
     | {
         "head": {"kind": "lda", "training": "seen"},
@@ -93,7 +93,7 @@ def load_config(
         method = RunConfig.method  # so that the other problems are found too
     if isinstance(raw.get("stream"), dict) and raw["stream"].get("kind") in LANGUAGE:
         fill(raw, {"head": {"kind": "none"}})
-    fill(raw, METHODS[method])
+    fill(raw, _defaults(method, raw))
     config = build(RunConfig, raw, "", problems)
     if config.stream.scenario is None:
         config.stream.scenario = "domain_incremental" if config.stream.domain_column else "class_incremental"
@@ -112,6 +112,13 @@ def save_config(config: RunConfig, path: Path) -> None:
 def config_text(config: RunConfig) -> str:
     """The resolved settings as YAML."""
     return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _defaults(method: str, raw: Mapping) -> dict:
+    """What the method sets; how the analytic head is trained only where there is one."""
+    row, head = METHODS[method], raw.get("head")
+    asked = head.get("kind") if isinstance(head, Mapping) else None
+    return row if asked in (None, "lda") else row | {"head": {"kind": row["head"]["kind"]}}
 
 
 def _forget_method(raw: dict, method: Any) -> None:

@@ -1,4 +1,4 @@
-"""The analytic head: linear discriminant analysis from class means and one scatter matrix, constant in tasks."""
+"""The analytic head: linear discriminant analysis from class means and one scatter matrix."""
 
 import json
 import os
@@ -170,7 +170,7 @@ def held_out_temperature(
 
     features (n, d) and truth (n,): the task's rows and labels. Each fold of a class's rows is scored by the head of the
     other folds; a class with one row is in all of them. On its own rows a head of few rows in many dimensions knows no
-    doubt, whatever it does on others.
+    doubt, whatever it does on others. 1 where the rows are too few for that.
     """
     labels = list(dict.fromkeys(truth))
     targets = torch.tensor([labels.index(label) for label in truth])
@@ -180,8 +180,9 @@ def held_out_temperature(
         turn[rows] = torch.arange(len(rows)) % folds if len(rows) > 1 else -1
     scores, answers = [], []
     for fold in range(folds):
-        if (held := turn == fold).any():
-            part = known.added(features[~held], targets[~held], labels, apart=apart)
+        held = turn == fold
+        part = known.added(features[~held], targets[~held], labels, apart=apart)
+        if held.any() and float(part.scatter.trace()) > 0:
             found = _class_scores(part, features[held], [truth[row] for row in held.nonzero()[:, 0].tolist()])
             scores.append(found[0])
             answers.append(found[1])

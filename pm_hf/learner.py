@@ -173,16 +173,15 @@ class Run:
         """Train, measure and save one task: (head, what step.json says of the training, curvature)."""
         built = together(lambda: self._build(task, state, start, index))
         together(lambda: self._check_built(built, state, index))
-        before = None if built.head is None else head_matrix(find_head(built.model, built.head))
         trained: dict[str, Any] = {}
         if self._trains(index):
-            rivals = self._rivals(built, task, state)
+            rivals = together(lambda: self._rivals(built, task, state))
             trained = self._train(built, task, state, index, stop)
             if rivals is not None:
                 rivals.remove()
             built = self._whole(built, task, state, start, index)
         stop.check()
-        curvature = self._measure(built, task, state, before, index)
+        curvature = self._measure(built, task, state, index)
         stop.check()
 
         on_main(lambda: self._save(built, task, self.folder.task(index)))
@@ -198,7 +197,8 @@ class Run:
 
     def _build(self, task: Task, state: State, start: Start, index: int) -> TaskModel:
         frozen = None if start.frozen is None else open_adapter(start.frozen)
-        published = self._published(state)
+        # a head that all tasks share starts where the backbone starts
+        published = frozen if start.train_from == "last" and frozen is not None else self._published(state)
         continued = self._shared_head or bool(self.config.strategy.replay_per_class)
         settings = self.config
         load_whole()
@@ -285,7 +285,7 @@ class Run:
         used = merge.method in ("pm", "cofima") and merge.coefficient is None
         return (used or self.config.strategy.ewc_weight > 0) and not self.config.strategy.individual
 
-    def _measure(self, built: TaskModel, task: Task, state: State, before: Any, index: int) -> Curvature | None:
+    def _measure(self, built: TaskModel, task: Task, state: State, index: int) -> Curvature | None:
         settings = self.config.curvature
         if not self._measures or not self._trains(index):
             return None
@@ -297,7 +297,8 @@ class Run:
             and (self.config.merge.method == "pm" or self.config.strategy.ewc_weight > 0)
         ):
             # heads are absolute values: before the first merge there is nothing, so Δ is the head itself
-            heads = {built.head: before if state.merged else before.scale(0.0)}
+            nothing = head_matrix(find_head(built.model, built.head)).scale(0.0)
+            heads = {built.head: open_adapter(state.merged).head_matrix(built.head) if state.merged else nothing}
         rows = sample(task.train, settings.samples, self.config.seed)
         rows = rows.take(range(process_index(), len(rows), process_count()))
         sums = self.config.merge.method != "cofima"  # which weighs each model by its own curvature

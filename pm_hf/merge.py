@@ -102,8 +102,9 @@ def merge_adapters(
     the best approximation. Methods whose result is dense are factored to `max_rank`, by default the sum of the input
     ranks; "full" keeps all. Errors stand in the report. Computed in float32, decompositions and coefficients in
     float64, cast once to `dtype`. Tensors of `modules_to_save` are absolute values: heads merge by label (a new label
-    appends its row), others by the same coefficient, and what only one adapter has is taken as it is; they keep their
-    dtype, or are float32 where several were combined. One module is in memory at a time, beside the result.
+    appends its row; where a label has several rows in an adapter, all rows stand side by side), others by the same
+    coefficient, and what only one adapter has is taken as it is; they keep their dtype, or are float32 where several
+    were combined. One module is in memory at a time, beside the result.
 
     `output` gets adapter_model.safetensors, adapter_config.json, labels.json (with a head) and merge_report.json;
     it is read back and compared before it takes its name. Raises InputError before anything is written.

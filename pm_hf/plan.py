@@ -309,6 +309,8 @@ def request_problems(request: Request, count: int, folding: bool) -> list[str]:
         problems.append(f"coefficient must be finite, found {coefficient}")
     if weights is not None and not all(math.isfinite(weight) for weight in weights):
         problems.append(f"weights must be finite, found {list(weights)}")
+    if request.options.get("prior") and (count > 1 or coefficient is not None):
+        problems.append("prior counts the base in a fold of one adapter; leave it out here")
     if request.freedom not in ("global", "module", "free"):
         problems.append(f"freedom must be global, module or free, found {request.freedom!r}")
     return problems

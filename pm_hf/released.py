@@ -56,7 +56,12 @@ def released(config: RunConfig, stream: TaskStream) -> State | None:
     if config.head.kind == "lda" and state.statistics is None:
         problems.append(f"head.kind lda needs {STATISTICS} beside it; use head.kind: linear")
     if config.head.kind == "lda" and state.statistics is not None:
-        strict = HeadStatistics.load(state.statistics).temperature is not None
+        statistics = HeadStatistics.load(state.statistics)
+        strict = statistics.temperature is not None
+        if list(adapter.labels.values()) != [statistics.labels]:
+            problems.append(f"its labels are not those of {state.statistics}; use the file that was saved with it")
+        if config.head.means == "class" and len(set(statistics.labels)) < len(statistics.labels):
+            problems.append("its head has several means a class; use head.means: task")
         if strict != config.head.strict:
             problems.append(f"its head was made with head.strict: {strict}, the config says {config.head.strict}")
     raise_all(problems, f"start_from {adapter.path}")
@@ -75,6 +80,8 @@ def _adapter_misfits(config: RunConfig, stream: TaskStream, adapter: Adapter) ->
         return problems
     if len(adapter.labels) != 1:
         problems.append("it has no labels.json with one head, so its rows have no names")
+    elif config.head.kind == "linear" and len(set(rows := next(iter(adapter.labels.values())))) < len(rows):
+        problems.append("its head has several rows of one label (head.means: task); use head.kind: lda")
     elif shared and list(dict.fromkeys(next(iter(adapter.labels.values())))) != list(stream.tasks[0].labels):
         problems.append("its labels are not those of the domain-incremental stream, in this order")
     return problems

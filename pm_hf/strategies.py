@@ -12,7 +12,7 @@ from pm_hf.errors import InputError
 from pm_hf.fisher import adapted_layers
 from pm_hf.merge import merge_adapters
 from pm_hf.merging.curvature import Curvature
-from pm_hf.merging.lowrank import weighted_sum
+from pm_hf.merging.lowrank import LowRank, compact_svd, weighted_sum
 from pm_hf.merging.methods import get_method
 from pm_hf.modeling import MERGED, TASK, TaskModel, find_head
 from pm_hf.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, Penalty
@@ -43,7 +43,8 @@ def task_vector(folder: Path, start: Start, state: State, method: str, max_rank:
     """The adapter folder that is folded: the trained adapter, or what it is together with the optimum it started from.
 
     Trained from the last optimum, a method that takes task vectors relative to the base gets the optimum itself, one
-    that takes steps from the running merge gets θ*_t − θ̂_{t−1}, exact. The optimum is kept for the next task.
+    that takes steps from the running merge gets θ*_t − θ̂_{t−1}, of no more than its own rank. The optimum is kept for
+    the next task.
     """
     trained = folder / "adapter"
     if start.train_from != "last" or start.frozen is None:
@@ -55,10 +56,18 @@ def task_vector(folder: Path, start: Start, state: State, method: str, max_rank:
     updates = {}
     for module, layout in task.layouts.items():
         parts = zip(*(adapter.read(module, bias=False) for adapter in (task, last, merged)), strict=True)
-        updates[module] = Update(layout.merged, [weighted_sum(part, [1.0, 1.0, -1.0]) for part in parts])
+        updates[module] = Update(layout.merged, [_reduced(weighted_sum(part, [1.0, 1.0, -1.0])) for part in parts])
     saved = {name: task.tensor(name) for name in task.saved}
     write_adapter(folder / CHANGE, task.config, updates, saved, task.labels, ambiguous=False, overwrite=True, extra={})
     return folder / CHANGE
+
+
+def _reduced(matrix: LowRank) -> LowRank:
+    """The same matrix with as few factors as its numerical rank needs: those of the last optimum and of the running
+    merge have most of their directions in common, and would double at every task."""
+    U, s, Vh = compact_svd(matrix)
+    root = s.sqrt()
+    return LowRank(U * root, root[:, None] * Vh).to(matrix.B.dtype) if len(s) else matrix
 
 
 def prepare(config: RunConfig, built: TaskModel, start: Start) -> None:

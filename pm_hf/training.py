@@ -56,7 +56,8 @@ def train(
 ) -> dict[str, Any]:
     """Train one task in place, from its newest checkpoint if there is one; what step.json says about it.
 
-    evaluated: rows for `eval_strategy`, with eval_loss and, of classifiers, eval_accuracy inside the task's head.
+    evaluated: rows for `eval_strategy`, with eval_loss and, of classifiers, eval_accuracy among the classes that the
+    task is trained against: its own head's, or with `head.training: seen` all that were seen.
     Raises DivergedError at the step whose loss or gradient is not finite; the checkpoint before it stays.
     """
     causal = built.head is None and not bare(built.model).config.is_encoder_decoder

@@ -5,6 +5,7 @@ import json
 import per_example as slow
 import pytest
 import torch
+from conftest import GPU
 from per_example import batches, examples
 from streams import dense, first, settings, steps, write_data
 from test_adaptive_stream import accuracy, trained
@@ -19,9 +20,8 @@ from pm_hf.modeling import load_base
 from pm_hf.settings import ModelSettings
 from pm_hf.tasks import load_stream
 
-DEV = "cpu"
 pytestmark = [
-    pytest.mark.skipif(False, reason="needs a CUDA GPU and PM_HF_TEST_GPU=1"),
+    pytest.mark.skipif(not GPU, reason="needs a CUDA GPU and PM_HF_TEST_GPU=1"),
     pytest.mark.filterwarnings(OLD_NAME),
 ]
 
@@ -35,7 +35,7 @@ def data(tmp_path_factory):
 def test_curvature_is_that_of_the_cpu(tiny_base, kind):
     model, rows = slow.task_model(tiny_base), batches(examples(11), 4)
     here = estimate_curvature(model, rows, adapter="task", kind=kind)
-    there = estimate_curvature(model.to(DEV), rows, adapter="task", kind=kind)
+    there = estimate_curvature(model.to("cuda"), rows, adapter="task", kind=kind)
     for name in here.modules:
         assert torch.allclose(here.sum_of(name), there.sum_of(name), rtol=1e-3, atol=1e-6 * here.sum_of(name).max())
         assert there.sum_of(name).device.type == "cpu"
@@ -45,7 +45,7 @@ def test_curvature_is_that_of_the_cpu(tiny_base, kind):
 def test_streams_train_on_the_gpu_with_the_factors_of_the_cpu(tiny_base, data, tmp_path, method):
     reports = {}
     for device in ("cpu", "cuda"):
-        config = settings(tiny_base, data, tmp_path / device, method, groups=2, training__use_cpu=True)
+        config = settings(tiny_base, data, tmp_path / device, method, groups=2, training__use_cpu=device == "cpu")
         reports[device] = learn(config)
     factors = [[point[2] for step in steps(tmp_path / device) for point in step["log"]] for device in reports]
     assert factors[0] == factors[1]
@@ -80,7 +80,7 @@ def test_coefficients_are_learned_on_the_gpu(stream_config, tiny_base, tmp_path)
     base.config.hidden_dropout_prob = 0.0
     found = [
         learn_coefficients(model, list(inputs), adapters, per="task", steps=20, learning_rate=0.01)
-        for model in (base, base.to(DEV))
+        for model in (base, base.to("cuda"))
     ]
     assert found[0].history == pytest.approx(found[1].history, rel=1e-2)
     merge_adapters(adapters, tmp_path / "learned", method="adamerging", learned=found[1])

@@ -20,17 +20,14 @@ from streams import (
     write_yaml,
 )
 
-import pm_hf.learner
 from pm_hf.adapters import open_adapter
 from pm_hf.cli import main
 from pm_hf.config import RunConfig, load_config
 from pm_hf.errors import InputError
 from pm_hf.heads import HeadStatistics
-from pm_hf.learner import Run, evaluate, learn
+from pm_hf.learner import learn
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.solve import optimal_coefficient
-from pm_hf.modeling import find_head
-from pm_hf.tasks import load_stream
 
 HEAD = "classifier"
 
@@ -121,74 +118,6 @@ def test_coefficient_in_the_step_file_is_the_solver_s(domain_run):
     task, running = open_adapter(folder / "task-01-odd" / "adapter"), open_adapter(folder / "task-00-plain" / "merged")
     found = optimal_coefficient(*task_vector(task, running, curvature), curvature)
     assert found.raw == pytest.approx(steps(folder)[1]["coefficient"]["raw"], rel=1e-6)
-
-
-@pytest.mark.parametrize(("means", "rows", "least"), [("class", 1, 0.5), ("task", 2, 0.8)])
-def test_analytic_head_in_a_domain_stream_has_a_mean_a_class_or_a_class_and_domain(
-    tiny_base, tmp_path, means, rows, least
-):
-    report = learn(domains(tiny_base, tmp_path, tmp_path / "run", method="best", head__means=means))
-    statistics = HeadStatistics.load(tmp_path / "run" / "task-01-odd" / "head_statistics.safetensors")
-    labels = ["apple", "bird", "car"] * rows
-    assert statistics.labels == labels
-    assert statistics.counts.tolist() == [48 / rows] * 3 * rows
-    assert open_adapter(tmp_path / "run" / "merged").labels == {HEAD: labels}
-    assert report.metrics["ACC"] > least
-    found = evaluate(load_config(tmp_path / "run" / "config.yaml"), tmp_path / "run" / "merged")
-    assert [scores["class_incremental"] for scores in found.values()] == report.scores[-1]
-
-
-def test_a_domain_has_a_mean_of_its_own_unless_asked_otherwise(tiny_base, data, tmp_path):
-    assert load_config(domains(tiny_base, tmp_path, tmp_path / "run", method="best")).head.means == "task"
-    assert load_config(settings(tiny_base, data, tmp_path / "run", method="best")).head.means == "class"
-    assert load_config(settings(tiny_base, data, tmp_path / "run", method="pm")).head.means is None
-
-
-# analytic rows to start from and to compete with
-
-
-def test_rows_start_analytic_and_compete_with_every_class_seen(tiny_base, data, tmp_path, monkeypatch):
-    seen = []
-    train = pm_hf.learner.train
-
-    def watched(built, examples, collate, *args, **kwargs):
-        linear, inputs = find_head(built.model, HEAD), collate(examples[:6])
-        built.model.eval()
-        rows = torch.cat([linear.weight, linear.bias[:, None]], 1).detach().clone()
-        seen.append((rows, built.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits.detach()))
-        found = train(built, examples, collate, *args, **kwargs)
-        seen[-1] += (built.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits.detach(),)
-        return found
-
-    monkeypatch.setattr(pm_hf.learner, "train", watched)
-    learn(settings(tiny_base, data, tmp_path / "run", method="best", head__training="seen"))
-    config = load_config(tmp_path / "run" / "config.yaml")
-    stream = load_stream(config)
-    run = Run(config, stream)
-    for index, (rows, before, after) in enumerate(seen):
-        assert before.shape[1] == after.shape[1] == 2 * (index + 1)
-        task, folder = stream.tasks[index], run.folder.task(index - 1)
-        if index == 0:
-            continue
-        known = HeadStatistics.load(folder / "head_statistics.safetensors")
-        features = run.scorer.features(folder / "merged", task.train, task.own, HEAD)
-        targets = torch.tensor([task.own.index(label) for label in task.train.labels])
-        statistics = known.added(features, targets, list(task.own))
-        weight, bias = statistics.solve()
-        expected = torch.cat([weight, bias[:, None]], 1).float()
-        scale = float(expected[-1].norm() / rows[-1].norm())  # the temperature
-        assert scale >= 1
-        torch.testing.assert_close(rows * scale, expected[-2:], rtol=1e-3, atol=1e-3)
-    saved = tensors(run.folder.task(1) / "adapter")
-    assert saved[f"{HEAD}.weight"].shape[0] == 2  # the others' rows are not the task's
-
-
-def test_training_against_every_class_seen_needs_the_merge_it_is_about(tiny_base, data, tmp_path):
-    problem = "head.training: seen"
-    linear = settings(tiny_base, data, tmp_path / "run", method="pm", head__training="seen")
-    last = settings(tiny_base, data, tmp_path / "run", method="best", head__training="seen", merge__train_from="last")
-    assert problem in refused(linear)
-    assert problem in refused(last)
 
 
 @pytest.mark.usefixtures("no_training")

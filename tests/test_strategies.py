@@ -15,7 +15,6 @@ from pm_hf.errors import InputError
 from pm_hf.fisher import adapted_layers, layer_product
 from pm_hf.learner import learn
 from pm_hf.merge import merge_adapters
-from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.methods import METHODS as MERGES
 from pm_hf.modeling import TASK
 from pm_hf.penalties import without_lora
@@ -187,38 +186,6 @@ def test_training_starts_where_the_method_says(tiny_base, data, tmp_path, monkey
         name: (seen.after[1][name] - value).abs().max() for name, value in dense(tasks(folder)[1] / "merged").items()
     }
     assert max(gap.values()) > 1e-3  # after the second task the last optimum is not the merge
-
-
-@pytest.mark.parametrize("method", ["merge_only", "average", "pm_gram"])
-def test_a_step_from_the_merge_to_the_optimum_that_training_found_from_the_last_one(
-    tiny_base, data, tmp_path, monkeypatch, method
-):
-    seen, folder = Seen(monkeypatch), tmp_path / "run"
-    exact = {"merge__max_rank": None, "curvature__shrinkage": 0.0, "max_forgetting": 1.0}
-    learn(settings(tiny_base, data, folder, method, groups=3, merge__train_from="last", **exact, **FEW))
-    merged = optimum = None
-    for index, task in enumerate(tasks(folder)):
-        if index:
-            assert_same(seen.before[index], optimum, tolerance=1e-5)
-        optimum = seen.after[index]
-        new, coefficient = dense(task / "merged"), steps(folder)[index]["coefficient"]
-        if index and (task / "curvature.safetensors").is_file():
-            sums = Curvature.load(task / "curvature.safetensors")
-            found = {n: (sums.M[n].double(), sums.sum_of(n).double()) for n in optimum}
-            delta = {n: (optimum[n] - merged[n]).double() for n in optimum}
-            if method == "pm_gram":
-                free = {n: M @ torch.linalg.pinv(S, hermitian=True, rtol=1e-5) for n, (M, S) in found.items()}
-                assert_same(new, free, tolerance=1e-2)
-            else:
-                top = sum((delta[n] * (M - S * merged[n])).sum() for n, (M, S) in found.items())
-                alpha = float(top / sum((delta[n] * S * delta[n]).sum() for n, (_, S) in found.items()))
-                assert coefficient["raw"] == pytest.approx(alpha, rel=1e-3)
-        if index and method != "pm_gram":
-            alpha = coefficient["used"]
-            assert method != "average" or alpha == 1 / (index + 1)
-            assert_same(new, {n: merged[n] + alpha * (optimum[n] - merged[n]) for n in new}, tolerance=1e-5)
-        merged = new
-    assert [step["train_from"] for step in steps(folder)] == ["last"] * 3
 
 
 def test_magmax_can_be_made_to_train_from_the_base(tiny_base, data, tmp_path, monkeypatch):

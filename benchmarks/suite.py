@@ -1,6 +1,6 @@
 """Streams x methods x seeds in one pipeline, resumable. Writes results/STREAM/METHOD/SEED.json, table.md, methods.png.
 
-python benchmarks/suite.py --preset quick       half an hour on two cores: three streams, six methods, one seed
+python benchmarks/suite.py --preset quick       half an hour on two cores: three streams, seven methods, one seed
 python benchmarks/suite.py --preset standard    every stream, three seeds (orders for language models): many hours
 python benchmarks/suite.py --preset methods     every other method and strategy on two streams, one seed
 python benchmarks/suite.py --streams pacs --methods pm best --seeds 0 1     what you name

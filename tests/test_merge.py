@@ -162,6 +162,15 @@ def test_average_and_sequential_fold(tmp_path, method):
     assert_same(dense(running), expected)
 
 
+def test_the_base_counts_as_so_many_models_of_the_running_mean(tmp_path):
+    one, two = write_folder(tmp_path / "one", seed=1), write_folder(tmp_path / "two", seed=2)
+    first = merge_adapters(one, tmp_path / "a", method="average", options={"prior": 2})
+    second = merge_adapters(two, tmp_path / "b", into=tmp_path / "a", method="average", options={"prior": 2})
+    assert (first.coefficient.used, second.coefficient.used) == (1 / 3, 1 / 4)
+    expected = {name: value / 3 + dense(two)[name] / 4 for name, value in dense(one).items()}
+    assert_same(dense(tmp_path / "b"), expected)
+
+
 @pytest.mark.parametrize("weights", [None, [0.5, 0.2, 0.3], [2.0, -1.0, 0.5]])
 def test_average_of_several_is_the_weighted_sum(tmp_path, weights):
     folders = [write_folder(tmp_path / f"t{i}", rank=i + 1, seed=i) for i in range(3)]

@@ -182,7 +182,14 @@ ARGUMENTS = {
         {"options": {"speed": "1"}},
         "method pm: unknown option 'speed'; valid: on_zero_curvature, unmeasured_past",
     ),
-    "no options": ({"method": "average", "options": {"a": "1"}}, "method average: unknown option 'a'; valid: none"),
+    "no options": (
+        {"method": "sequential", "options": {"a": "1"}},
+        "method sequential: unknown option 'a'; valid: none",
+    ),
+    "prior of a given": (
+        {"method": "average", "coefficient": 0.5, "options": {"prior": 1}},
+        "prior counts the base in a fold of one adapter; leave it out here",
+    ),
     "value": (
         {"options": {"on_zero_curvature": "x"}},
         "on_zero_curvature .*: expected one of error, average, found 'x'",

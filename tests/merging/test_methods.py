@@ -134,7 +134,8 @@ def test_options_are_filled_in_and_converted():
     assert found == {"density": 0.25, "seed": 7}
     assert type(found["seed"]) is int
     assert type(read_options("dare", {"density": 1})["density"]) is float
-    assert read_options("average", {}) == {}
+    assert read_options("average", {}) == {"prior": 0.0}
+    assert read_options("sequential", {}) == {}
     assert read_options("pm", {"on_zero_curvature": "average"})["unmeasured_past"] == "error"
 
 
@@ -170,4 +171,4 @@ def test_one_error_lists_every_problem():
     assert "3 problems" in message
     assert "unknown option 'densty'; valid: density, majority" in message
     with pytest.raises(InputError, match="unknown option 'a'; valid: none"):
-        read_options("average", {"a": 1})
+        read_options("sequential", {"a": 1})

@@ -85,6 +85,8 @@ def load_config(
     problems: list[str] = []
     changes = {key: parsed(text) for key, text in pairs(overrides, problems)} | plain(values or {})
     _forget_method(raw, changes.get("method"))
+    if changes.get("method") in (None, raw.get("method")):
+        _as_saved(raw)
     for key, value in changes.items():
         put(raw, key, value, problems)
     method = raw.get("method", RunConfig.method)
@@ -119,6 +121,13 @@ def _defaults(method: str, raw: Mapping) -> dict:
     row, head = METHODS[method], raw.get("head")
     asked = head.get("kind") if isinstance(head, Mapping) else None
     return row if asked in (None, "lda") else row | {"head": {"kind": row["head"]["kind"]}}
+
+
+def _as_saved(raw: dict) -> None:
+    """A run's own config.yaml, which has every setting, of before there were some: they mean what was done then."""
+    head = raw.get("head")
+    if isinstance(head, dict) and {"drift", "ridge", "strict"} <= head.keys() and "training" not in head:
+        head |= {"training": "task"} | ({"means": "class"} if head.get("kind") == "lda" else {})
 
 
 def _forget_method(raw: dict, method: Any) -> None:

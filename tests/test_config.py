@@ -357,3 +357,16 @@ def test_a_split_decides_the_scenario():
 @pytest.mark.parametrize("key", ["hub_token", "push_to_hub", "save_only_model"])
 def test_nothing_that_uploads_or_holds_a_token_is_a_setting(key):
     assert f"training: {key} are decided by pm_hf" in problem(small() | {"training": {key: "secret"}})
+
+
+def test_a_run_of_before_a_setting_existed_is_read_as_what_it_did():
+    saved = load_config(small(method="best")).to_dict()
+    assert (saved["head"]["training"], saved["head"]["means"]) == ("seen", "class")
+    for key in ("training", "means"):
+        del saved["head"][key]
+    before = load_config(saved)
+    assert (before.head.training, before.head.means) == ("task", "class")
+    again = load_config(saved, ["method=best"])
+    assert again.head.training == "task"
+    other = load_config(saved | {"method": "pm"}, ["method=best", "head.kind=lda"])
+    assert other.head.training == "seen"

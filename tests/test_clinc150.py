@@ -26,6 +26,6 @@ def test_two_domains_are_learned_one_after_the_other(method, floor, tmp_path):
     report = learn(ROOT / "configs" / "clinc150" / "minilm.yaml", method=method, **changes)
     assert report.metrics["ACC"] > floor
     assert report.coefficients[0]["raw"] == pytest.approx(1, abs=1e-6)
-    assert 0.3 < report.coefficients[1]["used"] < 0.9
+    assert 0.1 < report.coefficients[1]["used"] < 0.9
     (note,) = report.notes
     assert note.startswith("120 labels are in no class group, their rows are not used: accept_reservations, alarm")

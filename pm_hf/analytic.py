@@ -25,7 +25,8 @@ def start_head(
     those that are replayed) are those of linear discriminant analysis on its own features and on what is known, with
     the temperature that fits rows of the task held out in turn. Until the handle is removed, the head's logits (n, C)
     are followed by those of the fixed rows of every other class seen, computed in float32, so that a cross-entropy over
-    the task's labels is one over all. None where no other class is known.
+    the task's labels is one over all. None where no other class is known. The curvature is measured without them: H is
+    of the cross-entropy among the task's own classes, as P&M is published.
     """
     features = scorer.features_of(model.to(scorer.device), task.train, task.own, head)
     known = HeadStatistics() if state.statistics is None else HeadStatistics.load(state.statistics)

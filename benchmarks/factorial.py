@@ -113,9 +113,10 @@ def cell_result(job: tuple[str, str, int], options: argparse.Namespace) -> None:
     report = learn(source, seed=seed, **(changes | held_out(source, changes) | CELLS[cell][1]))
     config = load_config(folder / "config.yaml")
     scores = {} if config.head.kind == "lda" else {"linear": report.metrics["ACC"]}
-    found: dict[str, Any] = {cell: scores | heads(Run(config, load_stream(config)), cell)}
+    run = Run(config, load_stream(config))
+    found: dict[str, Any] = {cell: scores | heads(run, cell)}
     if cell == "fisher":
-        found[FIRST] = heads(Run(config, load_stream(config)), FIRST)
+        found[FIRST] = heads(run, FIRST)
     path = result_path(*job)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(

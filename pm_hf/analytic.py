@@ -1,6 +1,5 @@
 """The analytic head of a finished task: drift, new classes, rows of the merged adapter."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,21 +34,22 @@ def start_head(
     temperature = held_out_temperature(known, features, task.train.labels, apart=apart)
     weight, bias = (value / temperature for value in statistics.solve())
     linear = find_head(model, head)
-    trained = [label for label in task.labels if label in statistics.labels]
-    place, rows = torch.tensor([task.labels.index(label) for label in trained]), _newest(statistics, trained)
+    newest = {label: row for row, label in enumerate(statistics.labels)}
+    trained = [(place, newest[label]) for place, label in enumerate(task.labels) if label in newest]
+    places, rows = (list(numbers) for numbers in zip(*trained, strict=True))
     with torch.no_grad():
-        linear.weight[place] = weight[rows].to(linear.weight)
-        linear.bias[place] = bias[rows].to(linear.bias)
+        linear.weight[places] = weight[rows].to(linear.weight)
+        linear.bias[places] = bias[rows].to(linear.bias)
     others = [row for row, label in enumerate(statistics.labels) if label not in task.labels]
     if not others:
         return None
-    fixed, offset = weight[others].float(), bias[others].float()
+    fixed, offset = (values[others].float().to(linear.weight.device) for values in (weight, bias))
 
     def against_all(_: nn.Module, args: tuple[Tensor], logits: Tensor) -> Tensor:
         """The task's logits, then those of the fixed rows."""
-        place = args[0].device
-        with torch.autocast(place.type, enabled=False):
-            found = torch.nn.functional.linear(args[0].float(), fixed.to(place), offset.to(place))
+        device = args[0].device  # that of a replica, where there are several
+        with torch.autocast(device.type, enabled=False):
+            found = torch.nn.functional.linear(args[0].float(), fixed.to(device), offset.to(device))
         return torch.cat([logits.float(), found], dim=-1)
 
     return linear.register_forward_hook(against_all)
@@ -69,10 +69,8 @@ def update_head(
     if statistics.labels and settings.drift == "ridge" and moved and state.merged is not None:
         past = scorer.features(state.merged, task.train, task.own, head)
         statistics = statistics.moved(ridge_drift(past, features, settings.ridge))
-    targets = _targets(task)
-    statistics = statistics.added(features, targets, list(task.own), apart=settings.means == "task")
-    columns = _newest(statistics, task.own)
-    temperature = statistics.temperature or merge_temperature(statistics, features, columns[targets])
+    statistics = statistics.added(features, _targets(task), list(task.own), apart=settings.means == "task")
+    temperature = statistics.temperature or merge_temperature(statistics, features, task.train.labels)
     if settings.strict and statistics.temperature is None:
         statistics = statistics.frozen(temperature)
     statistics.save(folder / STATISTICS)
@@ -84,9 +82,3 @@ def _targets(task: Task) -> Tensor:
     """Index in task.own of every training row's label."""
     index = {label: i for i, label in enumerate(task.own)}
     return torch.tensor([index[label] for label in task.train.labels])
-
-
-def _newest(statistics: HeadStatistics, labels: Sequence[str]) -> Tensor:
-    """The last row of each label."""
-    rows = {label: row for row, label in enumerate(statistics.labels)}
-    return torch.tensor([rows[label] for label in labels])

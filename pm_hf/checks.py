@@ -44,10 +44,6 @@ def value_problems(config: RunConfig) -> list[str]:
         (config.curvature.max_gib > 0, "curvature.max_gib: must be positive"),
         (config.head.ridge > 0, "head.ridge: must be positive"),
         (config.head.training == "task" or config.head.kind == "lda", "head.training: seen belongs to head.kind: lda"),
-        (
-            config.head.training == "task" or (config.merge.train_from or _starts(config)) == "merged",
-            "head.training: seen starts at the analytic rows of the running merge; the training has to start there too",
-        ),
         (not config.head.strict or config.head.kind == "lda", "head.strict: belongs to head.kind: lda"),
         (config.trains or config.head.kind != "linear", "trains: false needs head.kind: lda"),
     ]
@@ -60,10 +56,6 @@ def value_problems(config: RunConfig) -> list[str]:
     if managed:
         problems.append(f"training: {', '.join(managed)} are decided by pm_hf, which never uploads; remove them")
     return problems
-
-
-def _starts(config: RunConfig) -> str:
-    return get_method(config.merge.method or "pm").train_from
 
 
 def _stream_problems(config: RunConfig) -> list[str]:
@@ -114,6 +106,10 @@ def _merge_problems(config: RunConfig) -> list[str]:
     starts = steps if chosen.train_from == "merged" else ("last", "base")
     if merge.train_from not in (None, *starts):
         problems.append(f"merge.train_from: the mathematics of {merge.method} needs {' or '.join(starts)}")
+    if config.head.training == "seen" and (merge.train_from or chosen.train_from) != "merged":
+        problems.append(
+            "head.training: seen starts at the analytic rows of the running merge; the training has to start there too"
+        )
     try:
         read_options(merge.method or "pm", merge.options)
     except InputError as error:

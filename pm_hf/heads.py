@@ -158,9 +158,9 @@ def class_logits(logits: Tensor, labels: Sequence[str]) -> tuple[Tensor, list[st
     return lowest.scatter_reduce(1, rows.expand(len(logits), -1), logits, "amax"), classes
 
 
-def merge_temperature(statistics: HeadStatistics, features: Tensor, targets: Tensor) -> float:
-    """Temperature of the untempered head on features (n, d) whose targets index the statistics' labels."""
-    return fit_temperature(*_class_scores(statistics, features, [statistics.labels[row] for row in targets.tolist()]))
+def merge_temperature(statistics: HeadStatistics, features: Tensor, truth: Sequence[str]) -> float:
+    """Temperature of the untempered head on features (n, d) with labels `truth` (n,)."""
+    return fit_temperature(*_class_scores(statistics, features, truth))
 
 
 def held_out_temperature(

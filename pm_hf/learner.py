@@ -34,7 +34,7 @@ from pm_hf.scoring import Scorer, cut_note
 from pm_hf.settings import RunConfig
 from pm_hf.sharding import load_whole, put_weights, sharded, trained_weights
 from pm_hf.stopping import Stop, stop_on_sigterm
-from pm_hf.strategies import Start, callbacks, check_room, penalties, prepare, start_of, task_vector
+from pm_hf.strategies import Start, callbacks, check_room, folded, penalties, prepare, start_of
 from pm_hf.tasks import Task, TaskStream, batches, load_stream, sample
 from pm_hf.tracking import Tracking
 from pm_hf.training import EarlyStopping, precision, train, training_arguments
@@ -135,6 +135,7 @@ class Run:
         release_memory()  # the scores load the model again, and two of them may be too many
 
         def finish() -> None:
+            """What process 0 does with the trained task."""
             merge = self._merge(folder, state, start, curvature, index)
             if self.config.head.kind == "lda":
                 moved = self._trains(index)
@@ -181,7 +182,7 @@ class Run:
                 rivals.remove()
             built = self._whole(built, task, state, start, index)
         stop.check()
-        curvature = self._measure(built, task, state, index)
+        curvature = self._measure(built, task, state, start, index)
         stop.check()
 
         on_main(lambda: self._save(built, task, self.folder.task(index)))
@@ -285,7 +286,7 @@ class Run:
         used = merge.method in ("pm", "cofima") and merge.coefficient is None
         return (used or self.config.strategy.ewc_weight > 0) and not self.config.strategy.individual
 
-    def _measure(self, built: TaskModel, task: Task, state: State, index: int) -> Curvature | None:
+    def _measure(self, built: TaskModel, task: Task, state: State, start: Start, index: int) -> Curvature | None:
         settings = self.config.curvature
         if not self._measures or not self._trains(index):
             return None
@@ -299,6 +300,8 @@ class Run:
             # heads are absolute values: before the first merge there is nothing, so Δ is the head itself
             nothing = head_matrix(find_head(built.model, built.head)).scale(0.0)
             heads = {built.head: open_adapter(state.merged).head_matrix(built.head) if state.merged else nothing}
+        # trained from another model than the running merge, Δ is not the task's adapter alone
+        apart = None if state.merged is None or start.train_from == "merged" else open_adapter(state.merged).products()
         rows = sample(task.train, settings.samples, self.config.seed)
         rows = rows.take(range(process_index(), len(rows), process_count()))
         sums = self.config.merge.method != "cofima"  # which weighs each model by its own curvature
@@ -312,7 +315,7 @@ class Run:
             normalisation=settings.normalisation,
             previous=Curvature.load(state.curvature) if sums and state.curvature is not None else None,
             heads=heads,
-            merged=self._apart(state),
+            merged=apart,
             seed=self.config.seed + index,
             autocast=self.scorer.autocast,
             loss_reduction=settings.loss_reduction if self.language else "mean",
@@ -320,12 +323,6 @@ class Run:
         path = self.folder.task(index) / CURVATURE
         on_main(lambda: curvature.save(path))
         return Curvature.load(path)  # from here on it is read a chunk at a time
-
-    def _apart(self, state: State) -> Mapping[str, LowRank] | None:
-        """θ̂_{t−1} where the task was trained from another model, the last optimum."""
-        if state.merged is None or start_of(self.config, state).train_from == "merged":
-            return None
-        return open_adapter(state.merged).products()
 
     def _save(self, built: TaskModel, task: Task, folder: Path) -> None:
         factors, saved, peft_config = task_tensors(built.model, self.config.stream.kind)
@@ -349,7 +346,7 @@ class Run:
         elif method != "pm":
             curvatures = []
         return merge_adapters(
-            task_vector(folder, start, state, method, settings.max_rank),
+            folded(folder, start, state, method, settings.max_rank),
             folder / "merged",
             into=into,
             method=method,

@@ -39,7 +39,7 @@ def start_of(config: RunConfig, state: State) -> Start:
     return Start(where, {"merged": state.merged, "last": state.optimum, "base": None}[where])
 
 
-def task_vector(folder: Path, start: Start, state: State, method: str, max_rank: int | None) -> Path:
+def folded(folder: Path, start: Start, state: State, method: str, max_rank: int | None) -> Path:
     """The adapter folder that is folded: the trained adapter, or what it is together with the optimum it started from.
 
     Trained from the last optimum, a method that takes task vectors relative to the base gets the optimum itself, one

@@ -362,10 +362,10 @@ def _cut(rows: Rows, count: int | None, key: str, labels: Sequence[str] = ()) ->
     if count is None or count >= len(rows):
         return rows
     kept = random.Random(key).sample(range(len(rows)), count)
-    for label in labels if count >= len(labels) else ():
-        drawn = Counter(rows.labels[i] for i in kept)
-        if not drawn[label] and label in rows.labels:
-            commonest = drawn.most_common(1)[0][0]
-            kept.remove(next(i for i in reversed(kept) if rows.labels[i] == commonest))
-            kept.append(rows.labels.index(label))
+    drawn = {rows.labels[i] for i in kept}
+    lost = [label for label in labels if label not in drawn and label in rows.labels] if count >= len(labels) else []
+    for label in lost:
+        commonest = Counter(rows.labels[i] for i in kept).most_common(1)[0][0]
+        kept.remove(next(i for i in reversed(kept) if rows.labels[i] == commonest))
+        kept.append(rows.labels.index(label))
     return rows.take(sorted(kept))

@@ -45,6 +45,11 @@ def assert_statistics(found: HeadStatistics, counts: Tensor, means: Tensor, scat
     torch.testing.assert_close(found.scatter, scatter, rtol=1e-10, atol=1e-9)
 
 
+def names(statistics: HeadStatistics, targets: Tensor) -> list[str]:
+    """Labels of targets that number them."""
+    return [statistics.labels[target] for target in targets]
+
+
 def two_tasks() -> tuple[HeadStatistics, Tensor, Tensor]:
     """Statistics of two tasks with two and three classes, and their data pooled."""
     (x1, y1), (x2, y2) = draw((0, 1), 20, seed=1), draw((2, 3, 4), 9, seed=2)
@@ -258,12 +263,14 @@ def test_temperature_has_the_lowest_loss_of_a_fine_grid():
 
 def test_temperature_keeps_the_argmax():
     plain, features, targets = two_tasks()
-    temperature = merge_temperature(plain, features, targets)
+    temperature = merge_temperature(plain, features, names(plain, targets))
     tempered = plain.frozen(2.5)
     scores = [features @ weight.T + bias for weight, bias in (plain.solve(), tempered.solve())]
     torch.testing.assert_close(scores[1], scores[0] / 2.5)
     assert torch.equal(scores[0].argmax(1), scores[1].argmax(1))
-    assert merge_temperature(tempered, features, targets) == temperature, "a temperature is never fitted twice"
+    assert merge_temperature(tempered, features, names(tempered, targets)) == temperature, (
+        "a temperature is never fitted twice"
+    )
 
 
 def test_a_saved_file_comes_back_bit_for_bit(tmp_path):
@@ -310,7 +317,7 @@ def test_held_out_temperature_is_that_of_rows_that_the_head_does_not_know():
         answers.append(numbers[~kept])
     assert found == pytest.approx(fit_temperature(torch.cat(scores), torch.cat(answers)))
     whole = HeadStatistics().added(features, targets, ["a", "b", "c"])
-    assert found > 2 * merge_temperature(whole, features, targets)
+    assert found > 2 * merge_temperature(whole, features, truth)
 
 
 def test_held_out_temperature_counts_the_classes_known_before_and_single_rows():

@@ -17,10 +17,10 @@ from grid import NAMES, STREAMS
 from tables import ROOT
 
 from pm_hf.files import write_json
-from pm_hf.merge_line import merge_line
-from pm_hf.pictures import write_chart
-from pm_hf.run_charts import line_charts
-from pm_hf.saved_runs import read_runs
+from pm_hf.reports.charts import write_chart
+from pm_hf.reports.run_charts import line_charts
+from pm_hf.runs.merge_line import merge_line
+from pm_hf.runs.records import read_runs
 
 FOLDER = ROOT / "results" / "coefficient"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pm_hf.versions import versions
+from pm_hf.environment import versions
 
 
 def environment() -> dict[str, object]:

@@ -27,11 +27,11 @@ from suite import ROOT, SHARED, anywhere, data_settings, lacking_input, pooled
 from tables import spread
 from torch import Tensor
 
-from pm_hf.config import load_config
+from pm_hf.config.loading import load_config
+from pm_hf.data.stream import Task, load_stream
 from pm_hf.files import write_json
-from pm_hf.heads import HeadStatistics, class_logits, ridge_drift
-from pm_hf.learner import Run, learn
-from pm_hf.tasks import Task, load_stream
+from pm_hf.measuring.analytic_head import HeadStatistics, class_logits, ridge_drift
+from pm_hf.runs.learner import Run, learn
 
 SHARE = 0.2  # of the training rows, held out where settings are chosen
 PROJECTION = 2048  # random features of RanPAC

@@ -119,11 +119,11 @@ def start(runs: Path, name: str) -> subprocess.Popen:
 
 def worker() -> int:
     """What runs in that process: the command line, with a line in the file of phases wherever one begins."""
-    import pm_hf.learner as learner
-    from pm_hf.checkpoints import WholeCheckpoints
+    import pm_hf.runs.learner as learner
     from pm_hf.cli import main as command_line
-    from pm_hf.runs import RunFolder
-    from pm_hf.scoring import Scorer
+    from pm_hf.measuring.scores import Scorer
+    from pm_hf.runs.folder import RunFolder
+    from pm_hf.training.checkpoints import AtomicCheckpoints
 
     phases = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -144,7 +144,7 @@ def worker() -> int:
     for owner, name, phase, after in (
         (learner, "build_task_model", "building", "between"),
         (learner, "train", "training", "between"),
-        (WholeCheckpoints, "_save_checkpoint", "checkpoint", "training"),
+        (AtomicCheckpoints, "_save_checkpoint", "checkpoint", "training"),
         (learner, "estimate_curvature", "measuring", "saving"),
         (learner, "merge_adapters", "merging", "between"),
         (Scorer, "score", "scoring", "between"),

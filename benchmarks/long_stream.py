@@ -47,7 +47,7 @@ def run(data: str, tasks: int, method: str, folder: Path) -> list[dict]:
     """step.json of every task of a fresh run."""
     import datasets
 
-    from pm_hf.learner import learn
+    from pm_hf.runs.learner import learn
 
     datasets.disable_progress_bars()
     shutil.rmtree(folder, ignore_errors=True)

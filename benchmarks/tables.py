@@ -10,7 +10,8 @@ from grid import NAMES, STREAMS
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
-from pm_hf.report import Report, plot
+from pm_hf.reports.charts import plot_means
+from pm_hf.runs.records import Report
 
 ROOT = Path(__file__).parents[1]
 OVERVIEW = (
@@ -141,4 +142,4 @@ def picture(name: str) -> None:
             names = [field.name for field in fields(Report) if field.name != "folder"]
             reports.append(Report(folder=ROOT, **{name: known[name] for name in names if name in known}))
     if reports:
-        plot(reports, ROOT / "results" / name / "methods.png")
+        plot_means(reports, ROOT / "results" / name / "methods.png")

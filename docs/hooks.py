@@ -7,12 +7,12 @@ from typing import Any
 
 from markdown import Extension, Markdown
 
-from pm_hf.config import METHODS as STREAM_METHODS
+from pm_hf.config.presets import PRESETS as STREAM_METHODS
+from pm_hf.config.schema import StrategySettings
 from pm_hf.merging.methods import METHODS as MERGING_METHODS
-from pm_hf.settings import StrategySettings
 
 ROOT = Path(__file__).parents[1]
-README, SETTINGS = ROOT / "README.md", ROOT / "pm_hf" / "settings.py"
+README, SETTINGS = ROOT / "README.md", ROOT / "pm_hf" / "config" / "schema.py"
 OFF = StrategySettings()
 
 

@@ -4,31 +4,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pm_hf.adaptive import learn_coefficients as learn_coefficients
+    from pm_hf.adapters.merge import merge_adapters as merge_adapters
     from pm_hf.errors import InputError as InputError
-    from pm_hf.fisher import estimate_curvature as estimate_curvature
-    from pm_hf.learner import learn as learn
-    from pm_hf.merge import merge_adapters as merge_adapters
-    from pm_hf.merging.solve import optimal_coefficient as optimal_coefficient
-    from pm_hf.trainer import PerturbationArguments as PerturbationArguments
-    from pm_hf.trainer import PerturbationMixin as PerturbationMixin
-    from pm_hf.trainer import PMConfig as PMConfig
-    from pm_hf.trainer import PMTrainer as PMTrainer
+    from pm_hf.measuring.curvature import estimate_curvature as estimate_curvature
+    from pm_hf.measuring.learned_coefficients import learn_coefficients as learn_coefficients
+    from pm_hf.merging.coefficient import optimal_coefficient as optimal_coefficient
+    from pm_hf.runs.learner import learn as learn
+    from pm_hf.training.trainer import PerturbationArguments as PerturbationArguments
+    from pm_hf.training.trainer import PerturbationMixin as PerturbationMixin
+    from pm_hf.training.trainer import PMConfig as PMConfig
+    from pm_hf.training.trainer import PMTrainer as PMTrainer
 
 __version__ = "0.1.0"
 
 # names are imported when they are used: the mathematics needs neither transformers nor peft
 _HOME = {
     "InputError": "pm_hf.errors",
-    "PMConfig": "pm_hf.trainer",
-    "PMTrainer": "pm_hf.trainer",
-    "PerturbationArguments": "pm_hf.trainer",
-    "PerturbationMixin": "pm_hf.trainer",
-    "estimate_curvature": "pm_hf.fisher",
-    "learn": "pm_hf.learner",
-    "learn_coefficients": "pm_hf.adaptive",
-    "merge_adapters": "pm_hf.merge",
-    "optimal_coefficient": "pm_hf.merging.solve",
+    "PMConfig": "pm_hf.training.trainer",
+    "PMTrainer": "pm_hf.training.trainer",
+    "PerturbationArguments": "pm_hf.training.trainer",
+    "PerturbationMixin": "pm_hf.training.trainer",
+    "estimate_curvature": "pm_hf.measuring.curvature",
+    "learn": "pm_hf.runs.learner",
+    "learn_coefficients": "pm_hf.measuring.learned_coefficients",
+    "merge_adapters": "pm_hf.adapters.merge",
+    "optimal_coefficient": "pm_hf.merging.coefficient",
 }
 __all__ = list(_HOME)
 

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except InputError as error:
-        if _speaks():
+        if _reports_errors():
             print(f"pm-hf: {error}", file=sys.stderr)
         return BAD_INPUT
     except OSError as error:
@@ -31,11 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _speaks() -> bool:
+def _reports_errors() -> bool:
     """Whether this process reports its error: of several that have not met yet, the first of each machine."""
     if int(os.environ.get("LOCAL_RANK", "0")) <= 0:
         return True
-    from pm_hf.processes import process_count
+    from pm_hf.distributed import process_count
 
     return process_count() > 1
 
@@ -122,16 +122,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from pm_hf.config import load_config
+    from pm_hf.config.loading import load_config
 
     config = load_config(options.config, options.overrides)  # first: what follows takes seconds to load
 
     import datasets
 
-    from pm_hf.learner import ForgettingError, learn
-    from pm_hf.processes import OtherProcessError, process_index
-    from pm_hf.regularised import DivergedError
-    from pm_hf.stopping import StoppedError
+    from pm_hf.distributed import OtherProcessError, process_index
+    from pm_hf.runs.folder import ForgettingError
+    from pm_hf.runs.learner import learn
+    from pm_hf.training.callbacks import StoppedError
+    from pm_hf.training.task_trainer import DivergedError
 
     datasets.disable_progress_bars()
     try:
@@ -152,7 +153,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from pm_hf.merge import merge_adapters
+    from pm_hf.adapters.merge import merge_adapters
 
     report = merge_adapters(
         options.adapters,
@@ -163,7 +164,7 @@ def _merge(options: argparse.Namespace) -> int:
         coefficient=options.coefficient,
         freedom=options.freedom,
         weights=options.weights,
-        options=_pairs(options.option),
+        options=_option_pairs(options.option),
         learned=options.learned,
         max_rank=options.max_rank,
         energy=options.energy,
@@ -190,8 +191,8 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from pm_hf.config import load_config
-    from pm_hf.learner import evaluate
+    from pm_hf.config.loading import load_config
+    from pm_hf.runs.learner import evaluate
 
     config = load_config(options.config, options.overrides)
     scores = evaluate(config, options.adapter or Path(config.output_dir) / "merged")
@@ -203,7 +204,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     if options.line:
         return _inspect_line(options)
-    from pm_hf.inspection import inspect_adapters, tables
+    from pm_hf.adapters.inspection import inspect_adapters, tables
 
     found = inspect_adapters(options.adapters)
     print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else tables(found))
@@ -211,21 +212,21 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _inspect_line(options: argparse.Namespace) -> int:
-    from pm_hf.merge_line import merge_line, table
-    from pm_hf.page import write_report
+    from pm_hf.reports.page import write_report
+    from pm_hf.runs.merge_line import merge_line, merge_line_table
 
     run, *settings = options.adapters
     found = merge_line(run, [*settings, *options.overrides])
     page, notes = write_report([run])
     for note in notes:
         print(note, file=sys.stderr)
-    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else table(found))
+    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else merge_line_table(found))
     print(f"written: {Path(run) / 'coefficient.json'}, {page} and its plots", file=sys.stderr)
     return DONE
 
 
 def _report(options: argparse.Namespace) -> int:
-    from pm_hf.page import write_report
+    from pm_hf.reports.page import write_report
 
     path, notes = write_report(options.runs, options.output)
     for note in notes:
@@ -248,10 +249,10 @@ def _methods(_: argparse.Namespace) -> int:
 
 
 def _push(options: argparse.Namespace) -> int:
-    from pm_hf.hub import prepare, push
+    from pm_hf.reports.hub import build_upload, push
 
     if options.dry_run:
-        upload = prepare(options.folder, options.repo, base_model_id=options.base_model_id)
+        upload = build_upload(options.folder, options.repo, base_model_id=options.base_model_id)
         for name, size in upload.sizes().items():
             print(f"{size:>12,d}  {name}")
         print(f"\n{upload.card}\ndry run: nothing uploaded to {upload.repo}")
@@ -267,7 +268,7 @@ def _rank(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"expected a number or full, found {text!r}") from error
 
 
-def _pairs(options: Sequence[str]) -> dict[str, str]:
+def _option_pairs(options: Sequence[str]) -> dict[str, str]:
     for option in options:
         if "=" not in option:
             raise InputError(f"--option {option}: expected key=value")

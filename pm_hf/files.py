@@ -28,10 +28,19 @@ try:
 except ImportError:  # not a Unix
     fcntl = None  # type: ignore[assignment]
 
+
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)(-\d+)?")
+
+
 _number, _open = count(), set[Path]()  # temporary folders of this process: how many there were, which are in use
+
+
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
 LOCK = ".lock"
+
+
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux <fcntl.h> and <linux/fs.h>
 
 

@@ -63,7 +63,7 @@ def run_methods() -> list:
     """One run a method: same seed, same order, nothing shared."""
     import datasets
 
-    from pm_hf.learner import learn
+    from pm_hf.runs.learner import learn
 
     datasets.disable_progress_bars()
     reports = []
@@ -76,7 +76,8 @@ def run_methods() -> list:
 def show(reports: list) -> None:
     """Tables, comparison, plot and the lines that load the adapter."""
     from pm_hf.files import read_json
-    from pm_hf.report import loading_lines, plot
+    from pm_hf.reports.card import loading_lines
+    from pm_hf.reports.charts import plot_means
 
     for report in reports:
         print(f"\n{report.table()}")
@@ -88,7 +89,7 @@ def show(reports: list) -> None:
     gain = accuracy["best"] - accuracy["frozen"]
     verdict = "beats" if gain > 0 else "does NOT beat"
     print(f"\nbest {verdict} the control (frozen backbone + analytic head): {gain:+.3f} final accuracy")
-    plot(reports, OUTPUT / "methods.png")
+    plot_means(reports, OUTPUT / "methods.png")
     print(f"plot: {OUTPUT / 'methods.png'}")
     merged = OUTPUT / "best" / "merged"
     (head,) = read_json(merged / "labels.json")

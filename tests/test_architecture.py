@@ -1,188 +1,176 @@
-"""Imports only go down the tiers, and the mathematics stands alone."""
+"""The house: which package may import which, and what stands alone."""
 
 import ast
 import subprocess
 import sys
-from fnmatch import fnmatchcase
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import pm_hf
+import pm_hf.merging
 
 PACKAGE = Path(pm_hf.__file__).parent
-TIERS = [
-    [
-        "conditions",
-        "errors",
-        "files",
-        "memory",
-        "versions",
-        "merging",
-        "merging.*",
-        "heads",
-        "loss_log",
-        "metrics",
-        "perturbation",
-        "processes",
+GROUND = ("errors", "files", "distributed", "environment")
+# {package: what it may import besides itself}; docs/architecture.md says it in words
+MAY_IMPORT = {
+    "errors": (),
+    "files": ("errors",),
+    "distributed": ("errors",),
+    "environment": ("errors", "distributed"),
+    "merging": GROUND,
+    "config": (*GROUND, "merging"),
+    "adapters": (*GROUND, "merging"),
+    "models": (*GROUND, "merging", "config", "adapters"),
+    "data": (*GROUND, "config", "models"),
+    "measuring": (*GROUND, "merging", "config", "adapters", "models", "data"),
+    "training": (*GROUND, "merging", "config", "adapters", "models", "data"),
+    "runs": (*GROUND, "merging", "config", "adapters", "models", "data", "measuring", "training"),
+    "reports": (*GROUND, "config", "adapters", "measuring.metrics", "runs"),
+    "cli": (*GROUND, "merging", "config", "adapters", "models", "data", "measuring", "training", "runs", "reports"),
+}
+LIGHT = (*GROUND, "merging", "config", "adapters")  # load neither transformers nor peft
+PUBLIC = {
+    "pm_hf": [
+        *("InputError", "PMConfig", "PMTrainer", "PerturbationArguments", "PerturbationMixin", "estimate_curvature"),
+        *("learn", "learn_coefficients", "merge_adapters", "optimal_coefficient"),
     ],
-    [
-        "layouts",
-        "refusals",
-        "adapters",
-        "adapter_*",
-        "download",
-        "plan",
-        "saved",
-        "merge",
-        "settings",
-        "checks",
-        "config",
-        "typed",
-        "rows",
-        "images",
-        "language",
-        "language_scoring",
-        "sources",
-        "tasks",
-        "targets",
-        "encoding",
-        "scoring",
-        "modeling",
-        "sharding",
-        "quantized",
-        "gguf",
-        "inspection",
+    "pm_hf.merging": [
+        *("METHODS", "Coefficient", "Curvature", "LowRank", "Matrix", "Method", "Option", "free_solution"),
+        *("get_method", "optimal_coefficient", "read_options"),
     ],
-    [
-        "trainer",
-        "checkpoints",
-        "penalties",
-        "regularised",
-        "fisher",
-        "training",
-        "stopping",
-        "adaptive",
-        "adaptive_model",
-    ],
-    [
-        "learner",
-        "merge_line",
-        "runs",
-        "released",
-        "report",
-        "analytic",
-        "strategies",
-        "published",
-        "tracking",
-        "card",
-        "hub",
-        "saved_runs",
-        "charts",
-        "run_charts",
-        "pictures",
-        "page",
-        "page_*",
-    ],
-    ["cli"],
-]
-MAX_LINES = 400
+}
 
 
 def module_name(path: Path) -> str:
-    """`merging.solve` for pm_hf/merging/solve.py, `merging` for its __init__, "" for the package itself."""
+    """`merging.lowrank` for pm_hf/merging/lowrank.py, `merging` for its __init__, "" for the package itself."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-MODULES = [name for name in SOURCES if name]  # the package's own __init__ hands names of every tier on, lazily
+MODULES = [name for name in SOURCES if name]  # the package's own __init__ hands names of every package on, lazily
 
 
-def tier(module: str) -> int | None:
-    found = [level for level, patterns in enumerate(TIERS) if any(fnmatchcase(module, p) for p in patterns)]
-    return found[0] if len(found) == 1 else None
+def package(module: str) -> str:
+    return module.partition(".")[0]
 
 
-def imports(source: str, package: str = "") -> set[str]:
-    """Modules of pm_hf that a source imports anywhere, inside functions too; "" is the package itself."""
+def imported_names(source: str, inside: str = "") -> set[tuple[str, str]]:
+    """(module of pm_hf, name) of every import, inside functions too; (module, "") of a module imported whole."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
+            found |= {(name.name, "") for name in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                above = ["pm_hf", *package.split(".")] if package else ["pm_hf"]
+                above = ["pm_hf", *inside.split(".")] if inside else ["pm_hf"]
                 base = ".".join([*above[: len(above) - node.level + 1], *([base] if base else [])])
-            submodules = {f"{base}.{name.name}" for name in node.names if f"{base}.{name.name}"[6:] in SOURCES}
-            names_of_base = len(submodules) < len(node.names)
-            found |= submodules | ({base} if names_of_base else set())
-    return {name[6:] for name in found if name == "pm_hf" or name.startswith("pm_hf.")}
+            for name in node.names:
+                whole = f"{base}.{name.name}"
+                found.add((whole, "") if whole[6:] in SOURCES else (base, name.name))
+    return {(module[6:], name) for module, name in found if module == "pm_hf" or module.startswith("pm_hf.")}
 
 
-GRAPH = {
-    name: imports(
+def imports(source: str, inside: str = "") -> set[str]:
+    """Modules of pm_hf that a source imports anywhere; "" is the package itself."""
+    return {module for module, _ in imported_names(source, inside)}
+
+
+NAMES = {
+    name: imported_names(
         SOURCES[name].read_text(encoding="utf-8"),
         name if SOURCES[name].name == "__init__.py" else name.rpartition(".")[0],
     )
     for name in MODULES
 }
+GRAPH = {name: {module for module, _ in found} for name, found in NAMES.items()}
+
+
+def allowed(module: str, target: str) -> bool:
+    """Whether a module may import another: of its own package, or of one that its package may import."""
+    home = package(module)
+    return package(target) == home or any(target == may or target.startswith(f"{may}.") for may in MAY_IMPORT[home])
 
 
 def test_the_parser_sees_every_way_to_import():
     source = """
-import pm_hf.heads
+import pm_hf.measuring.metrics
 from pm_hf import errors, learn
 from .files import write_json
 if TYPE_CHECKING:
-    from pm_hf.merging.solve import Coefficient
+    from pm_hf.merging.coefficient import Coefficient
 def later():
     from pm_hf.merging import curvature
     import torch, pm_hf_other
 """
-    assert imports(source) == {"heads", "errors", "", "files", "merging.solve", "merging.curvature"}
+    assert imports(source) == {
+        *("measuring.metrics", "errors", "", "files", "merging.coefficient", "merging.curvature"),
+    }
     assert imports("from ..errors import InputError\nfrom . import lowrank", "merging") == {"errors", "merging.lowrank"}
 
 
-def test_every_module_is_in_one_tier():
-    homeless = [name for name in MODULES if tier(name) is None]
-    assert not homeless, f"give {homeless} a tier in {Path(__file__).name}"
+def test_the_rule_tells_what_goes_up_or_sideways():
+    assert allowed("data.stream", "models.loading")
+    assert allowed("data.stream", "data.rows")
+    assert allowed("reports.page", "measuring.metrics")
+    assert not allowed("reports.page", "measuring.scores")
+    assert not allowed("measuring.curvature", "training.trainer")
+    assert not allowed("merging.lowrank", "adapters.folder")
 
 
-def test_imports_never_go_up():
-    upward = [
-        f"{module} (tier {tier(module)}) imports {target} (tier {tier(target)})"
+def test_every_module_is_in_a_package_of_the_table():
+    homeless = [name for name in MODULES if package(name) not in MAY_IMPORT]
+    assert not homeless, f"{homeless}: a new package needs a row in MAY_IMPORT and in docs/architecture.md"
+
+
+def test_imports_go_one_way():
+    against = [
+        f"{module} imports {target}"
         for module in MODULES
-        for target in GRAPH[module]
-        if target and (tier(target) or 0) > (tier(module) or 0)
+        for target in sorted(GRAPH[module])
+        if target and not allowed(module, target)
     ]
-    assert not upward, "; ".join(upward)
+    assert not against, "; ".join(against)
 
 
 def test_no_module_goes_through_the_package_itself():
     around = [module for module in MODULES if "" in GRAPH[module]]
-    assert not around, f"{around} import from pm_hf, which leads to every tier; name the module"
+    assert not around, f"{around} import from pm_hf, which leads to every package; name the module"
 
 
 def test_modules_do_not_import_in_a_circle():
-    TopologicalSorter(
-        {name: targets - {""} for name, targets in GRAPH.items()}
-    ).prepare()  # CycleError names the circle
+    # a package's __init__ hands its own names on, so it is no station of a path through them
+    graph = {
+        name: {target for target in targets if target and SOURCES[target].name != "__init__.py"}
+        for name, targets in GRAPH.items()
+    }
+    TopologicalSorter(graph).prepare()  # CycleError names the circle
 
 
-@pytest.mark.parametrize("module", SOURCES, ids=lambda name: name or "__init__")
-def test_no_file_is_too_long(module):
-    lines = len(SOURCES[module].read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_LINES, f"{SOURCES[module].name} has {lines} lines: split it along its sections"
+def test_no_module_takes_a_private_name_of_another():
+    private = [
+        f"{module} takes {name} of {target}"
+        for module, found in NAMES.items()
+        for target, name in sorted(found)
+        if name.startswith("_") and not name.startswith("__")
+    ]
+    assert not private, "; ".join(private)
 
 
-def test_the_package_and_its_mathematics_need_no_model_library():
-    tier_zero = ", ".join(["pm_hf", *(f"pm_hf.{name}" for name in MODULES if tier(name) == 0)])
-    assert "pm_hf.merging.solve" in tier_zero
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names(module):
+    assert sorted(sys.modules[module].__all__ if module in sys.modules else []) == sorted(PUBLIC[module])
+
+
+def test_ground_merging_config_and_adapters_need_no_model_library():
+    light = ", ".join(["pm_hf", *(f"pm_hf.{name}" for name in MODULES if package(name) in LIGHT)])
+    assert "pm_hf.merging.coefficient" in light
+    assert "pm_hf.adapters.merge" in light
     program = (
-        f"import sys, {tier_zero}\n"
+        f"import sys, {light}\n"
         "print(sorted({'transformers', 'peft', 'datasets', 'evaluate', 'accelerate'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

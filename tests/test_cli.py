@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_folders import HEAD, SHAPES, WEIGHTS, assert_same, curvature_sums, dense, head, tree, write_folder
+from helpers.adapter_folders import HEAD, SHAPES, WEIGHTS, assert_same, curvature_sums, dense, head, tree, write_folder
 from safetensors.torch import load_file
 
-import pm_hf.merge
+import pm_hf.adapters.merge
+from pm_hf.adapters.inspection import describe, relate
 from pm_hf.cli import main
-from pm_hf.inspection import describe, relate
 from pm_hf.merging.methods import METHODS
 
 
@@ -167,7 +167,7 @@ def test_failure_while_running_is_exit_code_1(pair, tmp_path, monkeypatch, capsy
     def disk_full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pm_hf.merge, "write_adapter", disk_full)
+    monkeypatch.setattr(pm_hf.adapters.merge, "write_adapter", disk_full)
     code, _, errors = run(capsys, "merge", pair[1], "--output", tmp_path / "out")
     assert code == 1
     assert len(errors.splitlines()) == 1
@@ -175,7 +175,7 @@ def test_failure_while_running_is_exit_code_1(pair, tmp_path, monkeypatch, capsy
 
 
 def test_train_that_forgets_too_much_is_exit_code_1(tmp_path, tiny_base, monkeypatch, capsys):
-    from pm_hf import learner
+    from pm_hf.runs import learner
 
     class Scores:
         def table(self):

@@ -15,15 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from pm_hf import files
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import (
-    WriteError,
-    copy_folder,
-    free_space_problem,
-    new_folder,
-    read_json,
-    save_tensors,
-    write_json,
-)
+from pm_hf.files import WriteError, copy_folder, free_space_problem, new_folder, read_json, save_tensors, write_json
 
 
 class Colour(enum.Enum):

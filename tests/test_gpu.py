@@ -2,23 +2,23 @@
 
 import json
 
-import per_example as slow
+import helpers.per_example as slow
 import pytest
 import torch
 from conftest import GPU
-from per_example import batches, examples
-from streams import dense, first, settings, steps, write_data
-from test_adaptive_stream import accuracy, trained
-from test_language_streams import data as language_data  # noqa: F401
-from test_language_streams import settings as language
-from tiny_training import OLD_NAME
+from helpers.per_example import batches, examples
+from helpers.streams import dense, first, settings, steps, write_data
+from helpers.tiny_training import OLD_NAME
+from measuring.test_learned_coefficients_stream import accuracy, trained
+from runs.test_learner_language import data as language_data  # noqa: F401
+from runs.test_learner_language import settings as language
 
 from pm_hf import estimate_curvature, learn_coefficients, merge_adapters
-from pm_hf.config import load_config
-from pm_hf.learner import evaluate, learn
-from pm_hf.modeling import load_base
-from pm_hf.settings import ModelSettings
-from pm_hf.tasks import load_stream
+from pm_hf.config.loading import load_config
+from pm_hf.config.schema import ModelSettings
+from pm_hf.data.stream import load_stream
+from pm_hf.models.loading import load_base
+from pm_hf.runs.learner import evaluate, learn
 
 pytestmark = [
     pytest.mark.skipif(not GPU, reason="needs a CUDA GPU and PM_HF_TEST_GPU=1"),

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from pm_hf.charts import Chart, Series, svg
-from pm_hf.merging.curvature import Settings, accumulate
+from pm_hf.merging.coefficient import Coefficient, optimal_coefficient
+from pm_hf.merging.curvature import CurvatureSpec, accumulate
 from pm_hf.merging.lowrank import LowRank, add
-from pm_hf.merging.solve import Coefficient, optimal_coefficient
+from pm_hf.reports.charts import Chart, Series, svg
 
 FOLDER = Path(__file__).parent
 OUT, IN, RANK, NAME = 12, 16, 3, "q"
@@ -44,7 +44,7 @@ def fold(scales: list[float]) -> tuple[Coefficient, LowRank, LowRank, list[LowRa
     for delta, measured in zip(deltas, H, strict=True):
         before = merged
         optima.append(add(before, delta))
-        sums = accumulate({NAME: measured}, {NAME: optima[-1]}, {NAME: delta}, Settings(), 1, previous=sums)
+        sums = accumulate({NAME: measured}, {NAME: optima[-1]}, {NAME: delta}, CurvatureSpec(), 1, previous=sums)
         alpha = optimal_coefficient({NAME: delta}, {NAME: before}, sums)
         merged = add(before, delta.scale(alpha.used))
     assert alpha is not None

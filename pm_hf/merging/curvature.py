@@ -27,19 +27,29 @@ from torch import Tensor
 from pm_hf.errors import InputError
 from pm_hf.merging.lowrank import LowRank, row_slices
 
-Kind = Literal["fisher", "gram", "factored"]
+CurvatureKind = Literal["fisher", "gram", "factored"]
+
+
 NORMALISATIONS = {"examples": "mean over examples", "trace": "mean over examples, each task's entries over their mean"}
-FORMAT = "pm_hf.curvature.v1"
+
+
+CURVATURE_FORMAT = "pm_hf.curvature.v1"
+
+
 CHUNK = 2**19  # entries of one matrix held in float64 at a time
+
+
 PROBES = 4  # fixed projections of each module's task vector
-STORED = {"F32": 4, "BF16": 2}  # dtypes a file may hold, with their bytes
+
+
+STORED_DTYPES = {"F32": 4, "BF16": 2}  # dtypes a file may hold, with their bytes
 
 
 @dataclass
-class Settings:
+class CurvatureSpec:
     """How the curvature was measured. Sums with different settings are never mixed."""
 
-    kind: Kind = "fisher"
+    kind: CurvatureKind = "fisher"
     labels: str = "empirical"  # labels of the Fisher: the data's own ("empirical") or drawn from the model ("mc")
     shrinkage: float = 0.0  # ρ of (1−ρ)G + ρ·diag(G), put into each task's Gram before it is summed
     normalisation: str = NORMALISATIONS["examples"]
@@ -73,7 +83,7 @@ class FileTensors(Mapping[str, Tensor]):
     @property
     def nbytes(self) -> int:
         """Bytes of all matrices as stored, from the header alone."""
-        return sum(prod(shape) * STORED[dtype] for shape, dtype in self.stored.values())
+        return sum(prod(shape) * STORED_DTYPES[dtype] for shape, dtype in self.stored.values())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a matrix, from the header alone."""
@@ -105,7 +115,7 @@ class Curvature:
     examples: number of examples of each task.
     """
 
-    settings: Settings
+    settings: CurvatureSpec
     S: Mapping[str, Tensor]
     M: Mapping[str, Tensor]
     current: dict[str, float]
@@ -162,7 +172,7 @@ class Curvature:
         header |= {"current": self.current, "delta_norm": self.delta_norm, "probe": self.probe, "past": self.past}
         temporary = path.with_name(path.name + ".tmp")
         try:
-            save_file(tensors, temporary, metadata={"format": FORMAT, "curvature": json.dumps(header)})
+            save_file(tensors, temporary, metadata={"format": CURVATURE_FORMAT, "curvature": json.dumps(header)})
             with open(temporary, "rb") as handle:
                 os.fsync(handle.fileno())
             os.replace(temporary, path)
@@ -183,16 +193,16 @@ class Curvature:
         if not path.is_file():
             raise InputError(f"curvature file {path} does not exist; estimate it with pm_hf.estimate_curvature")
         metadata, stored = _read_header(path)
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format") != CURVATURE_FORMAT:
             found = metadata.get("format")
-            raise InputError(f"{path} is not a curvature file: expected format {FORMAT}, found {found}")
+            raise InputError(f"{path} is not a curvature file: expected format {CURVATURE_FORMAT}, found {found}")
         S, M = (
             FileTensors(path, p, metadata, {n[2:]: s for n, s in stored.items() if n.startswith(p)})
             for p in ("S.", "M.")
         )
         try:
             header: dict[str, Any] = json.loads(metadata["curvature"])
-            loaded = cls(Settings(**header.pop("settings")), S, M, **header)
+            loaded = cls(CurvatureSpec(**header.pop("settings")), S, M, **header)
             odd = _inconsistency(loaded, stored)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             odd = f"its header cannot be read ({type(error).__name__}: {error})"
@@ -218,7 +228,7 @@ def row_chunks(tensors: Mapping[str, Tensor], name: str) -> Iterator[tuple[slice
 
 
 def quadratic_forms(
-    kind: Kind, tensors: Mapping[str, Tensor], name: str, left: LowRank, rights: Sequence[LowRank]
+    kind: CurvatureKind, tensors: Mapping[str, Tensor], name: str, left: LowRank, rights: Sequence[LowRank]
 ) -> list[float]:
     """⟨X, H·Y⟩ for X = BA = `left` and each Y = CD of `rights`, all (out, in), with the curvature tensors[name].
 
@@ -263,7 +273,7 @@ def accumulate(
     measured: Mapping[str, Tensor],
     optimum: Mapping[str, LowRank],
     delta: Mapping[str, LowRank],
-    settings: Settings,
+    settings: CurvatureSpec,
     examples: int,
     *,
     owner: Mapping[str, str] | None = None,
@@ -310,7 +320,7 @@ def _of_mean_one(measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: H / (mean or 1.0) for name, H in measured.items()}
 
 
-def _anchored(kind: Kind, measured: Mapping[str, Tensor], name: str, theta: LowRank) -> Tensor:
+def _anchored(kind: CurvatureKind, measured: Mapping[str, Tensor], name: str, theta: LowRank) -> Tensor:
     """H·θ*, (out, in) float32, its products in float64 and a chunk of rows at a time."""
     B, A, result = theta.B.double(), theta.A.double(), torch.empty(theta.shape)
     if kind == "fisher":
@@ -325,7 +335,7 @@ def _anchored(kind: Kind, measured: Mapping[str, Tensor], name: str, theta: LowR
 
 def _check_continues(
     previous: Curvature,
-    settings: Settings,
+    settings: CurvatureSpec,
     measured: Mapping[str, Tensor],
     optimum: Mapping[str, LowRank],
     owner: Mapping[str, str],
@@ -360,13 +370,13 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[tuple[int,
 def _inconsistency(loaded: Curvature, stored: Mapping[str, tuple[tuple[int, ...], str]]) -> str | None:
     """What in the names, shapes and dtypes of a file does not fit together, None when all does."""
     kind, modules = loaded.settings.kind, loaded.modules
-    if kind not in get_args(Kind) or not loaded.examples:
+    if kind not in get_args(CurvatureKind) or not loaded.examples:
         return f"kind {kind!r}, {loaded.tasks} tasks"
     factored = kind == "factored"
     ours = ("S.",) if factored else ("S.", "M.")
-    foreign = [name for name, (_, dtype) in stored.items() if name[:2] not in ours or dtype not in STORED]
+    foreign = [name for name, (_, dtype) in stored.items() if name[:2] not in ours or dtype not in STORED_DTYPES]
     if foreign:
-        return f"tensor {foreign[0]} is none of its sums, or not in {' or '.join(STORED)}"
+        return f"tensor {foreign[0]} is none of its sums, or not in {' or '.join(STORED_DTYPES)}"
     named: dict[str, Any] = {"past": loaded.past} if factored else {"M": loaded.M}
     named |= {"delta_norm": loaded.delta_norm, "probe": loaded.probe or modules}
     for key, found in named.items():

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 DENSE_SVD_LIMIT = 1024  # above this the smaller side of a dense matrix is factored by a randomised SVD
+
+
 OVERSAMPLING, POWER_ITERATIONS = 8, 4
 
 
@@ -71,27 +73,6 @@ class LowRank:
             total, gap = self.norm(), add(self.to(torch.float64), truncated.to(torch.float64).scale(-1.0)).norm()
             return truncated, gap / total if total else 0.0
         return truncated, _relative_tail(s, keep)
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One adapted matrix of all adapters: what a merging kernel sees.
-
-    name: unique in the model: the module's name, with [i] for the i-th matrix of a fused parameter.
-    terms: one (out, in) float32 product for each adapter, in order; rank 0 where an adapter lacks the module.
-    weights: one factor for each adapter.
-    curvature: one tensor for each adapter where the method needs it: Fisher (out, in) or Gram (in, in).
-    """
-
-    name: str
-    terms: tuple[LowRank, ...]
-    weights: tuple[float, ...]
-    curvature: tuple[Tensor, ...] = ()
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.terms[0].shape
 
 
 def row_slices(shape: Sequence[int], entries: int) -> Iterator[slice]:

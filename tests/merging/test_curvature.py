@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_sums import FISHER, GRAM, OWNER, SHAPES, stream, task
+from helpers.small_sums import FISHER, GRAM, OWNER, SHAPES, stream, task
 
 from pm_hf.errors import InputError
 from pm_hf.merging import curvature as kernel
-from pm_hf.merging.curvature import NORMALISATIONS, Settings, accumulate, delta_probe, shrink
+from pm_hf.merging.curvature import NORMALISATIONS, CurvatureSpec, accumulate, delta_probe, shrink
 from pm_hf.merging.lowrank import LowRank
 
 FIXED_PROBE = [165.35646601052875, -145.96145571068897, 77.28770885786221, -29.076310368505382]
@@ -21,7 +21,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(kernel, "CHUNK", 10)
 
 
-def dense_tasks(settings: Settings, tasks: int) -> list[dict]:
+def dense_tasks(settings: CurvatureSpec, tasks: int) -> list[dict]:
     """For each task {module: (H, θ*, Δ)} in float64, H as the Gram after shrinkage written out by hand."""
     past, merged = [], dict.fromkeys(SHAPES, 0.0)
     for seed in range(tasks):

@@ -8,15 +8,15 @@ import sys
 
 import pytest
 import torch
+from helpers.small_sums import FACTORED, FISHER, GRAM, OWNER, SHAPES, stream, task
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_sums import FACTORED, FISHER, GRAM, OWNER, SHAPES, stream, task
 
 from pm_hf.errors import InputError
 from pm_hf.merging import curvature as kernel
-from pm_hf.merging.curvature import FORMAT, Curvature, FileTensors, accumulate, delta_probe, shape_of
+from pm_hf.merging.coefficient import optimal_coefficient
+from pm_hf.merging.curvature import CURVATURE_FORMAT, Curvature, FileTensors, accumulate, delta_probe, shape_of
 from pm_hf.merging.lowrank import LowRank, add
-from pm_hf.merging.solve import optimal_coefficient
 
 both = pytest.mark.parametrize("settings", [FISHER, GRAM], ids=["fisher", "gram"])
 every = pytest.mark.parametrize("settings", [FISHER, GRAM, FACTORED], ids=["fisher", "gram", "factored"])
@@ -174,7 +174,9 @@ def test_a_truncated_file_is_an_input_error(path, share, settings):
         Curvature.load(path)
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": FORMAT + "0", "curvature": json.dumps({})}])
+@pytest.mark.parametrize(
+    "metadata", [None, {"format": "pt"}, {"format": CURVATURE_FORMAT + "0", "curvature": json.dumps({})}]
+)
 def test_a_foreign_safetensors_file_is_an_input_error(path, metadata):
     save_file({"S.q": torch.ones(2, 2)}, path, metadata=metadata)
     with pytest.raises(InputError, match="is not a curvature file: expected format"):
@@ -229,7 +231,7 @@ def test_a_fisher_whose_sums_have_two_shapes_is_an_input_error(path):
 
 
 def test_a_header_that_is_no_json_is_an_input_error(path):
-    save_file({"S.q": torch.ones(2, 2)}, path, metadata={"format": FORMAT, "curvature": "{"})
+    save_file({"S.q": torch.ones(2, 2)}, path, metadata={"format": CURVATURE_FORMAT, "curvature": "{"})
     with pytest.raises(InputError, match="its header cannot be read"):
         Curvature.load(path)
 
@@ -295,7 +297,7 @@ def test_memory_for_a_coefficient_does_not_grow_with_the_file(path):
     header = {"settings": vars(FISHER), "examples": [8], "probe": probe}
     header |= {"current": dict.fromkeys(modules, size**2), "delta_norm": dict.fromkeys(modules, size)}
     tensors = {f"{key}.{name}": ones.clone() for key in "SM" for name in modules}
-    save_file(tensors, path, metadata={"format": FORMAT, "curvature": json.dumps(header)})
+    save_file(tensors, path, metadata={"format": CURVATURE_FORMAT, "curvature": json.dumps(header)})
     command = [sys.executable, "-c", MEASURE, str(path)]
     increase = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert path.stat().st_size > 200e6

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from small_matrices import close, matrix, term
+from helpers.small_matrices import close, matrix, term
 
-from pm_hf.merging import elementwise
-from pm_hf.merging.doge import Largest, doge, largest_entries
-from pm_hf.merging.lowrank import LowRank, Matrix
+from pm_hf.merging.lowrank import LowRank
+from pm_hf.merging.methods import base as elementwise
+from pm_hf.merging.methods.base import Matrix
+from pm_hf.merging.methods.doge import Largest, doge, largest_entries
 
 OPTIONS = {"scale": 0.07, "learning_rate": 1e-2, "steps": 30, "keep": 0.3}
 
@@ -102,7 +103,7 @@ def test_the_selection_reads_every_matrix_twice_and_keeps_none(monkeypatch):
             alive.append(m.name)
             yield m
 
-    monkeypatch.setattr(elementwise, "BLOCK", 16)
+    monkeypatch.setattr(elementwise, "ROW_BLOCK", 16)
     found = largest_entries(stream, None, **OPTIONS)
     assert alive == 2 * [m.name for m in matrices]
     assert found.thresholds[0] == pytest.approx(float(sorted_magnitudes(matrices, 0)[int(0.3 * 147) - 1]), rel=1e-6)

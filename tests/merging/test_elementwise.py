@@ -4,12 +4,16 @@ import math
 
 import pytest
 import torch
-from small_matrices import close, fishers, matrix
+from helpers.small_matrices import close, fishers, matrix
 
 from pm_hf.errors import InputError
-from pm_hf.merging import elementwise
-from pm_hf.merging.elementwise import adamerging_trimmed, cofima, dare, dare_mask, dare_ties, magmax, ties
-from pm_hf.merging.lowrank import LowRank, Matrix
+from pm_hf.merging.lowrank import LowRank
+from pm_hf.merging.methods import base as elementwise
+from pm_hf.merging.methods.adamerging import adamerging_trimmed
+from pm_hf.merging.methods.base import Matrix
+from pm_hf.merging.methods.curvature_weighted import cofima
+from pm_hf.merging.methods.magmax import magmax
+from pm_hf.merging.methods.ties import dare, dare_mask, dare_ties, ties
 
 SEEDS = [0, 1, 2]
 RANKS = [[2, 3, 1], [4, 0, 2, 3]]  # unequal; an adapter that lacks the module
@@ -197,5 +201,5 @@ def test_adamerging_refuses_a_matrix_for_which_nothing_was_learned(given):
 def test_blocks_of_rows_give_the_whole(merge, monkeypatch):
     m = matrix([2, 0, 3], shape=(11, 9), curvature=fishers(3, (11, 9)))
     whole = merge(m)
-    monkeypatch.setattr(elementwise, "BLOCK", 20)  # two rows each, one in the last
+    monkeypatch.setattr(elementwise, "ROW_BLOCK", 20)  # two rows each, one in the last
     close(merge(m), whole, 1e-13)

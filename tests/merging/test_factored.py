@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.small_sums import FACTORED, FISHER, GRAM, OWNER, SHAPES, means, stream, task
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_sums import FACTORED, FISHER, GRAM, OWNER, SHAPES, means, stream, task
 
 from pm_hf.errors import InputError
+from pm_hf.merging.coefficient import ZeroCurvatureError, check_fits, free_solution, optimal_coefficient
 from pm_hf.merging.curvature import Curvature, FileTensors, accumulate, quadratic_forms, shape_of
 from pm_hf.merging.lowrank import LowRank, add
-from pm_hf.merging.solve import ZeroCurvatureError, check_fits, free_solution, optimal_coefficient
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
-from small_matrices import close, fishers, grams, matrix
+from helpers.small_matrices import close, fishers, grams, matrix
 
 from pm_hf.errors import InputError
-from pm_hf.merging.lowrank import LowRank, Matrix, weighted_sum
-from pm_hf.merging.methods import METHODS, Method, get_method, read_options
+from pm_hf.merging.lowrank import LowRank, weighted_sum
+from pm_hf.merging.methods import METHODS, get_method, read_options
+from pm_hf.merging.methods.base import Matrix, Method
 
 KERNELS = {name: method for name, method in METHODS.items() if method.kernel is not None}
 FOLD_ONLY = {"opcm": (4, 2), "slao": (3, 3)}  # ranks of (running merge, task)

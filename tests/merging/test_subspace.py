@@ -4,11 +4,16 @@ import math
 
 import pytest
 import torch
-from small_matrices import close, grams, matrix, term
+from helpers.small_matrices import close, grams, matrix, term
 
 from pm_hf.errors import InputError
-from pm_hf.merging.lowrank import LowRank, Matrix, compact_svd
-from pm_hf.merging.subspace import OpcmScale, adamerging, adarank, lore, lot, opcm, opcm_scale, slao
+from pm_hf.merging.lowrank import LowRank, compact_svd
+from pm_hf.merging.methods.adamerging import adamerging, adarank
+from pm_hf.merging.methods.base import Matrix
+from pm_hf.merging.methods.curvature_weighted import lot
+from pm_hf.merging.methods.lore import lore
+from pm_hf.merging.methods.opcm import OpcmScale, opcm, opcm_scale
+from pm_hf.merging.methods.slao import slao
 
 SEEDS = [0, 1, 2]
 

@@ -1,0 +1,160 @@
+"""Adapters by name: a local folder, or a Hub id whose files are downloaded first."""
+
+import errno
+import glob
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from pm_hf.adapters.layout import ADAPTER_CONFIG, ADAPTER_FILES, ADAPTER_WEIGHTS
+from pm_hf.errors import InputError
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl")
+
+
+SYNTAX = "a local folder or a Hub id owner/name[@revision][/subfolder]"
+
+
+HUB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+
+
+HUB_ID = re.compile(rf"({HUB_NAME}/{HUB_NAME})(?:@(refs/(?:pr/\d+|convert/\w+)|[^/@]+))?(?:/([^@]+))?")
+
+
+TOKEN = re.compile(r"hf_\w{8,}|(?<=://)[^/@]+(?=@)")
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+LOG_IN = "log in (hf auth login, or HF_TOKEN) with an account that may read it"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An adapter on the Hub: repository, revision (None: the default branch), folder in it ("": the root)."""
+
+    repo: str
+    revision: str | None
+    folder: str
+
+    def __str__(self) -> str:
+        parts = [f"Hub repository {self.repo}"]
+        parts += [f"revision {self.revision}"] if self.revision else []
+        parts += [f"subfolder {self.folder}"] if self.folder else []
+        return ", ".join(parts)
+
+
+def adapter_folder(source: str | os.PathLike) -> Path:
+    """The folder of an adapter: `source` itself, or where its files were downloaded to.
+
+    A local folder wins, and a path object is always local. Any other string is a Hub id
+    `owner/name[@revision][/subfolder]`, with or without `hf://` in front, as in huggingface_hub's HfFileSystem; a
+    revision with slashes is written url-encoded (`refs%2Fpr%2F1`). Of the repository only adapter_config.json,
+    adapter_model.safetensors, labels.json and merge_report.json are fetched, into huggingface_hub's cache; without a
+    network the cached ones are used. Raises InputError for whatever goes wrong, without a token in the message.
+    """
+    path, name = Path(source), TOKEN.sub("…", os.fspath(source))
+    if name and path.is_dir():
+        return path
+    place = _parse(source) if isinstance(source, str) and not path.exists() else None
+    if place is None:
+        found = "a file" if path.is_file() else "neither"
+        raise InputError(f"adapter {name} is not a folder: expected {SYNTAX}, found {found}")
+    return _download(place, f"adapter {name}: not a local folder, and {place}")
+
+
+def _parse(source: str) -> _Place | None:
+    """The place on the Hub that a string names; None if it names none."""
+    hub = source.removeprefix("hf://")
+    if hub != source:
+        hub = hub.removeprefix("models/")
+        if hub.startswith(("datasets/", "spaces/", "kernels/", "buckets/")):
+            return None
+    found = HUB_ID.fullmatch(hub.rstrip("/"))
+    if not found or any(part in ("", ".", "..") for part in (found[3] or "root").split("/")):
+        return None
+    return _Place(found[1], unquote(found[2]) if found[2] else None, found[3] or "")
+
+
+def _download(place: _Place, subject: str) -> Path:
+    """The downloaded folder; InputError that starts with `subject`."""
+    from huggingface_hub import snapshot_download
+
+    inside = f"{place.folder}/" if place.folder else ""
+    # a pickle is never fetched
+    wanted = [glob.escape(inside + name) for name in ADAPTER_FILES]
+    try:
+        with errors_only():
+            snapshot = Path(snapshot_download(place.repo, revision=place.revision, allow_patterns=wanted))
+    except Exception as error:  # whatever the client and the network libraries below it raise
+        raise InputError(f"{subject} cannot be fetched: {_download_error(error)}") from error
+    folder = snapshot / place.folder
+    if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
+        found = _listing(place.repo, snapshot.name, inside)
+        raise InputError(f"{subject} holds no adapter: expected {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, {found}")
+    return folder
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """No warnings of the client on stderr: what it warns of (no file matches) is our error a moment later."""
+    from huggingface_hub.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _download_error(error: Exception) -> str:
+    """Why a download failed, and the way out. The client's own text may hold signed addresses and is left out."""
+    from huggingface_hub import errors
+
+    reasons = {
+        errors.GatedRepoError: f"it is gated; accept its terms on the Hub and {LOG_IN}",
+        errors.RevisionNotFoundError: "no such revision; one with slashes is written url-encoded, refs%2Fpr%2F1",
+        errors.RepositoryNotFoundError: f"no such repository, or a private one; check the name, or {LOG_IN}",
+        errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set and it is not in the cache; unset it, or give a folder",
+        errors.HFValidationError: "this is not a valid repository name",
+    }
+    cause = error
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        cause = error.__cause__
+    for kind, reason in reasons.items():
+        if isinstance(cause, kind):
+            return reason
+    if isinstance(cause, errors.HfHubHTTPError):
+        status = cause.response.status_code
+        return f"the Hub answered {status}; " + (LOG_IN if status in (401, 403) else "try again later")
+    if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+        return f"{cause.strerror}; check the cache folder, HF_HOME, and its disk"
+    return f"{type(cause).__name__}: the Hub cannot be reached; check the network, or give a local folder"
+
+
+def _listing(repo: str, commit: str, inside: str) -> str:
+    """What the repository holds instead of an adapter, below the folder `inside`."""
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().list_repo_files(repo, revision=commit)
+    except Exception as error:  # as above
+        return f"the cache holds no more of it, and the Hub cannot be asked: {_download_error(error)}"
+    here = sorted(file.removeprefix(inside) for file in files if file.startswith(inside))
+    pickles = [file for file in here if file.endswith(PICKLES)]
+    folders = sorted(
+        {os.path.dirname(file) or "its root" for file in files if os.path.basename(file) == ADAPTER_CONFIG}
+    )
+    if not here:
+        found = "found no such subfolder"
+    elif pickles:
+        found = f"found {pickles[0]}: pickles are refused, never unpickled; save it again as safetensors"
+    else:
+        found = f"found {', '.join(here[:5])}"
+    return found + (f"; {ADAPTER_CONFIG} is in {', '.join(folders[:5])}" if folders and not pickles else "")

@@ -1,0 +1,191 @@
+"""Values of a run's settings that have the right type and still make no sense."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from pm_hf.config.kinds import LANGUAGE
+from pm_hf.config.schema import RunConfig
+from pm_hf.errors import InputError
+from pm_hf.merging.methods import get_method, read_options
+
+# TrainingArguments that the learner decides itself
+MANAGED_ARGUMENTS = frozenset(
+    (
+        *("output_dir", "seed", "data_seed", "task_index", "label_names", "remove_unused_columns", "save_only_model"),
+        *("perturbation_scale", "perturbation_probabilities", "perturbation_adapter", "resume_from_checkpoint"),
+        *("do_train", "do_eval", "do_predict", "push_to_hub", "hub_token", "hub_model_id", "hub_strategy"),
+        *("hub_private_repo", "hub_always_push", "hub_revision"),
+    )
+)
+
+
+def value_problems(config: RunConfig) -> list[str]:
+    """Values that have the right type and still make no sense."""
+    stream, problems = config.stream, []
+    checks = [
+        (bool(config.output_dir), "output_dir: required"),
+        (bool(config.model.base), "model.base: required, a Hub id, a folder or package:NAME/FOLDER"),
+        (config.curvature.samples is None or config.curvature.samples >= 1, "curvature.samples: must be at least 1"),
+        (
+            config.curvature.normalisation == "examples" or config.curvature.kind == "fisher",
+            "curvature.normalisation: trace belongs to curvature.kind: fisher",
+        ),
+        (0 <= config.curvature.shrinkage < 1, "curvature.shrinkage: must be in [0, 1)"),
+        (config.merge.max_rank is None or config.merge.max_rank >= 1, "merge.max_rank: must be at least 1"),
+        (config.seed >= 0, "seed: must be at least 0"),
+        (config.lora.r >= 1, "lora.r: must be at least 1"),
+        (config.lora.alpha >= 1, "lora.alpha: must be at least 1"),
+        (0 <= config.lora.dropout < 1, "lora.dropout: must be in [0, 1)"),
+        (stream.max_length >= 1, "stream.max_length: must be at least 1"),
+        (_within(config.merge.coefficient, 0, 1), "merge.coefficient: must be in [0, 1]"),
+        (_within(config.max_forgetting, -1, 1), "max_forgetting: must be in [-1, 1]"),
+        (stream.train_per_class is None or stream.train_per_class >= 1, "stream.train_per_class: must be at least 1"),
+        (stream.train_rows is None or stream.train_rows >= 1, "stream.train_rows: must be at least 1"),
+        (stream.test_rows is None or stream.test_rows >= 1, "stream.test_rows: must be at least 1"),
+        (config.curvature.max_gib > 0, "curvature.max_gib: must be positive"),
+        (config.head.ridge > 0, "head.ridge: must be positive"),
+        (config.head.training == "task" or config.head.kind == "lda", "head.training: seen belongs to head.kind: lda"),
+        (not config.head.strict or config.head.kind == "lda", "head.strict: belongs to head.kind: lda"),
+        (config.trains or config.head.kind != "linear", "trains: false needs head.kind: lda"),
+    ]
+    problems += [message for fine, message in checks if not fine]
+    scale = config.perturbation.scale
+    problems += perturbation_problems(0.0 if scale is None else scale, config.perturbation.probabilities)
+    problems += _stream_problems(config) + _merge_problems(config) + _strategy_problems(config)
+    problems += _evaluation_problems(config)
+    managed = sorted(MANAGED_ARGUMENTS & set(config.training))
+    if managed:
+        problems.append(f"training: {', '.join(managed)} are decided by pm_hf, which never uploads; remove them")
+    return problems
+
+
+def _stream_problems(config: RunConfig) -> list[str]:
+    stream, problems = config.stream, []
+    splits = [n for n in ("tasks", "class_groups", "domain_column") if getattr(stream, n) is not None]
+    if len(splits) != 1:
+        found = ", ".join(splits) or "none"
+        problems.append(f"stream: exactly one of tasks, class_groups and domain_column is needed, found {found}")
+    share, given = stream.test_share, [source for source in [stream, *(stream.tasks or [])] if source.test]
+    if share is not None and not 0 < share < 1:
+        problems.append("stream.test_share: must be in (0, 1)")
+    if share is not None and (given or stream.test_split is not None):
+        problems.append("stream.test_share: holds out training rows; leave out test and test_split")
+    if stream.domain_column is not None and stream.scenario == "class_incremental":
+        problems.append("stream.scenario: domain_column makes a domain_incremental stream")
+    if stream.class_groups is not None and stream.scenario == "domain_incremental":
+        problems.append("stream.scenario: class_groups makes a class_incremental stream")
+    if (stream.kind in LANGUAGE) != (config.head.kind == "none"):
+        expected = "none: a language model has no class head" if stream.kind in LANGUAGE else "linear or lda"
+        problems.append(f"head.kind: {stream.kind} needs {expected}, found {config.head.kind}")
+    foreign = {
+        "augmentation": stream.augmentation != "none" and stream.kind != "image-classification",
+        "image_column": stream.image_column is not None and stream.kind != "image-classification",
+        "prompt_template": stream.prompt_template is not None and stream.kind not in LANGUAGE,
+        "answers": stream.answers is not None and stream.kind not in LANGUAGE,
+        "held_out": stream.held_out is not None and stream.kind not in LANGUAGE,
+    }
+    problems += [f"stream.{name}: {stream.kind} has no use for it" for name, found in foreign.items() if found]
+    if stream.class_groups is not None and stream.kind in LANGUAGE:
+        problems.append(f"stream.class_groups: {stream.kind} has no classes; use tasks or domain_column")
+    return problems
+
+
+def _merge_problems(config: RunConfig) -> list[str]:
+    merge, problems = config.merge, []
+    if config.merge.method == "pm" and config.merge.coefficient is None and config.curvature.kind is None:
+        problems.append("curvature.kind: method pm needs fisher or gram, or merge.coefficient")
+    if config.merge.freedom in ("module", "free"):
+        if config.merge.coefficient is not None:
+            problems.append(f"merge.coefficient: freedom {config.merge.freedom} has no single coefficient")
+        if config.merge.method not in (None, "pm"):
+            problems.append(f"merge.freedom: {config.merge.freedom} belongs to merge.method pm")
+    chosen = get_method(merge.method or "pm")
+    if chosen.factors and merge.max_rank is not None:
+        problems.append(f"merge.max_rank: {merge.method} keeps the factors as they are; it must be null")
+    # a step from the running merge may lead to an optimum that was found from elsewhere; of all of it nothing is left
+    steps = ("merged", "last") if merge.method in (None, "pm", "average", "coma") else ("merged",)
+    starts = steps if chosen.train_from == "merged" else ("last", "base")
+    if merge.train_from not in (None, *starts):
+        problems.append(f"merge.train_from: the mathematics of {merge.method} needs {' or '.join(starts)}")
+    if config.head.training == "seen" and (merge.train_from or chosen.train_from) != "merged":
+        problems.append(
+            "head.training: seen starts at the analytic rows of the running merge; the training has to start there too"
+        )
+    try:
+        read_options(merge.method or "pm", merge.options)
+    except InputError as error:
+        problems.append(f"merge.options: {error}")
+    if merge.freedom == "free" and config.curvature.kind == "factored":
+        problems.append("merge.freedom: free needs curvature.kind fisher or gram; factored has no whole matrix")
+    return problems
+
+
+def _strategy_problems(config: RunConfig) -> list[str]:
+    strategy, merge = config.strategy, config.merge
+    held = ("ewc_weight", "olora_weight", "replay_per_class", "averaging_period")  # what holds on to earlier tasks
+    weights = (*held, "base_kl_weight")
+    problems = [f"strategy.{name}: must be at least 0" for name in weights if getattr(strategy, name) < 0]
+    if strategy.averaging_period > 1:
+        problems.append("strategy.averaging_period: must be in [0, 1], a share of a task's steps")
+    if not 0 < strategy.averaging_weight <= 1:
+        problems.append("strategy.averaging_weight: must be in (0, 1]")
+    if strategy.joint and strategy.individual:
+        problems.append("strategy: joint and individual exclude each other")
+    if (strategy.joint or strategy.individual) and (idle := [name for name in held if getattr(strategy, name)]):
+        problems.append(f"strategy: with joint or individual no task has a past; leave out {', '.join(idle)}")
+    if strategy.olora_weight and (merge.method != "sequential" or merge.max_rank is not None):
+        problems.append("strategy.olora_weight: needs merge.method sequential and merge.max_rank null, to keep every A")
+    if strategy.ewc_weight and config.curvature.kind != "fisher":
+        problems.append(f"strategy.ewc_weight: needs curvature.kind fisher, found {config.curvature.kind}")
+    if strategy.ewc_weight and merge.method == "cofima":
+        problems.append("strategy.ewc_weight: needs the sums over tasks; merge.method cofima keeps one task's Fisher")
+    if (strategy.joint or strategy.individual) and (config.start_from or config.max_forgetting is not None):
+        problems.append("strategy: joint and individual continue no adapter; leave out start_from and max_forgetting")
+    if strategy.individual and config.head.kind == "lda":
+        problems.append("head.kind: lda is one head for all tasks; individual has one a task: use linear")
+    return problems
+
+
+def _evaluation_problems(config: RunConfig) -> list[str]:
+    training, patience, share = config.training, config.early_stopping_patience, config.stream.eval_share
+    best, metric = bool(training.get("load_best_model_at_end")), training.get("metric_for_best_model")
+    known = ["loss"] if config.stream.kind in LANGUAGE else ["loss", "accuracy"]
+    checks = [
+        (share is None or 0 < share < 1, "stream.eval_share: must be in (0, 1)"),
+        (patience is None or patience >= 1, "early_stopping_patience: must be at least 1"),
+        (
+            share is not None or not (_evaluates(training) or best or patience),
+            "training: eval_strategy and load_best_model_at_end need rows to evaluate on; set stream.eval_share, "
+            "the share of a task's training rows that is held out for it",
+        ),
+        (patience is None or best, "early_stopping_patience: needs training.load_best_model_at_end: true"),
+        (
+            metric is None or str(metric).removeprefix("eval_") in known,
+            f"training.metric_for_best_model: {config.stream.kind} has {' and '.join(known)}, found {metric}",
+        ),
+    ]
+    return [message for fine, message in checks if not fine]
+
+
+def _evaluates(training: Mapping) -> bool:
+    """Whether `training` asks for evaluations during a task's training."""
+    return training.get("eval_strategy", "no") not in ("no", False) or bool(training.get("eval_on_start"))
+
+
+def _within(value: float | None, low: float, high: float) -> bool:
+    return value is None or low <= value <= high
+
+
+def perturbation_problems(scale: float, probabilities: Sequence[float]) -> list[str]:
+    """What is wrong with ε and the probabilities; empty if nothing is."""
+    problems = []
+    if not 0 <= scale < 1:
+        problems.append(f"perturbation scale must be in [0, 1), found {scale}")
+    if len(probabilities) != 3 or min(probabilities) < 0 or not math.isclose(sum(probabilities), 1, abs_tol=1e-6):
+        problems.append(f"probabilities must be three values >= 0 that sum to 1, found {list(probabilities)}")
+    elif not math.isclose(probabilities[1], probabilities[2], abs_tol=1e-9):
+        problems.append(
+            f"the probabilities of 1+ε and 1−ε must be equal, found {probabilities[1]} and {probabilities[2]}: "
+            "otherwise a first-order term remains and the expected gradient is biased"
+        )
+    return problems

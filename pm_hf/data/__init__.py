@@ -1,0 +1,1 @@
+"""From files and data sets to tasks, and from rows to batches."""

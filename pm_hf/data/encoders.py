@@ -1,0 +1,66 @@
+"""The encoder of each kind of stream: what turns its rows into batches."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import DataCollatorWithPadding
+
+from pm_hf.config.schema import RunConfig
+from pm_hf.data.images import ImageEncoder
+from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
+from pm_hf.data.rows import Encoder, Rows
+from pm_hf.errors import InputError
+from pm_hf.models.loading import load_image_processor, load_tokenizer, resolve_base
+
+
+class TextEncoder:
+    """Texts and their class, tokenised, cut to `max_length` tokens, padded to the longest of a batch."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self._pad = DataCollatorWithPadding(tokenizer)
+
+    def training(self, rows: Rows, labels: Sequence[str]) -> list[dict]:
+        """Same as `examples`."""
+        return self.examples(rows, labels)
+
+    def examples(self, rows: Rows, labels: Sequence[str]) -> list[dict]:
+        """Token ids of each row, and `labels` as its class's index in `labels`."""
+        index = {label: i for i, label in enumerate(labels)}
+        tokens = self.tokenizer(list(rows.inputs), truncation=True, max_length=self.max_length)
+        columns = list(tokens.keys())
+        return [
+            {**{key: tokens[key][i] for key in columns}, "labels": index[label]} for i, label in enumerate(rows.labels)
+        ]
+
+    def collate(self, examples: list[dict]) -> dict[str, Tensor]:
+        """A padded batch."""
+        return dict(self._pad(examples))
+
+
+def make_encoder(config: RunConfig) -> Encoder:
+    """The encoder of the config's kind, with the checkpoint's own tokenizer or image processor."""
+    stream, model = config.stream, config.model
+    if stream.kind == "image-classification":
+        return ImageEncoder(
+            load_image_processor(resolve_base(model.base), model.revision), stream.augmentation, config.seed
+        )
+    tokenizer = load_tokenizer(model)
+    if stream.kind == "text-classification":
+        return TextEncoder(tokenizer, stream.max_length)
+    return (CausalEncoder if stream.kind == "causal-lm" else Seq2SeqEncoder)(tokenizer, stream.max_length)
+
+
+def check_encoding(encoder: Encoder, rows: Iterable[Rows]) -> None:
+    """Encode the first of each rows; InputError where the tokenizer cannot (no chat template, messages for a T5)."""
+    if isinstance(encoder, CausalEncoder | Seq2SeqEncoder):
+        for some in rows:
+            encoder.examples(some.take(range(min(1, len(some)))))
+
+
+def check_length(config: RunConfig, model: Any) -> None:
+    """InputError where texts of `max_length` tokens have more positions than the model (a transformers config) has."""
+    positions, length = getattr(model, "max_position_embeddings", None), config.stream.max_length
+    if config.stream.kind != "image-classification" and positions is not None and length > positions:
+        raise InputError(f"stream.max_length {length} is more than the {positions} positions of {config.model.base}")

@@ -1,0 +1,196 @@
+"""The analytic head: linear discriminant analysis from class means and one scatter matrix."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from pm_hf.errors import InputError
+from pm_hf.files import save_tensors
+
+HEAD_FORMAT = "pm_hf.head.v1"
+
+
+@dataclass
+class HeadStatistics:
+    """What the analytic head keeps of every class seen: no examples, and one d×d matrix for all of them.
+
+    labels: C names in row order; a class with several means (`added(…, apart=True)`) has as many rows of its name.
+    counts (C,), means (C, d), scatter (d, d) = Σ_x (x − μ_c)(x − μ_c)ᵀ, float64.
+    covariance, center, temperature: set once the head is frozen (strict mode), None before.
+    """
+
+    labels: list[str] = field(default_factory=list)
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    means: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+    scatter: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+    covariance: Tensor | None = None
+    center: Tensor | None = None
+    temperature: float | None = None
+
+    def moved(self, drift: Tensor) -> "HeadStatistics":
+        """The statistics as seen through a feature drift W (d, d): μ ← Wμ, scatter ← W·scatter·Wᵀ."""
+        means, scatter = self.means @ drift.T, drift @ self.scatter @ drift.T
+        return replace(self, means=means, scatter=scatter)
+
+    def added(self, features: Tensor, targets: Tensor, labels: list[str], *, apart: bool = False) -> "HeadStatistics":
+        """Pool in one task's features (n, d); targets (n,) index `labels`. A known class is pooled by counts, or with
+        `apart` gets a further mean of its own, the classes being mixtures of one Gaussian a task (Σ shared by all)."""
+        features = features.double()
+        d = features.shape[1]
+        known = list(self.labels)
+        present = [(i, label) for i, label in enumerate(labels) if label not in known or bool((targets == i).any())]
+        names = [*known, *(label for _, label in present if apart or label not in known)]
+        counts, means = torch.zeros(len(names), dtype=torch.float64), torch.zeros(len(names), d, dtype=torch.float64)
+        scatter = self.scatter.clone() if len(self.labels) else torch.zeros(d, d, dtype=torch.float64)
+        counts[: len(self.labels)] = self.counts
+        if len(self.labels):
+            means[: len(self.labels)] = self.means
+        for place, (index, label) in enumerate(present):
+            rows = features[targets == index]
+            if not len(rows):
+                raise InputError(f"class {label!r} has no training row; the analytic head needs at least one")
+            at, mean = len(known) + place if apart else names.index(label), rows.mean(0)
+            gap, old = mean - means[at], counts[at].clone()
+            total = old + len(rows)
+            scatter += (rows - mean).T @ (rows - mean) + torch.outer(gap, gap) * (old * len(rows) / total)
+            means[at] += gap * (len(rows) / total)
+            counts[at] = total
+        return replace(self, labels=names, counts=counts, means=means, scatter=scatter)
+
+    def frozen(self, temperature: float) -> "HeadStatistics":
+        """Fix covariance, center and temperature: a new class then only appends a row (a known one changes its own)."""
+        return replace(self, covariance=self.pooled_covariance(), center=self.grand_mean(), temperature=temperature)
+
+    def grand_mean(self) -> Tensor:
+        """Mean feature of all examples seen, (d,)."""
+        return (self.counts @ self.means) / self.counts.sum()
+
+    def pooled_covariance(self) -> Tensor:
+        """Σ = (1−ρ)·scatter/(N−C) + ρ·tr(·)/d·I with ρ of oracle approximating shrinkage (Chen et al. 2010, eq. 23)."""
+        freedom = max(float(self.counts.sum()) - len(self.labels), 1.0)
+        sample, d = self.scatter / freedom, self.scatter.shape[0]
+        trace, square = sample.trace(), (sample**2).sum()
+        rho = float(((1 - 2 / d) * square + trace**2) / ((freedom + 1 - 2 / d) * (square - trace**2 / d)))
+        rho = min(max(rho, 0.0), 1.0) if rho == rho else 1.0
+        return (1 - rho) * sample + rho * trace / d * torch.eye(d, dtype=torch.float64)
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """(weight (C, d), bias (C,)): the discriminants Σ⁻¹μ_c, −½μ_cᵀΣ⁻¹μ_c with equal priors, less their value at
+        the grand mean m, which changes no argmax and keeps logits small:
+        w_c = Σ⁻¹(μ_c − m), b_c = −½(μ_c − m)ᵀΣ⁻¹(μ_c + m).
+
+        In strict mode the frozen Σ, m and temperature are used, so rows of old classes do not change by a bit.
+        """
+        covariance = self.pooled_covariance() if self.covariance is None else self.covariance
+        if not float(covariance.trace()) > 0:
+            raise InputError("the analytic head needs features that vary within a class; found none")
+        inverse = torch.linalg.inv(covariance)
+        center = self.grand_mean() if self.center is None else self.center
+        # row by row: old rows stay bit-identical
+        weight = torch.stack([inverse @ (mean - center) for mean in self.means])
+        bias = torch.stack([-0.5 * ((mean + center) @ row) for mean, row in zip(self.means, weight, strict=True)])
+        scale = self.temperature or 1.0
+        return weight / scale, bias / scale
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file, atomically and synced; an OSError that names it where that fails."""
+        tensors = {"counts": self.counts, "means": self.means, "scatter": self.scatter}
+        if self.covariance is not None and self.center is not None:
+            tensors |= {"covariance": self.covariance, "center": self.center}
+        header = json.dumps({"labels": self.labels, "temperature": self.temperature})
+        save_tensors(tensors, Path(path), {"format": HEAD_FORMAT, "head": header})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "HeadStatistics":
+        """Read a file that `save` wrote; InputError when it is missing, truncated or something else."""
+        try:
+            with safe_open(path, "pt") as handle:
+                metadata = handle.metadata() or {}
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"head statistics {path} cannot be read ({error})") from error
+        if metadata.get("format") != HEAD_FORMAT:
+            raise InputError(f"{path} holds no head statistics: expected format {HEAD_FORMAT}")
+        return cls(**json.loads(metadata["head"]), **tensors)
+
+
+def ridge_drift(before: Tensor, after: Tensor, ridge: float) -> Tensor:
+    """W (d, d) that maps old features to new ones, from the same n examples under both models (n, d).
+
+    W = (FₙᵀFₒ + λI)(FₒᵀFₒ + λI)⁻¹ with λ = ridge·tr(FₒᵀFₒ)/d: ridge regression towards the identity.
+    """
+    old, new = before.double(), after.double()
+    d = old.shape[1]
+    gram = old.T @ old
+    damping = ridge * gram.trace() / d * torch.eye(d, dtype=torch.float64)
+    return torch.linalg.solve(gram + damping, (new.T @ old + damping).T).T
+
+
+def fit_temperature(logits: Tensor, targets: Tensor) -> float:
+    """T ≥ 1 that minimises the mean cross-entropy of logits / T, (n, C) and (n,), on log-spaced grids.
+
+    Never below 1: on data that the head separates perfectly the optimum is 0, which says nothing about new data.
+    """
+    low, high = 0.0, 3.0
+    for _ in range(3):
+        grid = torch.linspace(low, high, 41, dtype=torch.float64)
+        losses = torch.stack([cross_entropy(logits.double() / 10**t, targets) for t in grid])
+        best = float(grid[int(losses.argmin())])
+        step = (high - low) / 40
+        low, high = max(best - step, 0.0), best + step
+    return float(10**best)
+
+
+def class_logits(logits: Tensor, labels: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """(logits (n, C) of the distinct labels, these labels): of several rows of one label the largest logit (n, R)."""
+    classes = list(dict.fromkeys(labels))
+    if len(classes) == len(labels):
+        return logits, classes
+    rows = torch.tensor([classes.index(label) for label in labels], device=logits.device)
+    lowest = logits.new_full((len(logits), len(classes)), -torch.inf)
+    return lowest.scatter_reduce(1, rows.expand(len(logits), -1), logits, "amax"), classes
+
+
+def merge_temperature(statistics: HeadStatistics, features: Tensor, truth: Sequence[str]) -> float:
+    """Temperature of the untempered head on features (n, d) with labels `truth` (n,)."""
+    return fit_temperature(*_class_scores(statistics, features, truth))
+
+
+def held_out_temperature(
+    known: HeadStatistics, features: Tensor, truth: Sequence[str], *, apart: bool = False, folds: int = 5
+) -> float:
+    """Temperature of the untempered head of `known` and a new task, on rows that the head was not made of.
+
+    features (n, d) and truth (n,): the task's rows and labels. Each fold of a class's rows is scored by the head of the
+    other folds; a class with one row is in all of them. On its own rows a head of few rows in many dimensions knows no
+    doubt, whatever it does on others. 1 where the rows are too few for that.
+    """
+    labels = list(dict.fromkeys(truth))
+    targets = torch.tensor([labels.index(label) for label in truth])
+    turn = torch.zeros(len(truth), dtype=torch.long)
+    for index in range(len(labels)):
+        rows = (targets == index).nonzero()[:, 0]
+        turn[rows] = torch.arange(len(rows)) % folds if len(rows) > 1 else -1
+    scores, answers = [], []
+    for fold in range(folds):
+        held = turn == fold
+        part = known.added(features[~held], targets[~held], labels, apart=apart)
+        if held.any() and float(part.scatter.trace()) > 0:
+            found = _class_scores(part, features[held], [truth[row] for row in held.nonzero()[:, 0].tolist()])
+            scores.append(found[0])
+            answers.append(found[1])
+    return fit_temperature(torch.cat(scores), torch.cat(answers)) if scores else 1.0
+
+
+def _class_scores(statistics: HeadStatistics, features: Tensor, truth: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """(untempered logits (n, C) of the classes, index of each row's class)."""
+    weight, bias = replace(statistics, temperature=None).solve()
+    logits, classes = class_logits(features.double() @ weight.T + bias, statistics.labels)
+    return logits, torch.tensor([classes.index(label) for label in truth])

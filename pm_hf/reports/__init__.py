@@ -1,0 +1,1 @@
+"""What others see of a finished run: page, charts, card, Hub."""

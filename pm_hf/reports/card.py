@@ -1,0 +1,236 @@
+"""A run's report: report.json, the table, the plot."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from pm_hf.reports.release import ReleasedRun, on_hub, redact_paths
+from pm_hf.runs.records import CLASS_INCREMENTAL, TASK_INCREMENTAL
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+
+# kind of stream: class of transformers that loads the model; PEFT has none for pictures
+AUTO_MODELS = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+}
+
+
+def loading_lines(
+    base: str,
+    folder: str | Path,
+    head: str | None,
+    kind: str = "text-classification",
+    *,
+    on_hub: bool = False,
+    **how: str | None,
+) -> str:
+    """The lines that load a merged adapter with transformers and peft only.
+
+    head: its name in labels.json, None for a language model. on_hub: `folder` is the id of a repository. how: further
+    settings of the base model (dtype, revision), left out where they are None.
+    """
+    more = "".join(f', {key}="{value}"' for key, value in how.items() if value is not None)
+    model = f'model = PeftModel.from_pretrained(base, "{folder}")'
+    if head is None:
+        revision = f', revision="{how["revision"]}"' if how.get("revision") else ""
+        tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{base}"{revision})'
+        return f'{tokenizer}\nbase = {AUTO_MODELS[kind]}.from_pretrained("{base}"{more})\n{model}'
+    file = f'hf_hub_download("{folder}", "labels.json")' if on_hub else f'"{folder}/labels.json"'
+    return (
+        f'labels = json.load(open({file}))["{head}"]\n'
+        f'base = {AUTO_MODELS[kind]}.from_pretrained("{base}", num_labels=len(labels), '
+        f"id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True{more})\n"
+        f"{model}"
+    )
+
+
+def loading_imports(kind: str = "text-classification", *, on_hub: bool = False) -> str:
+    """The imports that the lines need."""
+    if "classification" not in kind:
+        return f"from peft import PeftModel\nfrom transformers import {AUTO_MODELS[kind]}, AutoTokenizer"
+    download = "from huggingface_hub import hf_hub_download\n" if on_hub else ""
+    return f"import json\n\n{download}from peft import PeftModel\nfrom transformers import {AUTO_MODELS[kind]}"
+
+
+MANY = 12  # tasks from which on the table has no column for every step
+
+
+PIPELINES = {
+    "text-classification": "text-classification",
+    "image-classification": "image-classification",
+    "causal-lm": "text-generation",
+    "seq2seq-lm": "text-generation",
+}
+
+
+METRICS = {
+    CLASS_INCREMENTAL: ("accuracy", "among all classes seen"),
+    TASK_INCREMENTAL: ("accuracy", "inside the task's own classes"),
+}
+
+
+AVERAGES = {
+    "ACC": "mean over all tasks at the end",
+    "AAA": "mean over the steps of the mean over the tasks seen",
+    "BWT": "backward transfer",
+    "forgetting": "mean fall from a task's best score",
+}
+
+
+def model_card(run: ReleasedRun, repo: str) -> str:
+    """README.md of `repo`, owner/name: front matter and Markdown, without local paths and tokens."""
+    from huggingface_hub import ModelCardData
+
+    stream = run.config.stream
+    sources = [place.dataset for place in (stream, *(stream.tasks or [])) if place.dataset]
+    data = ModelCardData(
+        base_model=run.base,
+        base_model_relation="adapter",
+        library_name="peft",
+        pipeline_tag=PIPELINES[stream.kind],
+        tags=["lora", "continual-learning", "merge", "pm-hf"],
+        datasets=sorted({name for name in sources if on_hub(name)}) or None,
+        model_name=repo.rpartition("/")[2],
+        eval_results=results(run),
+    )
+    parts = (
+        _intro(run, repo),
+        _loading(run, repo),
+        _results(run),
+        _plots(run),
+        _making(run),
+        _task_adapters(run, repo),
+    )
+    return f"---\n{data.to_yaml().strip()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def results(run: ReleasedRun) -> list["EvalResult"]:
+    """What the model-index holds: every metric on every task at the end, and the averages over tasks."""
+    from huggingface_hub import EvalResult
+
+    report, kind = run.report, PIPELINES[run.config.stream.kind]
+    source = run.config.stream.dataset
+    given: dict[str, Any] = {"task_type": kind, "dataset_type": source if source and on_hub(source) else "other"}
+    tasks, found = report["tasks"], []
+    more: dict[str, Any]
+    for index, task in enumerate(tasks):
+        for name, matrix in report["matrices"].items():
+            metric, about = METRICS.get(name, (name, None))
+            value = matrix[-1][index]
+            more = {"dataset_config": task, "dataset_split": "test", "metric_name": about and f"{metric} {about}"}
+            if value is not None:
+                found.append(EvalResult(dataset_name=task, metric_type=metric, metric_value=value, **given, **more))
+    metric = METRICS.get(report["metric"], (report["metric"], ""))[0]
+    for key, about in AVERAGES.items():
+        value = report["metrics"].get(key)
+        more = {"dataset_config": "all", "dataset_split": "test", "metric_name": f"{key}: {about}"}
+        if value is not None:
+            name = f"all {len(tasks)} tasks"
+            found.append(EvalResult(dataset_name=name, metric_type=metric, metric_value=value, **given, **more))
+    return found
+
+
+def _intro(run: ReleasedRun, repo: str) -> str:
+    report, count = run.report, len(run.report["tasks"])
+    gguf = run.config.model.gguf_file
+    packed = f" It was trained on `{gguf}`, whose weights differ a little from this base model's." if gguf else ""
+    learned = "together" if run.config.strategy.joint else "one after the other"
+    return (
+        f"# {repo.rpartition('/')[2]}\n\n"
+        f"A LoRA adapter for [`{run.base}`](https://huggingface.co/{run.base}): {count} tasks, learned {learned} and "
+        f"kept in one adapter by the method `{report['method']}` of pm_hf. It needs transformers and peft, not pm_hf."
+        f"{packed}"
+    )
+
+
+def _loading(run: ReleasedRun, repo: str) -> str:
+    kind, model = run.config.stream.kind, run.config.model
+    how = {"dtype": model.dtype, "revision": run.revision}
+    lines = loading_lines(run.base, repo, run.head, kind, on_hub=True, **how)
+    return f"## Load it\n\n```python\n{loading_imports(kind, on_hub=True)}\n\n{lines}\n```"
+
+
+def _results(run: ReleasedRun) -> str:
+    report = run.report
+    metric = report["metric"].replace("_", " ")
+    name = "accuracy among all classes seen" if report["metric"] == CLASS_INCREMENTAL else metric
+    lines = [f"## Results\n\nOn test rows: {name}.\n", *_matrix(report), ""]
+    metrics = report["metrics"]
+    lines.append("| mean over tasks | |\n| --- | ---: |")
+    lines += [f"| {key}: {about} | {_number(metrics.get(key))} |" for key, about in AVERAGES.items()]
+    if inside := metrics.get("task_incremental"):
+        lines.append(f"| ACC inside each task's own classes | {_number(inside['ACC'])} |")
+    known = [(i, c) for i, c in enumerate(report["coefficients"]) if c]
+    if known and report.get("freedom") != "free":
+        lines += ["", *_rows(["merge of task", "coefficient", "1/t"], _coefficients(known))]
+    notes = redact_paths(report.get("notes", []), run.known)
+    return "\n".join([*lines, *[f"\n- {_cell(note)}" for note in notes]])
+
+
+def _matrix(report: Mapping[str, Any]) -> list[str]:
+    """Score on each task after each task, or of many tasks only the first and the last score."""
+    scores, tasks = report["matrices"][report["metric"]], report["tasks"]
+    steps = len(scores)
+    if steps == 1 or len(tasks) <= MANY:
+        header = ["task", *(f"after {step}" for step in range(1, steps + 1))] if steps > 1 else ["task", "at the end"]
+        return _rows(header, ([name, *(row[i] for row in scores)] for i, name in enumerate(tasks)))
+    header = ["task", "after learning it", "at the end"]
+    return _rows(header, ([name, scores[i][i], scores[-1][i]] for i, name in enumerate(tasks)))
+
+
+def _coefficients(known: Sequence[tuple[int, Mapping]]) -> Iterable[list]:
+    return ([str(index + 1), value["used"], value["one_over_t"]] for index, value in known)
+
+
+def _plots(run: ReleasedRun) -> str:
+    once = {path.stem: path.name for path in reversed(run.plots)}  # of a picture in two formats the .png
+    shown = [f"![{stem.replace('_', ' ')}](plots/{once[stem]})" for stem in sorted(once)]
+    return "\n\n".join(["## Plots", *shown]) if shown else ""
+
+
+def _making(run: ReleasedRun) -> str:
+    report = run.report
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    settings = yaml.safe_dump(run.settings(), sort_keys=False, allow_unicode=True).strip()
+    return (
+        f"## How it was made\n\n"
+        f"Method `{report['method']}`, seed {report['seed']}, {report['scenario'].replace('_', '-')}, "
+        f"{report['seconds']:.0f} s. Versions: {versions}.\n\n"
+        f"<details><summary>All settings</summary>\n\n```yaml\n{settings}\n```\n\n</details>"
+    )
+
+
+def _task_adapters(run: ReleasedRun, repo: str) -> str:
+    rows = _rows(["subfolder"], ([f"`tasks/{path.name}`"] for path in run.tasks))
+    return "\n".join(
+        [
+            "## The tasks' own adapters\n",
+            "Each is what one task's training added to what was merged before it. Alone it is no model for its task; "
+            f'`PeftModel.from_pretrained(base, "{repo}", subfolder=…)` loads it for study or another merge.\n',
+            *rows,
+        ]
+    )
+
+
+def _rows(header: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
+    """A Markdown table; numbers with three decimals, None as a dash."""
+    lines = [" | ".join(header), " | ".join(["---", *["---:"] * (len(header) - 1)])]
+    lines += [" | ".join(_cell(x) if isinstance(x, str) else _number(x) for x in row) for row in rows]
+    return [f"| {line} |" for line in lines]
+
+
+def _cell(text: str) -> str:
+    """Text that neither ends a table's cell nor starts markup."""
+    return re.sub(r"([\\|<>\[\]*_])", r"\\\1", " ".join(text.split())) if not text.startswith("`") else text
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,197 @@
+"""The charts of runs side by side: what is drawn of report.json and step.json."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
+
+from pm_hf.reports.charts import Chart, Series
+from pm_hf.runs.records import BITS_PER_BYTE, CLASS_INCREMENTAL, TASK_INCREMENTAL, SavedRun
+
+DOTS = 600  # loss points drawn of a run
+
+
+METRIC_TITLES = {
+    CLASS_INCREMENTAL: "accuracy",
+    TASK_INCREMENTAL: "accuracy inside the task's own classes",
+    BITS_PER_BYTE: "bits per byte",
+}
+
+
+FACTORS: tuple[tuple[str, int, Callable[[float], bool]], ...] = (  # (name, shape and colour, belongs)
+    ("1", 0, lambda factor: factor == 1),
+    ("above 1", 2, lambda factor: factor > 1),
+    ("below 1", 3, lambda factor: factor < 1),
+)
+
+
+COSTS = (
+    ("time-of-each-task", "seconds", "Time of each task", "seconds"),
+    ("peak-memory-of-the-process", "process_peak_memory_mb", "Peak memory of the process up to each task", "MiB"),
+    ("truncation-error-of-each-merge", "merge_error", "Truncation error of each merge", "relative error"),
+)
+
+
+def charts(runs: list[SavedRun]) -> list[Chart]:
+    """Every chart that the runs have the numbers for; a run has one colour and one shape in all of them."""
+    name = metric_name(runs[0].metric)
+    mean, lost = f"mean {name}", f"{name} lost"
+    means = [_means(run, place) for place, run in enumerate(runs)]
+    forgotten = _of_runs(runs, [run.forgetting for run in runs], line=False)
+    about = "A positive number is what was lost since the task's best score."
+    found = [
+        Chart("score-after-each-task", "Mean score on the tasks seen", "tasks learned", mean, means),
+        Chart("forgetting", "Forgetting of each task", "task", lost, forgotten, about),
+        _coefficient_chart(runs),
+        *(_loss_chart(run, place) for place, run in enumerate(runs, start=1)),
+    ]
+    for file, key, title, unit in COSTS:
+        values = [[step.get(key) for step in run.steps] for run in runs]
+        found.append(Chart(file, title, "task", unit, _of_runs(runs, values)))
+    found += [chart for place, run in enumerate(runs, start=1) for chart in line_charts(run, place, len(runs))]
+    return [chart for chart in found if chart.points]
+
+
+def _of_runs(runs: list[SavedRun], values: list[list[float | None]], *, line: bool = True) -> list[Series]:
+    """One series a run, for the runs that have a value."""
+    return [
+        Series(run.label, _count(len(y)), y, line=line, colour=place, shape=place)
+        for place, (run, y) in enumerate(zip(runs, values, strict=True))
+        if any(value is not None for value in y)
+    ]
+
+
+def _means(run: SavedRun, place: int) -> Series:
+    """The mean after each task; of a joint training, which has one, a level to compare with."""
+    last = run.means[-1]
+    name = run.label if last is None else f"{run.label} ({last:.3f})"
+    if run.joint:
+        count = len(run.tasks)
+        return Series(name, _count(count), run.means[-1:] * count, colour=place, dash=1, dots=False)
+    return Series(name, _count(len(run.means)), run.means, colour=place, shape=place)
+
+
+def _coefficient_chart(runs: list[SavedRun]) -> Chart:
+    used = [[None if c is None or run.joint else c["used"] for c in run.coefficients] for run in runs]
+    series = _of_runs(runs, used)
+    if series:
+        longest = max(len(one.x) for one in series)
+        inverse = [1 / t for t in _count(longest)]
+        series.append(Series("1/t", _count(longest), inverse, colour=7, shape=5, dash=1))
+    return Chart("coefficients", "Coefficient of each task, and 1/t", "task", "coefficient", series)
+
+
+def _loss_chart(run: SavedRun, place: int) -> Chart:
+    points, ends = _loss_points(run)
+    series = []
+    for name, shape, belongs in FACTORS:
+        chosen = [point for point in points if belongs(point[2])]
+        distinct = {round(point[2], 6) for point in chosen}
+        shown = f"factor {distinct.pop():g}" if len(distinct) == 1 else f"factor {name}"
+        if chosen:
+            x, y = [p[0] for p in chosen], [p[1] for p in chosen]
+            series.append(Series(shown, x, y, line=False, colour=shape, shape=shape))
+    if points:
+        series.append(_smooth(points))
+    title = f"Training loss of {run.label}"
+    about = "Each point is one step, its shape the factor its perturbation drew; upright lines are ends of tasks."
+    return Chart(f"loss-{place}", title, "optimizer step", "training loss", series, about, ends)
+
+
+def line_charts(run: SavedRun, place: int, runs: int) -> list[Chart]:
+    """Of each task in coefficient.json: change of the loss and score along its merge line."""
+    return [chart for task in run.line.get("tasks", []) for chart in _line_charts(run, task, place, runs)]
+
+
+def line_chart_names(task: Mapping, place: int, runs: int) -> tuple[str, str]:
+    """Names of the charts of one task's line; place: of its run among the `runs` of the page."""
+    name = f"coefficient-{task['t']}" if runs == 1 else f"coefficient-{place}-{task['t']}"
+    return name, f"{name}-score"
+
+
+def _line_charts(run: SavedRun, task: Mapping, place: int, runs: int) -> tuple[Chart, Chart]:
+    points, score = task["points"], metric_name(run.metric)
+    x = [point["coefficient"] for point in points]
+    start = next(point for point in points if point["coefficient"] == 0)["losses"]
+    changes = [[loss - before for loss, before in zip(point["losses"], start, strict=True)] for point in points]
+    losses = _curves(x, changes, sum)
+    losses += _predicted(x, [point["predicted"] for point in points], losses[0].y)
+    scores = _curves(x, [point["scores"] for point in points], fmean)
+    where = f"along the merge line of task {task['t']}" + (f", {run.label}" if runs > 1 else "")
+    about = "Upright lines and single points: the chosen coefficient, 1/t and the best one on the line."
+    loss_name, score_name = line_chart_names(task, place, runs)
+    losses += _compared(task, "best_loss", dict(zip(x, map(sum, changes), strict=True)))
+    scores += _compared(task, "best_score", {point["coefficient"]: point["score"] for point in points})
+    change = "change of the summed loss, nats"
+    return (
+        Chart(loss_name, f"Loss {where}", "coefficient α", change, losses, about, _marks(losses)),
+        Chart(score_name, f"{score.capitalize()} {where}", "coefficient α", score, scores, about, _marks(scores)),
+    )
+
+
+def _curves(x: list[float], values: list[list[float]], joined: Callable[[Iterable[float]], float]) -> list[Series]:
+    """What `joined` makes of the values (points, tasks): of all tasks, of the earlier ones, of the last one."""
+    found = [Series("all tasks seen", x, [joined(row) for row in values], colour=0, shape=0)]
+    if len(values[0]) > 1:
+        found.append(Series("earlier tasks", x, [joined(row[:-1]) for row in values], colour=1, shape=1))
+        found.append(Series("this task", x, [row[-1] for row in values], colour=2, shape=2))
+    return found
+
+
+def _predicted(x: list[float], values: list[float | None], measured: Sequence[float | None]) -> list[Series]:
+    """The prediction, drawn as large as the measured curve where the two are more than three times apart."""
+    heights = [
+        max(known) - min(known) for known in ([y for y in ys if y is not None] for ys in (measured, values)) if known
+    ]
+    if len(heights) < 2 or not all(heights):
+        return []
+    ratio = heights[0] / heights[1]
+    factor, name = (1.0, "predicted") if 1 / 3 <= ratio <= 3 else (ratio, f"predicted × {float(f'{ratio:.2g}'):g}")
+    return [Series(name, x, [None if y is None else factor * y for y in values], colour=7, dash=1, dots=False)]
+
+
+def _compared(task: Mapping, best: str, values: Mapping[float, float]) -> list[Series]:
+    """One point for each of the coefficients that are compared."""
+    named = (("chosen", "chosen", 3), ("one_over_t", "1/t", 4), (best, "best", 5))
+    return [
+        Series(f"{name} {task[key]:.3f}", [task[key]], [values[task[key]]], line=False, colour=look, shape=look)
+        for key, name, look in named
+    ]
+
+
+def _marks(series: Sequence[Series]) -> dict[float, str]:
+    """Upright lines at the single points."""
+    return {one.x[0]: one.name for one in series if len(one.x) == 1}
+
+
+def _loss_points(run: SavedRun) -> tuple[list[list[float]], dict[float, str]]:
+    """([step of the stream, loss, factor, the task's first step], {last step of a task: its name}), thinned out."""
+    points, ends, begun = [], {}, 0
+    for name, step in zip(run.learned, run.steps, strict=True):
+        logged = [(at, loss, factor) for at, loss, factor in step.get("log", []) if loss is not None]
+        points += [[begun + at, loss, factor, begun] for at, loss, factor in logged]
+        begun += step.get("optimizer_steps", 0)
+        ends[float(begun)] = f"end of {name}"
+    return points[:: math.ceil(len(points) / DOTS) or 1], dict(list(ends.items())[:-1])
+
+
+def _smooth(points: list[list[float]]) -> Series:
+    """Mean of the neighbours within the same task, a gap between two tasks."""
+    reach = max(1, len(points) // 60)
+    x: list[float] = []
+    y: list[float | None] = []
+    for i, (at, _, _, task) in enumerate(points):
+        if i and points[i - 1][3] != task:
+            x.append(at)
+            y.append(None)
+        x.append(at)
+        y.append(fmean(p[1] for p in points[max(0, i - reach) : i + reach + 1] if p[3] == task))
+    return Series(f"mean of {2 * reach + 1} points", x, y, colour=7, dots=False)
+
+
+def _count(count: int) -> list[float]:
+    return [float(i + 1) for i in range(count)]
+
+
+def metric_name(metric: str) -> str:
+    """How a metric is called on the page."""
+    return METRIC_TITLES.get(metric, metric.replace("_", " "))

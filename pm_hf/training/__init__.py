@@ -1,0 +1,1 @@
+"""One task's training: the perturbed step and what a strategy adds to it."""

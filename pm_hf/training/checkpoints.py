@@ -1,0 +1,207 @@
+"""Checkpoints of a task's training that are whole: synced, then marked, and only then is an older one removed.
+
+Trainer writes the files of a checkpoint one after the other (the adapter, the optimizer, the random state, and
+trainer_state.json at the end), waits for no disk, and removes the one before it at once.
+"""
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import Trainer
+
+from pm_hf.distributed import gather, on_all_processes, on_main_process
+from pm_hf.errors import InputError
+from pm_hf.files import OS_ERROR, WriteError, read_json, sync, sync_folder, write_json
+
+MOST_POINTS = 256  # points kept of one training
+
+
+class LossLog:
+    """[step, loss, factor] of steps 1, 1 + k, 1 + 2k, …; k doubles when there are more than LIMIT points.
+
+    step counts optimizer steps from 1; loss is the sum over the micro-steps of the step, as Trainer divides it; factor
+    the mean of the factors they drew. Both are those of one process.
+    """
+
+    def __init__(self, points: Iterable[Iterable[float]] = ()) -> None:
+        self.points = [list(point) for point in points]
+        self._stride = int(self.points[1][0] - self.points[0][0]) if len(self.points) > 1 else 1
+        self._micro = 1  # micro-steps in the newest point
+
+    def add(self, step: int, loss: float, factor: float) -> None:
+        """Count in one micro-step; a step before the newest point starts the log anew (a training that is retried)."""
+        if self.points and step < self.points[-1][0]:
+            self.points, self._stride = [], 1
+        if (step - 1) % self._stride:
+            return
+        if self.points and step == self.points[-1][0]:
+            newest = self.points[-1]
+            self._micro += 1
+            newest[1] += loss
+            newest[2] += (factor - newest[2]) / self._micro
+            return
+        self._micro = 1
+        self.points.append([step, loss, factor])
+        if len(self.points) > MOST_POINTS:
+            self._stride *= 2
+            self.points = [point for point in self.points if not (point[0] - 1) % self._stride]
+
+
+WHOLE_FILE = "whole.json"  # the last file of a checkpoint, written when the others are on the disk
+
+
+TRAINER_STATE_FILE = "trainer_state.json"
+
+
+_NUMBER = re.compile(r"checkpoint-(\d+)")
+
+
+_WRITER = re.compile("inline_container|PytorchStreamWriter|iostream")  # of torch.save, which names no reason
+
+
+_KEPT_LOSSES = 100  # losses that are kept on the device before they are added up
+
+
+@dataclass
+class Progress:
+    """What the steps up to a checkpoint add to step.json: the losses' sum in each process, the factors of all, and the
+    points of the main process's LossLog."""
+
+    losses: list[float] = field(default_factory=list)
+    factors: dict[str, int] = field(default_factory=dict)
+    log: list[list[float]] = field(default_factory=list)
+
+
+_Base: Any = Trainer if TYPE_CHECKING else object  # the mixin stands before a PMTrainer
+
+
+class AtomicCheckpoints(_Base):
+    """The only change to Trainer is in how a checkpoint is written: whole or not at all.
+
+    It counts once `whole.json` is in it, which is written when every process has written its part and all is synced;
+    `save_total_limit` is kept after that. Raises WriteError when it could not be written: the half of it is removed,
+    the one before it stays.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._before = Progress()
+        self._loss_sum, self._losses = 0.0, list[Tensor]()
+        self._log, self._drawn_at = LossLog(), list[tuple[int, float]]()  # (step, factor) of each of `_losses`
+
+    def continue_from(self, checkpoint: str | None) -> None:
+        """Count on from what `checkpoint` says; call it before `train(resume_from_checkpoint=checkpoint)`."""
+        self._before = Progress() if checkpoint is None else Progress(**read_json(Path(checkpoint) / WHOLE_FILE))
+        self._log = LossLog(self._before.log)
+        losses, index = self._before.losses, self.args.process_index
+        same = len(losses) == self.args.world_size
+        self._loss_sum = losses[index] if same else sum(losses) / max(1, len(losses))
+
+    def progress(self) -> Progress:
+        """Losses and factors of all steps so far, those before a checkpoint that was continued included."""
+        found = gather((self._summed(), self.perturbation_counts))
+        drawn = sum((counts for _, counts in found), Counter[float]())
+        factors = Counter(self._before.factors) + Counter({f"{factor:g}": drawn[factor] for factor in sorted(drawn)})
+        return Progress([loss for loss, _ in found], dict(sorted(factors.items())), self._log.points)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The step; its loss is added up."""
+        loss = super().training_step(*args, **kwargs)
+        self._losses.append(loss.detach())
+        self._drawn_at.append((self.state.global_step + 1, self._drawn.since_log[-1]))
+        if len(self._losses) >= _KEPT_LOSSES:
+            self._summed()
+        return loss
+
+    def _summed(self) -> float:
+        losses = torch.stack(self._losses).tolist() if self._losses else []
+        for loss, (step, factor) in zip(losses, self._drawn_at, strict=True):
+            self._loss_sum += loss  # one after the other: a continued training gets the same sum
+            self._log.add(step, loss, factor)
+        self._losses.clear()
+        self._drawn_at.clear()
+        return self._loss_sum
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit, error = self.args.save_total_limit, None, None
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, SafetensorError, RuntimeError) as caught:
+            error = _write_error(path, caught)
+        finally:
+            self.args.save_total_limit = limit
+        on_all_processes(lambda: _raise(error))
+        progress = self.progress()
+        on_main_process(lambda: _seal(path, progress))
+        on_main_process(lambda: _rotate(path.parent, limit, self.state.best_model_checkpoint))
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Newest whole checkpoint; newer ones that are not are removed.
+
+    The best checkpoint that it names is looked for beside it: the folder may have been moved.
+    """
+    for path in reversed(_checkpoints(folder)):
+        try:
+            state, _ = (read_json(path / name) for name in (TRAINER_STATE_FILE, WHOLE_FILE))
+        except InputError:
+            shutil.rmtree(path)
+            continue
+        best = state.get("best_model_checkpoint")
+        if best is not None and Path(best).parent != folder:
+            write_json(path / TRAINER_STATE_FILE, state | {"best_model_checkpoint": str(folder / Path(best).name)})
+        return str(path)
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder in the order of their steps."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _NUMBER.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def _seal(path: Path, progress: Progress) -> None:
+    sync_folder(path)
+    for above in list(path.parents)[:2]:
+        sync(above)  # their lists of names
+    write_json(path / WHOLE_FILE, asdict(progress))
+
+
+def _rotate(folder: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints above `limit`, never the newest or the best, as Trainer does."""
+    found = _checkpoints(folder)
+    kept = {found[-1], Path(best or found[-1])}
+    excess = 0 if not limit else len(found) - max(limit, len(kept))
+    for path in [path for path in found if path not in kept][: max(0, excess)]:
+        (path / WHOLE_FILE).unlink(missing_ok=True)
+        shutil.rmtree(path)
+
+
+def _write_error(path: Path, error: Exception) -> Exception:
+    """WriteError for an error of writing, after what was written is removed; any other error as it is."""
+    code = OS_ERROR.search(str(error))
+    torch_s = isinstance(error, RuntimeError)
+    if torch_s and not _WRITER.search(str(error)):
+        return error
+    free = shutil.disk_usage(next(above for above in (path, *path.parents) if above.is_dir())).free
+    shutil.rmtree(path, ignore_errors=True)
+    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    reason = "torch.save failed, as it does when the disk is full" if torch_s else reason
+    number = int(code[1]) if code else getattr(error, "errno", None)
+    found = WriteError(path, f"{reason} ({free / 1e6:.1f} MB free)", number)
+    found.__cause__ = error
+    return found
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error

@@ -1,0 +1,238 @@
+"""Working folders in which the names that a page uses exist: tiny models under the ids of real ones, small data.
+
+Each function takes the folder (the working folder too) and returns the Python names that the page takes for granted.
+"""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from helpers import miniatures
+from helpers.rows import CLASSES, write_rows
+from helpers.tiny_images import draw, encoded, save_vit
+from helpers.tiny_language import KINDS, tiny_folder
+from helpers.tiny_training import lora_bert, rows
+from pm_hf.adapters.layout import ADAPTER_WEIGHTS
+from pm_hf.runs.learner import learn
+
+ROOT = Path(__file__).parents[2]
+MINILM, VIT = "sentence-transformers/all-MiniLM-L6-v2", "google/vit-base-patch16-224"
+SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CARDS, TRANSFERS = ("card_arrival", "card_lost"), ("transfer_failed", "transfer_fee")
+TOP_UPS, REFUNDS = ("top_up_failed", "top_up_limit"), ("refund_late", "refund_missing")
+Names = dict[str, Any]
+
+
+# ---- models and data
+
+
+def encoder(base: Path) -> None:
+    """The tiny encoder under the id of MiniLM."""
+    shutil.copytree(base, MINILM)
+
+
+def intents(path: str, labels: Sequence[str], per_class: int) -> None:
+    """A CSV of text,label; the classes are those of `write_rows` under other names."""
+    names = dict(zip(CLASSES, labels, strict=False))
+    plain = write_rows(Path("plain.csv"), names, per_class, seed=per_class)
+    with open(plain, encoding="utf-8", newline="") as handle:
+        found = [row | {"label": names[row["label"]]} for row in csv.DictReader(handle)]
+    miniatures.write_csv(Path(path), found)
+
+
+def train_and_test(labels: Sequence[str], prefix: str = "") -> None:
+    """PREFIXtrain.csv and PREFIXtest.csv of the labels."""
+    intents(f"{prefix}train.csv", labels, 12)
+    intents(f"{prefix}test.csv", labels, 4)
+
+
+def lines(name: str, count: int, *, plain: bool) -> None:
+    """JSON lines of texts, or of prompts and completions."""
+    kinds = [KINDS[i % len(KINDS)] for i in range(count)]
+    found = [{"prompt": f"Text : {kind}{i % 5}", "completion": f" {kind}"} for i, kind in enumerate(kinds)]
+    texts = [{"text": f"{kind}{i % 5} {kind}{(i + 1) % 5} {kind}"} for i, kind in enumerate(kinds)]
+    Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in (texts if plain else found)))
+
+
+def tasks(*names: str, plain: bool = False) -> None:
+    """NAME-train.jsonl and NAME-test.jsonl of each name."""
+    for name in names:
+        lines(f"{name}-train.jsonl", 24, plain=plain)
+        lines(f"{name}-test.jsonl", 6, plain=plain)
+
+
+def adapter(path: str, seed: int, targets: Sequence[str] = ("q_proj", "v_proj"), base: str = SMOLLM) -> None:
+    """A LoRA adapter of the tiny language model, B random."""
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(path)
+
+
+def spoiled(path: str) -> None:
+    """A module of an adapter that was never trained, and one whose update is out of proportion."""
+    tensors = load_file(Path(path) / ADAPTER_WEIGHTS)
+    up = [name for name in tensors if "lora_B" in name]
+    tensors[up[0]].zero_()
+    tensors[up[1]].mul_(100)
+    save_file(tensors, Path(path) / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def tokens(count: int = 8) -> list[dict]:
+    """Batches of token ids, all of them the model's words."""
+    ids = torch.randint(6, 20, (count, 4, 5), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in ids]
+
+
+# ---- pages
+
+
+def index(_: Path) -> Names:
+    return {}
+
+
+def quick_start(base: Path) -> Names:
+    encoder(base)
+    train_and_test([*CARDS, *TRANSFERS])
+    save_vit(Path(VIT))
+    for side, count in (("train", 6), ("test", 2)):
+        for place, label in enumerate(SHAPES := ("bike", "bus", "car", "tram")):
+            folder = Path("photos", side, label)
+            folder.mkdir(parents=True)
+            for i, picture in enumerate(draw([label] * count, SHAPES, seed=10 * place + count)):
+                (folder / f"{i}.png").write_bytes(encoded(picture))
+    tiny_folder("llama", Path(SMOLLM))
+    tasks("support", "sql")
+    return {}
+
+
+def merge(_: Path) -> Names:
+    tiny_folder("llama", Path(SMOLLM))
+    for seed, name in enumerate(("support", "sql", "legal")):
+        adapter(f"{name}/adapter", seed)
+    return {"loader": tokens()}
+
+
+def teams(_: Path) -> Names:
+    merge(_)
+    spoiled("legal/adapter")
+    return {}
+
+
+def add_a_class(base: Path) -> Names:
+    encoder(base)
+    for name, labels in (("cards", CARDS), ("transfers", TRANSFERS), ("top-ups", TOP_UPS), ("refunds", REFUNDS)):
+        train_and_test(labels, f"{name}-")
+    return {}
+
+
+def start_from(base: Path) -> Names:
+    intents_run(base, "released")
+    train_and_test(REFUNDS, "refunds-")
+    shutil.copytree("released/task-00-cards/merged", "team/adapter")  # one task
+    model = AutoModelForSequenceClassification.from_pretrained(MINILM, num_labels=2)
+    with open("train.csv", encoding="utf-8", newline="") as handle:
+        found = [row for row in csv.DictReader(handle) if row["label"] in CARDS]
+    batch = AutoTokenizer.from_pretrained(MINILM)([row["text"] for row in found], padding=True, return_tensors="pt")
+    labels = torch.tensor([CARDS.index(row["label"]) for row in found])
+    return {"peft_model": PeftModel.from_pretrained(model, "team/adapter"), "loader": [{**batch, "labels": labels}]}
+
+
+def general_ability(_: Path) -> Names:
+    tiny_folder("llama", Path(SMOLLM))
+    tasks("tickets", "manuals", "general", plain=True)
+    return {}
+
+
+def coefficient(base: Path) -> Names:
+    intents_run(base, "runs/intents")
+    return {}
+
+
+def trl(_: Path) -> Names:
+    tiny_folder("llama", Path(SMOLLM))
+    tasks("support", "sql")
+    return {}
+
+
+def serving(_: Path) -> Names:
+    tiny_folder("llama", Path(SMOLLM))
+    adapter("runs/assistant/merged", 0)
+    return {}
+
+
+def readme(base: Path) -> Names:
+    for name in ("configs", "recipes"):
+        shutil.copytree(ROOT / name, name)
+    data = Path("../shared/data/text")
+    data.mkdir(parents=True)
+    stream = yaml.safe_load((ROOT / "configs/clinc150/minilm.yaml").read_text())["stream"]
+    miniatures.clinc150(data, stream)
+    encoder(base)
+    train_and_test([*CARDS, *TRANSFERS])
+    settings = intents_settings("runs/file")
+    settings["stream"] |= {"class_groups": {"a": list(CARDS), "b": list(TRANSFERS)}}
+    Path("FILE").write_text(yaml.safe_dump(settings))
+    learn(settings, output_dir="runs/y", method="pm")
+    adapters = {"task/adapter": "task-01-b/adapter", "merged": "task-00-a/merged"}
+    for name, source in adapters.items():
+        shutil.copytree(f"runs/y/{source}", name)
+    for name in ("team-a/adapter", "owner/name@revision/subfolder", "A", "B", "owner/name", "other"):
+        shutil.copytree("runs/y/task-00-a/merged", name)
+    shutil.copy("runs/y/task-01-b/curvature.safetensors", "curvature.safetensors")
+    return {"peft_model": lora_bert(), "data": rows(8), "loader": batched(rows(8)), "BASE": MINILM}
+
+
+def intents_settings(output: str) -> dict:
+    """Settings of the tiny encoder on train.csv and test.csv."""
+    groups = {"cards": list(CARDS), "transfers": list(TRANSFERS)}
+    return {
+        "output_dir": output,
+        "model": {"base": MINILM},
+        "stream": {"train": "train.csv", "test": "test.csv", "class_groups": groups, "max_length": 16},
+        "lora": {"target_modules": ["key", "value"]},
+        "training": {"num_train_epochs": 2, "learning_rate": 1e-2},
+    }
+
+
+def intents_run(base: Path, output: str) -> None:
+    """A finished run of two tasks."""
+    encoder(base)
+    train_and_test([*CARDS, *TRANSFERS])
+    learn(intents_settings(output))
+
+
+def batched(examples: list[dict]) -> list[dict]:
+    """Two batches."""
+    half = len(examples) // 2
+    return [
+        {key: torch.stack([row[key] for row in part]) for key in examples[0]}
+        for part in (examples[:half], examples[half:])
+    ]
+
+
+FOLDERS: dict[str, Callable[[Path], Names]] = {
+    "README.md": readme,
+    "docs/add-a-class.md": add_a_class,
+    "docs/coefficient.md": coefficient,
+    "docs/general-ability.md": general_ability,
+    "docs/index.md": index,
+    "docs/merge.md": merge,
+    "docs/quick-start.md": quick_start,
+    "docs/serving.md": serving,
+    "docs/start-from.md": start_from,
+    "docs/teams.md": teams,
+    "docs/trl.md": trl,
+}

@@ -1,0 +1,182 @@
+"""Every YAML in configs/, run on a miniature of its data set with a tiny backbone in place of the real one.
+
+A new YAML needs a row in MINIATURES: which backbone stands in, and what writes its data (tests/miniatures.py).
+"""
+
+import contextlib
+import copy
+import inspect
+import math
+import re
+from functools import partial
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+from helpers import miniatures, tiny_images
+from helpers.streams import steps
+from helpers.tiny_language import tiny_folder
+
+from pm_hf.adapters.folder import open_adapter
+from pm_hf.config.loading import load_config
+from pm_hf.errors import InputError
+from pm_hf.runs.learner import Run, learn
+from pm_hf.training.task_trainer import TRAINING_DEFAULTS
+from pm_hf.training.trainer import PMConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MINIATURES = {
+    "banking77/minilm.yaml": ("bert", miniatures.banking77),
+    "cifar10/vit.yaml": ("vit", miniatures.arrays),
+    "cifar100/10-tasks.yaml": ("vit", miniatures.cifar100),
+    "clinc150/minilm-full.yaml": ("bert", miniatures.clinc150),
+    "clinc150/minilm.yaml": ("bert", miniatures.clinc150),
+    "cub200/10-tasks.yaml": ("vit", miniatures.cub200),
+    "demo/docstrings.yaml": ("bert", miniatures.docstrings),
+    "digits/vit.yaml": ("vit", miniatures.arrays),
+    "domainnet/5-tasks.yaml": ("vit", miniatures.domainnet),
+    "imagenet-a/10-tasks.yaml": ("vit", miniatures.imagenet_a),
+    "imagenet-r/10-tasks.yaml": ("vit", miniatures.imagenet_r),
+    "imagenet-r/20-tasks.yaml": ("vit", miniatures.imagenet_r),
+    "imagenet-r/5-tasks.yaml": ("vit", miniatures.imagenet_r),
+    "mixed/minilm.yaml": ("bert", miniatures.prompts),
+    **{f"olora/order-{order}.yaml": ("t5", miniatures.olora) for order in range(1, 7)},
+    "pacs/vit.yaml": ("vit", miniatures.arrays),
+    "smollm2/domains.yaml": ("llama", miniatures.domains),
+    "smollm2/text.yaml": ("llama", miniatures.prompts),
+    "tinyimagenet50/vit.yaml": ("vit", miniatures.arrays),
+}
+COUNT = 24
+SMALLER = {
+    "lora.r": 2,
+    "training.max_steps": 2,
+    "training.per_device_train_batch_size": 4,
+    "training.dataloader_num_workers": 0,
+    "curvature.samples": 4,
+}
+
+
+class EnoughError(Exception):
+    """Task 2 is done."""
+
+
+@pytest.fixture(scope="session")
+def backbones(tiny_base, tmp_path_factory):
+    """Folder of each tiny backbone by name, made when first asked for."""
+    made = {"bert": tiny_base}
+    builders = {"vit": tiny_images.save_vit} | {kind: partial(tiny_folder, kind) for kind in ("llama", "t5")}
+
+    def backbone(name):
+        if name not in made:
+            made[name] = builders[name](tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return backbone
+
+
+@pytest.fixture
+def until_task_2(tmp_path, monkeypatch):
+    """A run of a YAML with changed settings, ended after its second task; the run's folder."""
+    learn_task = Run.learn_task
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def limited(run, index, stop):
+        if index == 2:
+            raise EnoughError
+        learn_task(run, index, stop)
+
+    def run(path, **changes):
+        monkeypatch.setattr(Run, "learn_task", limited)
+        with contextlib.suppress(EnoughError):
+            learn(path, output_dir=str(tmp_path / "run"), **changes)
+        return tmp_path / "run"
+
+    return run
+
+
+def read(name):
+    return yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
+
+
+def leaves(tree, path=""):
+    """(dotted key, value) of every setting in a YAML."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and not path:
+            yield from leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def resolved_without(config, key):
+    """The resolved settings without this key, None where it is required."""
+    left = copy.deepcopy(config)
+    group, _, setting = key.partition(".")
+    (left[group] if setting else left).pop(setting or group)
+    try:
+        return load_config(left).to_dict()
+    except InputError:
+        return None
+
+
+def test_every_yaml_has_a_miniature():
+    every = [path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml")]
+    found = sorted(str(path) for path in every if path.parent.name != "accelerate")  # whose files are the launcher's
+    assert found == sorted(MINIATURES)
+    assert len(found) == COUNT
+
+
+@pytest.mark.parametrize("name", sorted(MINIATURES))
+def test_yaml_runs_to_the_end_of_task_2_on_a_miniature(name, backbones, until_task_2, tmp_path):
+    config = read(name)
+    backbone, write = MINIATURES[name]
+    data = tmp_path / "data"
+    data.mkdir()
+    write(data, config["stream"])
+    tiny = {"model.base": str(backbones(backbone)), "model.gguf_file": None, "data_dir": str(data)}
+    if backbone == "bert":
+        tiny["stream.max_length"] = min(config["stream"].get("max_length", 32), 32)  # its positions
+    folder = until_task_2(CONFIGS / name, **tiny, **SMALLER)
+    done = steps(folder)
+    assert len(done) == 2
+    for step, seen in zip(done, (1, 2), strict=True):
+        assert step["optimizer_steps"] == 2
+        for scores in step["scores"].values():
+            assert len(scores) == seen
+            assert all(math.isfinite(score) for score in scores)
+    modules = list(open_adapter(next(folder.glob("task-01-*")) / "merged").scaling)
+    targets = config["lora"]["target_modules"]
+    if isinstance(targets, list):
+        assert {module.rpartition(".")[2] for module in modules} == set(targets)
+    else:
+        assert all(re.fullmatch(targets, module) for module in modules)
+
+
+@pytest.mark.parametrize("name", sorted(MINIATURES))
+def test_yaml_repeats_no_default(name):
+    config = read(name)
+    resolved = load_config(config).to_dict()
+    trainer = {key: value.default for key, value in inspect.signature(PMConfig).parameters.items()} | TRAINING_DEFAULTS
+    for key, value in leaves(config):
+        group, _, setting = key.partition(".")
+        if group == "training":
+            assert trainer[setting] != resolved["training"][setting], key
+        else:
+            assert resolved_without(config, key) != resolved, f"{key}: {value} is the default"
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(MINIATURES) if name.endswith("-tasks.yaml")])
+def test_published_benchmarks_keep_the_published_protocol(name):
+    config = load_config(CONFIGS / name)
+    assert (config.method, config.merge.method, config.curvature.kind) == ("pm", "pm", "fisher")
+    assert config.model.base == "google/vit-base-patch16-224"
+    assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (10, 10, ["k_proj", "v_proj"])
+    assert config.perturbation.scale == 0.5
+    assert config.merge.max_rank is None
+    assert config.head.kind == "linear"
+    assert config.stream.augmentation == "crop_flip"
+    assert config.stream.class_groups == int(re.search(r"(\d+)-tasks", name)[1])
+    training = config.training
+    assert training["num_train_epochs"] == (5 if name.startswith("domainnet") else 10)
+    assert training["per_device_train_batch_size"] == 256
+    assert (training["learning_rate"], training["head_learning_rate"]) == (1e-3, 1e-2)

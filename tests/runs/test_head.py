@@ -1,0 +1,176 @@
+"""The analytic head in a stream: what it starts a task with, what it competes with, a mean for each domain."""
+
+import shutil
+
+import pytest
+import torch
+from helpers.streams import domains, settings, steps, tensors, write_data
+from runs.test_learner_language import data as language_data  # noqa: F401
+from runs.test_learner_language import settings as language
+from helpers.tiny_training import OLD_NAME
+
+import pm_hf.runs.learner
+from pm_hf.adapters.folder import open_adapter
+from pm_hf.config.loading import load_config
+from pm_hf.data.stream import load_stream
+from pm_hf.errors import InputError
+from pm_hf.measuring.analytic_head import HeadStatistics
+from pm_hf.models.lora import find_head
+from pm_hf.runs.learner import Run, evaluate, learn
+
+pytestmark = pytest.mark.filterwarnings(OLD_NAME)
+HEAD = "classifier"
+SHORT = {"training__num_train_epochs": 2, "curvature__samples": 8}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def refused(config):
+    with pytest.raises(InputError) as caught:
+        learn(config)
+    return str(caught.value)
+
+
+# a mean for each domain
+
+
+@pytest.mark.parametrize(("means", "rows", "least"), [("class", 1, 0.5), ("task", 2, 0.8)])
+def test_analytic_head_in_a_domain_stream_has_a_mean_a_class_or_a_class_and_domain(
+    tiny_base, tmp_path, means, rows, least
+):
+    report = learn(domains(tiny_base, tmp_path, tmp_path / "run", method="best", head__means=means))
+    statistics = HeadStatistics.load(tmp_path / "run" / "task-01-odd" / "head_statistics.safetensors")
+    labels = ["apple", "bird", "car"] * rows
+    assert statistics.labels == labels
+    assert statistics.counts.tolist() == [48 / rows] * 3 * rows
+    assert open_adapter(tmp_path / "run" / "merged").labels == {HEAD: labels}
+    assert report.metrics["ACC"] > least
+    found = evaluate(load_config(tmp_path / "run" / "config.yaml"), tmp_path / "run" / "merged")
+    assert [scores["class_incremental"] for scores in found.values()] == report.scores[-1]
+
+
+def test_a_domain_has_a_mean_of_its_own_unless_asked_otherwise(tiny_base, data, tmp_path):
+    assert load_config(domains(tiny_base, tmp_path, tmp_path / "run", method="best")).head.means == "task"
+    assert load_config(settings(tiny_base, data, tmp_path / "run", method="best")).head.means == "class"
+    assert load_config(settings(tiny_base, data, tmp_path / "run", method="pm")).head.means is None
+
+
+# analytic rows to start from and to compete with
+
+
+def test_rows_start_analytic_and_compete_with_every_class_seen(tiny_base, data, tmp_path, monkeypatch):
+    seen = []
+    train = pm_hf.runs.learner.train
+
+    def watched(built, examples, collate, *args, **kwargs):
+        linear, inputs = find_head(built.model, HEAD), collate(examples[:6])
+        built.model.eval()
+        rows = torch.cat([linear.weight, linear.bias[:, None]], 1).detach().clone()
+        seen.append((rows, built.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits.detach()))
+        found = train(built, examples, collate, *args, **kwargs)
+        seen[-1] += (built.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits.detach(),)
+        return found
+
+    measured = []
+    estimate = pm_hf.runs.learner.estimate_curvature
+
+    def counted(model, dataloader, **options):
+        inputs = next(iter(dataloader))
+        measured.append(model(**{k: v for k, v in inputs.items() if k != "labels"}).logits.shape[1])
+        return estimate(model, dataloader, **options)
+
+    monkeypatch.setattr(pm_hf.runs.learner, "train", watched)
+    monkeypatch.setattr(pm_hf.runs.learner, "estimate_curvature", counted)
+    learn(settings(tiny_base, data, tmp_path / "run", method="best", head__training="seen"))
+    config = load_config(tmp_path / "run" / "config.yaml")
+    stream = load_stream(config)
+    run = Run(config, stream)
+    for index, (rows, before, after) in enumerate(seen):
+        assert before.shape[1] == after.shape[1] == 2 * (index + 1)
+        task, folder = stream.tasks[index], run.folder.task(index - 1)
+        if index == 0:
+            continue
+        known = HeadStatistics.load(folder / "head_statistics.safetensors")
+        features = run.scorer.features(folder / "merged", task.train, task.own, HEAD)
+        targets = torch.tensor([task.own.index(label) for label in task.train.labels])
+        statistics = known.added(features, targets, list(task.own))
+        weight, bias = statistics.solve()
+        expected = torch.cat([weight, bias[:, None]], 1).float()
+        scale = float(expected[-1].norm() / rows[-1].norm())  # the temperature
+        assert scale >= 1
+        torch.testing.assert_close(rows * scale, expected[-2:], rtol=1e-3, atol=1e-3)
+    assert measured == [2, 2, 2]  # the Fisher is that of the task's own classes, with which P&M is published
+
+
+def test_training_against_every_class_seen_needs_the_merge_it_is_about(tiny_base, data, tmp_path):
+    problem = "head.training: seen"
+    linear = settings(tiny_base, data, tmp_path / "run", method="pm", head__training="seen")
+    last = settings(tiny_base, data, tmp_path / "run", method="best", head__training="seen", merge__train_from="last")
+    assert problem in refused(linear)
+    assert problem in refused(last)
+
+
+def test_replayed_classes_are_trained_and_no_rivals_of_themselves(tiny_base, data, tmp_path, monkeypatch):
+    widths, starts = [], []
+    train = pm_hf.runs.learner.train
+
+    def watched(built, examples, collate, *args, **kwargs):
+        inputs = collate(examples[:4])
+        widths.append(built.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits.shape[1])
+        starts.append(find_head(built.model, HEAD).weight.detach().norm(dim=1))
+        return train(built, examples, collate, *args, **kwargs)
+
+    monkeypatch.setattr(pm_hf.runs.learner, "train", watched)
+    learn(settings(tiny_base, data, tmp_path / "run", "best", strategy__replay_per_class=2, **SHORT))
+    assert widths == [2, 4, 6]  # every class once
+    assert all(start.min() > 0.1 * start.max() for start in starts)  # all of them from analytic rows
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_few_rows_a_class_are_enough(tiny_base, tmp_path, rows):
+    few = write_data(tmp_path / "few", per_class=rows)
+    config = settings(tiny_base, few, tmp_path / "run", "best", stream__train_per_class=rows, **SHORT)
+    if rows == 1:
+        assert "features that vary within a class" in refused(config)  # of which no covariance can be made
+    else:
+        assert learn(config).metrics["ACC"] > 0.2
+
+
+def test_a_release_with_a_row_a_domain_goes_on_as_one(tiny_base, tmp_path):
+    config = domains(tiny_base, tmp_path, tmp_path / "run", "best", **SHORT)
+    learn(config)
+    start = str(tmp_path / "run" / "merged")
+
+    def again(method, **changes):
+        folder = tmp_path / f"{method}-{len(changes)}"
+        return domains(tiny_base, tmp_path, folder, method, **SHORT) | {"start_from": start} | changes
+
+    assert "several rows of one label" in refused(again("average"))
+    pooled = again("best")
+    pooled["head"] = {"means": "class"}
+    assert "several means a class" in refused(pooled)
+    learn(again("best"))
+    rows = open_adapter(tmp_path / "best-0" / "merged").labels[HEAD]
+    assert rows == ["apple", "bird", "car"] * 4
+
+
+def test_a_release_whose_statistics_are_of_other_labels_is_refused(tiny_base, data, tmp_path):
+    learn(settings(tiny_base, data, tmp_path / "one", "best", groups=1, **SHORT))
+    learn(settings(tiny_base, data, tmp_path / "two", "best", groups=2, **SHORT))
+    for name in ("head_statistics.safetensors", "curvature.safetensors"):
+        shutil.copy(next((tmp_path / "one").glob(f"task-*/{name}")), tmp_path / "two" / "merged" / name)
+    start = {"start_from": str(tmp_path / "two" / "merged")}
+    assert "its labels are not those of" in refused(settings(tiny_base, data, tmp_path / "x", "best") | start)
+
+
+def test_best_without_an_analytic_head_has_nothing_to_start_from(tiny_base, data, language_data, tmp_path):  # noqa: F811
+    linear = load_config(settings(tiny_base, data, tmp_path / "run", "best", head__kind="linear"))
+    assert (linear.head.kind, linear.head.training) == ("linear", "task")
+    model = load_config(language(language_data, tmp_path / "run", method="best"))
+    assert (model.head.kind, model.head.training) == ("none", "task")
+    learn(settings(tiny_base, data, tmp_path / "run", "best", groups=2, head__kind="linear", **SHORT))
+    assert len(steps(tmp_path / "run")) == 2
+    assert tensors(tmp_path / "run" / "merged")[f"{HEAD}.weight"].shape[0] == 4

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.rows import CLASSES, WORDS, write_rows
+from helpers.streams import CLASSES, WORDS, write_rows
 
 GPU = torch.cuda.is_available()  # only with PM_HF_TEST_GPU, for tests/test_gpu.py
 

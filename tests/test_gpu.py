@@ -6,9 +6,9 @@ import helpers.per_example as slow
 import pytest
 import torch
 from conftest import GPU
+from helpers.models import OLD_NAME
 from helpers.per_example import batches, examples
 from helpers.streams import dense, first, settings, steps, write_data
-from helpers.tiny_training import OLD_NAME
 from measuring.test_learned_coefficients_stream import accuracy, trained
 from runs.test_learner_language import data as language_data  # noqa: F401
 from runs.test_learner_language import settings as language

@@ -1,19 +1,36 @@
-"""Tiny streams for the learner's tests, and what they leave on disk."""
+"""Tiny streams: their rows and settings, and what a run of them leaves on disk."""
 
+import csv
 import json
-import os
-import sys
-import traceback
-import warnings
+import random
 from pathlib import Path
 
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from helpers.rows import CLASSES, write_rows
 from pm_hf.adapters.folder import open_adapter
 from pm_hf.adapters.layout import ADAPTER_WEIGHTS, PEFT_PREFIX
+
+WORDS = [f"{kind}{i}" for kind in ("apple", "bird", "car", "dog", "egg", "fog", "the", "of") for i in range(6)]
+CLASSES = ("apple", "bird", "car", "dog", "egg", "fog")  # a text's class is the kind of word it has most of
+
+
+def write_rows(path: Path, classes, per_class: int, seed: int, **columns) -> Path:
+    """CSV of texts with `per_class` rows of each class; further columns hold a constant, or one value a row."""
+    rng = random.Random(seed)
+    rows = []
+    for label in classes:
+        for _ in range(per_class):
+            kinds = [label] * 3 + rng.choices(["the", "of"], k=rng.randint(1, 4))
+            rng.shuffle(kinds)
+            rows.append({"text": " ".join(f"{kind}{rng.randrange(6)}" for kind in kinds), "label": label, **columns})
+    with open(path, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
 
 GROUPS = {"first": ["apple", "bird"], "second": ["car", "dog"], "third": ["egg", "fog"]}
 TRAINING = {
@@ -79,32 +96,6 @@ def write_yaml(path, config):
     """The settings as a YAML file, in their own order."""
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
-
-
-def forked(work):
-    """(status, what it wrote to stdout and stderr) of a child process that does `work`; status below 0: killed by that.
-
-    A fork is a process of its own without the seconds that a new interpreter needs to import everything.
-    """
-    reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside idle threads
-        pid = os.fork()
-    if pid == 0:
-        code = 99
-        try:
-            os.dup2(writing, 1)
-            os.dup2(writing, 2)
-            sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-            code = work() or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    os.close(writing)
-    with open(reading, encoding="utf-8") as pipe:
-        text = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
 
 
 def contents(folder):

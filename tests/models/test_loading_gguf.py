@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from helpers.tiny_training import OLD_NAME
+from helpers.models import OLD_NAME
 from runs.test_learner_language import write_lines
 
 from pm_hf.adapters.folder import base_name, open_adapter

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
+from helpers.models import OLD_NAME
 from helpers.streams import domains, settings, steps, tensors, write_data
-from helpers.tiny_training import OLD_NAME
 from runs.test_learner_language import data as language_data  # noqa: F401
 from runs.test_learner_language import settings as language
 

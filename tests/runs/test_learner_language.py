@@ -7,10 +7,8 @@ import random
 import pytest
 import torch
 import transformers
-from helpers.language_reference import greedy, log_probabilities, mean_log_probability
+from helpers.models import KINDS, OLD_NAME, TARGETS, greedy, log_probabilities, mean_log_probability, tiny_folder
 from helpers.streams import same_tensors, steps
-from helpers.tiny_language import KINDS, TARGETS, tiny_folder
-from helpers.tiny_training import OLD_NAME
 from peft import PeftModel
 
 from pm_hf.config.loading import load_config

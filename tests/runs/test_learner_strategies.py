@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
+from helpers.models import OLD_NAME
 from helpers.streams import dense, domains, first, same_tensors, settings, steps, tensors, write_data, write_yaml
-from helpers.tiny_training import OLD_NAME
 
 import pm_hf.runs.learner
 from pm_hf.adapters.merge import merge_adapters

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.models import OLD_NAME
 from helpers.streams import dense, domains, settings, steps, tensors, write_data
-from helpers.tiny_training import OLD_NAME
 from runs.test_learner_strategies import FEW, HEAD, Seen, assert_same, tasks
 
 import pm_hf.runs.learner

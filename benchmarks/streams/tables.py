@@ -15,7 +15,7 @@ from scipy.stats import ttest_rel
 from pm_hf.reports.charts import plot_means
 from pm_hf.runs.records import Report
 
-BLOCK = re.compile(r"(<!-- (\S+) -->\n).*?(<!-- end -->)", re.S)
+BLOCK = re.compile(r"(<!-- (\S+) -->\n\n).*?(<!-- end -->)", re.S)
 OVERVIEW = (
     "clinc150",
     "banking77",
@@ -60,7 +60,7 @@ def with_tables(text: str) -> str:
     def filled(block: re.Match) -> str:
         start, name, end = block.groups()
         rows = overview() if name == "overview" else (ROOT / "results" / name).read_text(encoding="utf-8")
-        return f"{start}{rows}{end}"
+        return f"{start}{rows}\n{end}"
 
     return BLOCK.sub(filled, text)
 

@@ -178,7 +178,7 @@ def readme(base: Path) -> Names:
         shutil.copytree(ROOT / name, name)
     data = Path("../shared/data/text")
     data.mkdir(parents=True)
-    stream = yaml.safe_load((ROOT / "configs/clinc150/minilm.yaml").read_text())["stream"]
+    stream = yaml.safe_load((ROOT / "configs/text/clinc150.yaml").read_text())["stream"]
     miniatures.clinc150(data, stream)
     encoder(base)
     train_and_test([*CARDS, *TRANSFERS])

@@ -13,7 +13,7 @@ SMALLER = {"stream.train_rows": 200, "stream.test_rows": 100, "training.num_trai
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("digits_recipe", ROOT / "recipes" / "digits.py")
+    spec = importlib.util.spec_from_file_location("make_digits", ROOT / "recipes" / "make_digits.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -28,7 +28,7 @@ def prepared(recipe, tmp_path_factory):
 
 def stream(folder, method):
     changes = {"data_dir": str(folder / "data"), "model.base": str(folder / "backbone")} | SMALLER
-    return learn(ROOT / "configs/digits/vit.yaml", method=method, output_dir=str(folder / method), **changes)
+    return learn(ROOT / "configs/image/digits.yaml", method=method, output_dir=str(folder / method), **changes)
 
 
 def test_backbone_reads_upright_digits_and_pm_forgets_less_than_sequential(prepared):
@@ -74,7 +74,7 @@ def test_main_says_what_to_run_next_and_what_is_missing(recipe, tmp_path, monkey
     monkeypatch.setattr(recipe, "OUTPUT", tmp_path)
     monkeypatch.setattr(recipe, "prepare", lambda folder: 0.5)
     assert recipe.main() == 0
-    assert "next: pm-hf train --config configs/digits/vit.yaml" in capsys.readouterr().out
+    assert "next: pm-hf train --config configs/image/digits.yaml" in capsys.readouterr().out
 
     def missing(folder):
         raise InputError("scikit-learn is missing")

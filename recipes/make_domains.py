@@ -73,25 +73,25 @@ def split(domain: str, files: list[str]) -> tuple[list[str], list[str]]:
         seen |= {normal(text) for text in pieces(content)}
         sides[side] += fresh
     if [len(texts) for texts in sides] != [TRAIN, TEST]:
-        found = " and ".join(str(len(texts)) for texts in sides)
-        raise InputError(f"{domain} has {found} texts for train and test, expected {TRAIN} and {TEST}")
+        counts = " and ".join(str(len(texts)) for texts in sides)
+        raise InputError(f"{domain} has {counts} texts for train and test, expected {TRAIN} and {TEST}")
     return sides[0], sides[1]
 
 
 def pieces(content: str) -> Iterator[str]:
     """Up to PER_FILE runs of whole lines, spread over the content, that do not overlap."""
-    lines, found, size = content.splitlines(), list[str](), 0
+    lines, blocks, size = content.splitlines(), list[str](), 0
     block: list[str] = []
     for line in lines:
         if size + len(line) > LENGTHS[1] or not line.strip():
-            found += ["\n".join(block)] * (size >= LENGTHS[0])
+            blocks += ["\n".join(block)] * (size >= LENGTHS[0])
             block, size = [], 0
         if line.strip() and len(line) <= LENGTHS[1]:
             block.append(line)
             size += len(line) + 1
-    found += ["\n".join(block)] * (size >= LENGTHS[0])
-    step = max(1, len(found) // PER_FILE)
-    yield from dict.fromkeys(found[::step][:PER_FILE])
+    blocks += ["\n".join(block)] * (size >= LENGTHS[0])
+    step = max(1, len(blocks) // PER_FILE)
+    yield from dict.fromkeys(blocks[::step][:PER_FILE])
 
 
 def posts(data: Path) -> list[str]:
@@ -102,15 +102,15 @@ def posts(data: Path) -> list[str]:
 def code(domain: str) -> list[str]:
     """The files of a domain's packages."""
     places, pattern = CODE[domain]
-    found = []
+    texts = []
     for package, _, folder in (place.partition("/") for place in places):
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise InputError(f"package {package} is not installed")
         files = sorted((Path(next(iter(spec.submodule_search_locations))) / folder).rglob(pattern))
         random.Random(package).shuffle(files)
-        found += [read(file) for file in files[:FILES]]
-    return found
+        texts += [read(file) for file in files[:FILES]]
+    return texts
 
 
 def licences() -> list[str]:

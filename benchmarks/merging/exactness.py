@@ -138,18 +138,18 @@ def measure_refused(name: str, folder: Path) -> dict[str, Cell]:
     """What PEFT makes of an adapter that we refuse: identity merge, and save_as_lora."""
     import peft
 
-    found = trained(name, folder)
-    kind, expected = Kind(found.row.model, {}, warning=".*"), found.update
-    ours = attempt(lambda: {"report": repr(merge_adapters(found.path, folder / "ours", method="average"))})
-    cells: dict[str, Cell] = {"ours": {key: str(text).replace(str(found.path), name) for key, text in ours.items()}}
+    adapter = trained(name, folder)
+    kind, expected = Kind(adapter.row.model, {}, warning=".*"), adapter.update
+    ours = attempt(lambda: {"report": repr(merge_adapters(adapter.path, folder / "ours", method="average"))})
+    cells: dict[str, Cell] = {"ours": {key: str(text).replace(str(adapter.path), name) for key, text in ours.items()}}
     if expected is None:
         return cells  # PEFT has no merged weights to compare with
-    lora = found.row.config == "LoraConfig"
+    lora = adapter.row.config == "LoraConfig"
     absent: Cell = {"raises": "AttributeError: no add_weighted_adapter"}
-    identity = peft_cell(kind, [found.path], [1.0], "svd", expected, folder / "peft") if lora else absent
+    identity = peft_cell(kind, [adapter.path], [1.0], "svd", expected, folder / "peft") if lora else absent
 
     def convert() -> Cell:
-        peft.save_as_lora(folder / "lora", copy.deepcopy(found.model), rank=16)  # the smaller side of every matrix
+        peft.save_as_lora(folder / "lora", copy.deepcopy(adapter.model), rank=16)  # the smaller side of every matrix
         return {"reloaded": distance(update(kind, folder / "lora"), expected)}
 
     return cells | {"PEFT identity": identity, "PEFT save_as_lora": attempt(convert)}

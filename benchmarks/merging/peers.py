@@ -86,21 +86,23 @@ def main() -> int:
     if not peers:
         parser.error("give --fusion-bench, --mergekit or both")
     torch.set_num_threads(1)
-    found: dict[str, dict] = {peer: {"differences": {}} for peer in peers}
+    peer_results: dict[str, dict] = {peer: {"differences": {}} for peer in peers}
     with tempfile.TemporaryDirectory() as temporary:
         for rank, suffix in ((min(min(shape) for shape in SHAPES.values()), ""), (RANK, ", low rank")):
             folder = Path(temporary) / f"rank-{rank}"
             ours = Ours(folder, rank)
             for peer, python in peers.items():
                 theirs, versions = run(peer, python, folder)
-                found[peer]["versions"] = versions
+                peer_results[peer]["versions"] = versions
                 compared = {name + suffix: difference(ours, name, update) for name, update in theirs.items()}
-                found[peer]["differences"] |= compared
-    text = table(found)
+                peer_results[peer]["differences"] |= compared
+    text = table(peer_results)
     print(text)
     if not options.no_results:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        write_json(RESULTS / "peers.json", {"peers": found, "settings": SETTINGS, "shapes": SHAPES, **environment()})
+        write_json(
+            RESULTS / "peers.json", {"peers": peer_results, "settings": SETTINGS, "shapes": SHAPES, **environment()}
+        )
         (RESULTS / "peers.md").write_text(text, encoding="utf-8")
     return 0
 
@@ -212,8 +214,8 @@ class Ours:
 
 def difference(ours: Ours, name: str, theirs: Tensors) -> float:
     """‖ours − theirs‖/‖theirs‖ for one method."""
-    found = merged(ours, name)
-    gap = sum(float((found[module] - update).square().sum()) for module, update in theirs.items())
+    tensors = merged(ours, name)
+    gap = sum(float((tensors[module] - update).square().sum()) for module, update in theirs.items())
     return (gap / sum(float(update.square().sum()) for update in theirs.values())) ** 0.5
 
 
@@ -246,10 +248,10 @@ def run(peer: str, python: str, folder: Path) -> tuple[dict[str, Tensors], dict[
     return updates, json.loads((folder / peer / "versions.json").read_text(encoding="utf-8"))
 
 
-def table(found: Mapping[str, Mapping]) -> str:
+def table(peer_results: Mapping[str, Mapping]) -> str:
     """One line for each method and peer, as Markdown; low rank only where it differs in kind."""
     lines = ["| method | peer | relative difference | set for the comparison |", "|---|---|---|---|"]
-    for peer, result in found.items():
+    for peer, result in peer_results.items():
         version = result["versions"][peer]
         for name, gap in sorted(result["differences"].items()):
             if ", low rank" not in name or (peer, name) in NOTES:

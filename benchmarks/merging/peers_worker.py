@@ -109,12 +109,14 @@ def fusion_bench(data: Data) -> Iterator[tuple[str, Tensors]]:
     yield "dare_ties", {k: v for name in data.base for k, v in _fusion_dare_ties(data.one_module(name), pool).items()}
     weights = {f"{name}.weight": [task[name] for task in data.tasks] for name in data.base}
     off_diagonal = 1 - options["shrinkage"]
-    found = merging_with_regmean_weights(weights, data.grams, reduce_non_diagonal_ratio=off_diagonal)
-    yield "lot", {name: found[f"{name}.weight"] for name in data.base}
+    regmean = merging_with_regmean_weights(weights, data.grams, reduce_non_diagonal_ratio=off_diagonal)
+    yield "lot", {name: regmean[f"{name}.weight"] for name in data.base}
     fishers = [{f"{name}.weight": fisher[name] for name in data.base} for fisher in data.fishers]
     equal = torch.ones(count, dtype=torch.float64)
-    found = merging_with_fisher_weights(weights, fishers, equal, normalize_fisher_weight=False, minimal_fisher_weight=0)
-    yield "cofima", {name: found[f"{name}.weight"] for name in data.base}
+    fisher_mean = merging_with_fisher_weights(
+        weights, fishers, equal, normalize_fisher_weight=False, minimal_fisher_weight=0
+    )
+    yield "cofima", {name: fisher_mean[f"{name}.weight"] for name in data.base}
     yield "opcm", _fusion_opcm(data, pool)
     yield "doge", _fusion_doge(data, pool)
     yield from _fusion_adamerging(data, pool)

@@ -109,12 +109,12 @@ class Bench:
         self, shape: str, dtype: str, what: str, *, repeats: int | None = None, python: str = sys.executable
     ) -> Row:
         """The median time of several processes, and the largest of their peaks."""
-        found = [self.run(what, shape, dtype, python) for _ in range(repeats or self.repeats)]
-        seconds = [one.pop("seconds") for one in found]
-        peaks = {key: max(one[key] for one in found) for key in ("base_mb", "peak_mb", "hwm_mb")}
-        increase = max(one["peak_mb"] - one["base_mb"] for one in found)
+        measured = [self.run(what, shape, dtype, python) for _ in range(repeats or self.repeats)]
+        seconds = [process.pop("seconds") for process in measured]
+        peaks = {key: max(process[key] for process in measured) for key in ("base_mb", "peak_mb", "hwm_mb")}
+        increase = max(process["peak_mb"] - process["base_mb"] for process in measured)
         times = {"seconds": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
-        return {"shape": shape, "dtype": dtype, "what": what} | found[-1] | times | peaks | {"increase_mb": increase}
+        return {"shape": shape, "dtype": dtype, "what": what} | measured[-1] | times | peaks | {"increase_mb": increase}
 
     def run(self, what: str, shape: str, dtype: str, python: str = sys.executable) -> Row:
         """One process: what it prints, and its peak of RssAnon after its imports."""
@@ -166,14 +166,14 @@ def table(rows: list[Row]) -> str:
 
 def remarks(row: Row) -> str:
     """What else was measured."""
-    found = [f"{row[key]:.2f}× {key.removeprefix('of ')}" for key in ("of disk, synced", "of disk") if key in row]
+    remarks = [f"{row[key]:.2f}× {key.removeprefix('of ')}" for key in ("of disk, synced", "of disk") if key in row]
     if "error" in row:
-        found.append(f"error {row['error']:.4g}")
+        remarks.append(f"error {row['error']:.4g}")
     if "load_seconds" in row:
-        found.append(f"loading {row['load_seconds']:.2g} s and saving {row['save_seconds']:.2g} s not counted")
+        remarks.append(f"loading {row['load_seconds']:.2g} s and saving {row['save_seconds']:.2g} s not counted")
     if "note" in row:
-        found.append(row["note"])
-    return "; ".join(found)
+        remarks.append(row["note"])
+    return "; ".join(remarks)
 
 
 def targets(rows: list[Row]) -> list[str]:

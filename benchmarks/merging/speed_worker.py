@@ -106,10 +106,10 @@ def peft(task: Task) -> Result:
         model.add_weighted_adapter(["a", "b"], [0.3, 0.7], "merged", **how)
     merged = time.perf_counter()
     model.save_pretrained(task.folder / "peft", selected_adapters=["merged"])
-    found = {"seconds": merged - loaded, "load_seconds": loaded - start, "save_seconds": time.perf_counter() - merged}
+    times = {"seconds": merged - loaded, "load_seconds": loaded - start, "save_seconds": time.perf_counter() - merged}
     if svd:
-        _, found["error"] = approximation(task, task.folder / "peft" / "merged")
-    return task.facts() | found
+        _, times["error"] = approximation(task, task.folder / "peft" / "merged")
+    return task.facts() | times
 
 
 def bare_model(task: Task) -> torch.nn.Module:

@@ -66,7 +66,7 @@ def main() -> int:
         print(f"{len(kills)} kills in {len(folders)} runs", file=sys.stderr, flush=True)
     expected = outcome(options.runs / "whole")
     different = {name: differences(outcome(options.runs / name), expected) for name in folders}
-    different = {name: found for name, found in different.items() if found}
+    different = {name: keys for name, keys in different.items() if keys}
     landed = Counter(kill["landed"] for kill in kills)
     figures = {
         "kills": len(kills),
@@ -104,7 +104,7 @@ def undisturbed(runs: Path) -> dict[str, float]:
     for (begin, phase), (end, _) in zip(entered, entered[1:], strict=False):
         spans.setdefault(phase, []).append(end - begin)
     assert set(PHASES) <= set(spans), f"the run went through {sorted(spans)} only"
-    return {phase: median(found) for phase, found in spans.items()}
+    return {phase: median(seconds) for phase, seconds in spans.items()}
 
 
 def start(runs: Path, name: str) -> subprocess.Popen:
@@ -205,18 +205,18 @@ def wait(process: subprocess.Popen, seconds: float) -> int | None:
 
 def outcome(folder: Path) -> dict[str, object]:
     """What must be equal: {file: digest, or what a step.json says without what it measured}."""
-    found: dict[str, object] = {}
+    contents: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.name == "step.json":
-            found[name] = {key: value for key, value in read_json(path).items() if key not in MEASURED}
+            contents[name] = {key: value for key, value in read_json(path).items() if key not in MEASURED}
         elif path.suffix == ".safetensors":
-            found[name] = tensors_digest(path)
+            contents[name] = tensors_digest(path)
         elif path.name in ("labels.json", "adapter_config.json"):
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            contents[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.is_file():
-            found[name] = "there"
-    return found
+            contents[name] = "there"
+    return contents
 
 
 def tensors_digest(path: Path) -> str:

@@ -34,14 +34,14 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/long-stream"))
     options = parser.parse_args()
     steps = run(options.data, options.tasks, options.method, options.runs / f"{options.method}-{options.tasks}")
-    found = compare(steps)
+    figures = compare(steps)
     method = "" if options.method == "pm" else f"{options.method}-"
     path = ROOT / "results" / "running" / f"long-stream-{method}{options.tasks}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"tasks": options.tasks, "method": options.method, **found, **environment()})
+    write_json(path, {"tasks": options.tasks, "method": options.method, **figures, **environment()})
     for key, target in TARGETS.items():
-        print(f"{key}: task {options.tasks} over task 2: {found['ratios'][key]:.3f} (target {target})")
-    return int(any(found["ratios"][key] > target for key, target in TARGETS.items()))
+        print(f"{key}: task {options.tasks} over task 2: {figures['ratios'][key]:.3f} (target {target})")
+    return int(any(figures["ratios"][key] > target for key, target in TARGETS.items()))
 
 
 def run(data: str, tasks: int, method: str, folder: Path) -> list[dict]:

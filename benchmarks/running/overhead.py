@@ -133,23 +133,23 @@ def main() -> int:
     if options.memory_of:
         print(json.dumps(peak_memory(KINDS[options.kinds[0]], options.memory_of, options)))
         return 0
-    found = {name: measure(name, options) for name in options.kinds}
+    kinds = {name: measure(name, options) for name in options.kinds}
     settings = {key: getattr(options, key) for key in ("rounds", "steps", "examples", "layers")}
     options.output.mkdir(parents=True, exist_ok=True)
-    write_json(options.output / "overhead.json", {"kinds": found, "targets": TARGETS, **settings, **environment()})
-    text = table(found)
+    write_json(options.output / "overhead.json", {"kinds": kinds, "targets": TARGETS, **settings, **environment()})
+    text = table(kinds)
     (options.output / "overhead.md").write_text(text, encoding="utf-8")
     print(text)
-    ratios = [(key, run["ratios"][key]) for kind in found.values() for run in kind.values() for key in run["ratios"]]
+    ratios = [(key, run["ratios"][key]) for kind in kinds.values() for run in kind.values() for key in run["ratios"]]
     return int(any(ratio > TARGETS[key] for key, ratio in ratios))
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, dict]:
     """{precision: seconds, memory and ratios} of one kind."""
-    found: dict[str, dict] = {}
+    runs: dict[str, dict] = {}
     for precision in PRECISIONS:
         print(f"--- {name}, {precision}", file=sys.stderr, flush=True)
-        found[precision] = times(KINDS[name], precision, options)
+        runs[precision] = times(KINDS[name], precision, options)
     memory: dict[str, list[float]] = {trainer: [] for trainer in TRAINERS}
     for trainer in list(TRAINERS) * PROCESSES:
         size = ["--layers", str(options.layers), "--steps", str(options.steps)]
@@ -157,9 +157,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, dict]:
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | STEADY)
         memory[trainer].append(json.loads(done.stdout.splitlines()[-1]))
     plain, perturbed = (median(values) for values in memory.values())
-    found["float32"]["peak_memory_mb"] = memory
-    found["float32"]["ratios"]["memory"] = perturbed / plain
-    return found
+    runs["float32"]["peak_memory_mb"] = memory
+    runs["float32"]["ratios"]["memory"] = perturbed / plain
+    return runs
 
 
 def times(kind: Kind, precision: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -222,11 +222,11 @@ def peak_memory(kind: Kind, trainer: str, options: argparse.Namespace) -> float:
     return float(memory.peak_mb or 0)
 
 
-def table(found: dict[str, dict[str, dict]]) -> str:
+def table(kinds: dict[str, dict[str, dict]]) -> str:
     """The ratios as Markdown, with the targets in the head."""
     head = [f"{TITLES[key]} (≤ {target:g})" for key, target in TARGETS.items()]
     lines = [f"| model | precision | step of Trainer, s | {' | '.join(head)} |", "|---" * (3 + len(head)) + "|"]
-    for kind in found.values():
+    for kind in kinds.values():
         for precision, run in kind.items():
             ratios = [f"{run['ratios'][key]:.3f}" if key in run["ratios"] else "–" for key in TARGETS]
             step = median(run["seconds"]["Trainer"])

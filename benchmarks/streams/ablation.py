@@ -96,8 +96,8 @@ def main() -> int:
     options = parser.parse_args()
     if lacking := lacking_input(options.streams, options):
         parser.error(lacking)
-    found = [(name, cell, seed) for name in options.streams for seed in options.seeds for cell in options.cells]
-    failed = pooled(cell_result, [job for job in found if not result_path(*job).exists()], options)
+    asked = [(name, cell, seed) for name in options.streams for seed in options.seeds for cell in options.cells]
+    failed = pooled(cell_result, [job for job in asked if not result_path(*job).exists()], options)
     (ROOT / "results" / "ablation" / "table.md").write_text(text := table(), encoding="utf-8")
     print(text)
     return int(failed > 0)
@@ -117,9 +117,9 @@ def cell_result(job: tuple[str, str, int], options: argparse.Namespace) -> None:
     config = load_config(folder / "config.yaml")
     scores = {} if config.head.kind == "lda" else {"linear": report.metrics["ACC"]}
     run = Run(config, load_stream(config))
-    found: dict[str, Any] = {cell: scores | heads(run, cell)}
+    accuracies: dict[str, Any] = {cell: scores | heads(run, cell)}
     if cell == "fisher":
-        found[FIRST] = heads(run, FIRST)
+        accuracies[FIRST] = heads(run, FIRST)
     path = result_path(*job)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
@@ -128,7 +128,7 @@ def cell_result(job: tuple[str, str, int], options: argparse.Namespace) -> None:
             "stream": name,
             "cell": cell,
             "seed": seed,
-            "ACC": found,
+            "ACC": accuracies,
             "config": anywhere(config.to_dict()),
             **environment(),
         },
@@ -138,8 +138,8 @@ def cell_result(job: tuple[str, str, int], options: argparse.Namespace) -> None:
 def held_out(source: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that score on a fifth of the training rows in place of the test rows."""
     listed = changes.get("stream.tasks") or yaml.safe_load(source.read_text(encoding="utf-8"))["stream"].get("tasks")
-    found: dict[str, Any] = {"stream.test": None, "stream.test_share": SHARE}
-    return found | ({"stream.tasks": [{**task, "test": None} for task in listed]} if listed else {})
+    settings: dict[str, Any] = {"stream.test": None, "stream.test_share": SHARE}
+    return settings | ({"stream.tasks": [{**task, "test": None} for task in listed]} if listed else {})
 
 
 class Features:
@@ -181,16 +181,16 @@ def heads(run: Run, cell: str) -> dict[str, float]:
     for (rows, _), task in zip(train, tasks, strict=True):
         oracle = oracle.added(rows, _targets(task, list(task.own), test=False), list(task.own), apart=domains)
     moving = cell not in (FIRST, "frozen", "joint")
-    found = {"lda, oracle" if moving else "lda, none": score(_linear(oracle))}
+    accuracies = {"lda, oracle" if moving else "lda, none": score(_linear(oracle))}
     if moving:
         followed = {drift: _followed(features, drift, apart=domains) for drift in ("none", "mean shift", "ridge")}
-        found |= {f"lda, {drift}": score(_linear(statistics)) for drift, statistics in followed.items()}
-        found["aligned"] = score(_aligned(followed["ridge"], labels))
+        accuracies |= {f"lda, {drift}": score(_linear(statistics)) for drift, statistics in followed.items()}
+        accuracies["aligned"] = score(_aligned(followed["ridge"], labels))
         if domains:
-            found["lda, one mean a class"] = score(_linear(_followed(features, "ridge", apart=False)))
+            accuracies["lda, one mean a class"] = score(_linear(_followed(features, "ridge", apart=False)))
     else:
-        found["RanPAC"] = score(_random_projection(*everything, len(labels)))
-    return found | {"joint head": score(_logistic(*everything))}
+        accuracies["RanPAC"] = score(_random_projection(*everything, len(labels)))
+    return accuracies | {"joint head": score(_logistic(*everything))}
 
 
 def _targets(task: Task, labels: list[str], *, test: bool) -> Tensor:
@@ -263,20 +263,20 @@ def _random_projection(rows: Tensor, truth: Tensor, classes: int) -> Callable[[T
 
 def table() -> str:
     """ACC of every cell with every head, a table for each stream, as Markdown."""
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    values: dict[str, dict[str, dict[str, list[float]]]] = {}
     for path in sorted((ROOT / "results" / "ablation").glob("*/*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         for cell, scores in result["ACC"].items():
             for head, value in scores.items():
-                found.setdefault(path.parent.name, {}).setdefault(cell, {}).setdefault(head, []).append(value)
+                values.setdefault(path.parent.name, {}).setdefault(cell, {}).setdefault(head, []).append(value)
     parts = []
-    for name in (name for name in STREAMS if name in found):
+    for name in (name for name in STREAMS if name in values):
         lines = [f"### {STREAMS[name].title}", "", "| merge and start | " + " | ".join(HEADS) + " |"]
         lines.append("|---" * (len(HEADS) + 1) + "|")
         for cell, title in TITLES.items():
-            if cell not in found[name]:
+            if cell not in values[name]:
                 continue
-            scores = found[name][cell]
+            scores = values[name][cell]
             shown = [spread(scores[head], interval=False) if head in scores else "–" for head in HEADS]
             lines.append(f"| {title} | " + " | ".join(shown) + " |")
         parts.append("\n".join(lines) + "\n")

@@ -60,19 +60,19 @@ def table() -> str:
     head += ["α loses (score)", "1/t loses (score)", "α loses (nats)", "1/t loses (nats)"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for path in sorted(FOLDER.glob("*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        title = [STREAMS[found["stream"]].title, NAMES[found["method"]]]
-        for task in found["tasks"]:
+        scan = json.loads(path.read_text(encoding="utf-8"))
+        title = [STREAMS[scan["stream"]].title, NAMES[scan["method"]]]
+        for task in scan["tasks"]:
             alphas = [f"{task[key]:.2f}" for key in ("chosen", "one_over_t", "best_score", "best_loss")]
-            lines.append("| " + " | ".join([*title, str(task["t"]), *alphas, *lost(found, task["regret"])]) + " |")
-        if len(found["tasks"]) > 1:
-            lines.append("| " + " | ".join([*title, "mean", *[""] * 4, *lost(found, found["mean_regret"])]) + " |")
+            lines.append("| " + " | ".join([*title, str(task["t"]), *alphas, *lost(scan, task["regret"])]) + " |")
+        if len(scan["tasks"]) > 1:
+            lines.append("| " + " | ".join([*title, "mean", *[""] * 4, *lost(scan, scan["mean_regret"])]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def lost(found: Mapping, regret: Mapping) -> list[str]:
+def lost(scan: Mapping, regret: Mapping) -> list[str]:
     """Cells of the regret."""
-    unit = " points" if found["regret_unit"] == "points" else ""
+    unit = " points" if scan["regret_unit"] == "points" else ""
     score = [f"{regret[key]['score']:.2f}{unit}" for key in ("chosen", "one_over_t")]
     return [*score, *(f"{regret[key]['loss']:.3f}" for key in ("chosen", "one_over_t"))]
 

@@ -53,9 +53,9 @@ def data_settings(name: str, seed: int, folder: Path, options: argparse.Namespac
 
 def tasks(config: Path, first: int, count: int | None) -> list[dict]:
     """The YAML's tasks, from task `first` on, then those before it; `count` of them."""
-    found = yaml.safe_load(config.read_text(encoding="utf-8"))["stream"]["tasks"]
-    first %= len(found)
-    return [*found[first:], *found[:first]][:count]
+    listed = yaml.safe_load(config.read_text(encoding="utf-8"))["stream"]["tasks"]
+    first %= len(listed)
+    return [*listed[first:], *listed[:first]][:count]
 
 
 def pooled(work: Callable, jobs: Sequence[tuple], options: argparse.Namespace, done: int = 0) -> int:

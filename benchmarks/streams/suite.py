@@ -54,11 +54,11 @@ def main() -> int:
         names = [name for name in STREAMS if (ROOT / "results" / "streams" / name).is_dir()]
         failed = 0
     else:
-        found = jobs(options)
-        names = list(dict.fromkeys(job.stream for job in found))
+        asked = jobs(options)
+        names = list(dict.fromkeys(job.stream for job in asked))
         if lacking := lacking_input(names, options):
             parser.error(lacking)
-        failed = run_missing(found, options)
+        failed = run_missing(asked, options)
     for name in names:
         print(f"## {STREAMS[name].title}\n\n{write(name)}")
     write_readme()
@@ -76,12 +76,12 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     ]
 
 
-def run_missing(found: list[Job], options: argparse.Namespace) -> int:
+def run_missing(asked: list[Job], options: argparse.Namespace) -> int:
     """Every run that has no result yet; the number of those that failed."""
-    missing = [job for job in found if not result_path(*job).exists()]
+    missing = [job for job in asked if not result_path(*job).exists()]
     for name in {job.stream for job in missing}:
         prepare(name, options)
-    return pooled(run, missing, options, done=len(found) - len(missing))
+    return pooled(run, missing, options, done=len(asked) - len(missing))
 
 
 def prepare(name: str, options: argparse.Namespace) -> None:

@@ -72,18 +72,18 @@ def table(name: str) -> str:
     two or more.
     """
     stream = STREAMS[name]
-    found = {method: results(name, method) for method in NAMES}
+    by_method = {method: results(name, method) for method in NAMES}
     (first, key), *_ = stream.columns
     head = ["method", "orders" if stream.orders else "seeds", *(title for title, _ in stream.columns)]
     head += [f"{first}: minus P&M", "minus joint"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for method in (method for method in NAMES if found[method]):
-        columns = [[value(result, of) for result in found[method].values()] for _, of in stream.columns]
+    for method in (method for method in NAMES if by_method[method]):
+        columns = [[value(result, of) for result in by_method[method].values()] for _, of in stream.columns]
         cells = [spread(column, interval=stream.orders) for column in columns]
         for rival in ("pm", "joint"):
-            pairs = paired(found[method], found[rival], key)
+            pairs = paired(by_method[method], by_method[rival], key)
             cells.append("" if method == rival else difference(pairs, interval=stream.orders))
-        lines.append(f"| {NAMES[method]} | {len(found[method])} | " + " | ".join(cells) + " |")
+        lines.append(f"| {NAMES[method]} | {len(by_method[method])} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -93,15 +93,16 @@ def overview() -> str:
     The best method that keeps no rows of old tasks is bold in each column.
     """
     shown = [name for name in OVERVIEW if any(results(name, method) for method in NAMES)]
-    found = {
-        method: [[value(one, "ACC") for one in results(name, method).values()] for name in shown] for method in NAMES
+    columns = {
+        method: [[value(result, "ACC") for result in results(name, method).values()] for name in shown]
+        for method in NAMES
     }
-    tops = [max((_mean(found[m][i]) for m in NAMES if m not in REHEARSAL), default=-1.0) for i in range(len(shown))]
+    tops = [max((_mean(columns[m][i]) for m in NAMES if m not in REHEARSAL), default=-1.0) for i in range(len(shown))]
     head = ["method", *(STREAMS[name].title for name in shown)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for method in (method for method in NAMES if sum(map(bool, found[method])) >= 2):
-        cells = [spread(column, interval=False) if column else "–" for column in found[method]]
-        bold = [method not in REHEARSAL and _mean(c) == top for c, top in zip(found[method], tops, strict=True)]
+    for method in (method for method in NAMES if sum(map(bool, columns[method])) >= 2):
+        cells = [spread(column, interval=False) if column else "–" for column in columns[method]]
+        bold = [method not in REHEARSAL and _mean(c) == top for c, top in zip(columns[method], tops, strict=True)]
         cells = [f"**{cell}**" if best else cell for cell, best in zip(cells, bold, strict=True)]
         lines.append(f"| {NAMES[method]} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -125,14 +126,14 @@ def value(result: Mapping, key: str) -> float | None:
 def paired(ours: Mapping[int, dict], theirs: Mapping[int, dict], key: str) -> list[tuple[float, float]]:
     """A metric of both in each seed that both have."""
     pairs = [(value(ours[seed], key), value(theirs[seed], key)) for seed in sorted(ours.keys() & theirs.keys())]
-    return [(one, other) for one, other in pairs if one is not None and other is not None]
+    return [(our, their) for our, their in pairs if our is not None and their is not None]
 
 
 def difference(pairs: Sequence[tuple[float, float]], *, interval: bool) -> str:
     """Mean difference ± spread, and the p of a paired t test where that is defined."""
     if not pairs:
         return "–"
-    gaps = [one - other for one, other in pairs]
+    gaps = [our - their for our, their in pairs]
     shown = spread(gaps, interval=interval, sign="+")
     if len(gaps) < 2 or stdev(gaps) == 0:
         return shown

@@ -39,20 +39,20 @@ def run(tiny_base, data, tmp_path_factory):
 
 def test_heads_of_a_run_are_those_that_training_with_them_gives(ablation, run):
     _, linear = run("merge_only")
-    found = ablation.heads(linear, "fisher")
+    accuracies = ablation.heads(linear, "fisher")
     for drift in ("ridge", "none"):
         report, _ = run("best", head__drift=drift, head__training="task")
-        assert found[f"lda, {drift}"] == pytest.approx(report.metrics["ACC"])
-    assert set(found) == set(ablation.HEADS) - {"linear", "lda, one mean a class", "RanPAC"}
-    assert all(0 < value <= 1 for value in found.values())
+        assert accuracies[f"lda, {drift}"] == pytest.approx(report.metrics["ACC"])
+    assert set(accuracies) == set(ablation.HEADS) - {"linear", "lda, one mean a class", "RanPAC"}
+    assert all(0 < value <= 1 for value in accuracies.values())
 
 
 def test_domains_have_a_mean_each_and_the_largest_row_decides(ablation, tiny_base, tmp_path):
     config = load_config(domains(tiny_base, tmp_path, tmp_path / "run", "best"))
     report = learn(config)
-    found = ablation.heads(Run(config, load_stream(config)), "fisher-seen")
-    assert found["lda, ridge"] == pytest.approx(report.metrics["ACC"])
-    assert 0.5 < found["lda, one mean a class"] <= 1
+    accuracies = ablation.heads(Run(config, load_stream(config)), "fisher-seen")
+    assert accuracies["lda, ridge"] == pytest.approx(report.metrics["ACC"])
+    assert 0.5 < accuracies["lda, one mean a class"] <= 1
 
 
 def test_controls_have_the_features_of_their_own_backbone(ablation, run):
@@ -87,9 +87,9 @@ def test_random_projection_separates_what_no_linear_head_can(ablation):
 
 def test_settings_are_chosen_on_training_rows_alone(ablation):
     source = ROOT / "configs" / "text" / "ten-sets.yaml"
-    found = ablation.held_out(source, {})
-    assert found["stream.test_share"] == ablation.SHARE
-    assert all(task["test"] is None and task["train"] for task in found["stream.tasks"])
+    settings = ablation.held_out(source, {})
+    assert settings["stream.test_share"] == ablation.SHARE
+    assert all(task["test"] is None and task["train"] for task in settings["stream.tasks"])
     assert "stream.tasks" not in ablation.held_out(ROOT / "configs" / "image" / "pacs.yaml", {})
 
 

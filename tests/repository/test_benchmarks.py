@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import re
 import sys
 from argparse import Namespace
 from concurrent.futures import Executor, Future
@@ -142,9 +143,9 @@ def test_picture_leaves_out_what_has_one_row(tables, elsewhere, monkeypatch):
 
 
 def test_committed_tables_are_those_of_the_committed_results(suite, tables):
-    found = [name for name in suite.STREAMS if (ROOT / "results" / "streams" / name).is_dir()]
-    assert "clinc150" in found
-    for name in found:
+    names = [name for name in suite.STREAMS if (ROOT / "results" / "streams" / name).is_dir()]
+    assert "clinc150" in names
+    for name in names:
         assert (ROOT / "results" / "streams" / name / "table.md").read_text(encoding="utf-8") == tables.table(name), (
             name
         )
@@ -229,15 +230,27 @@ def test_a_seed_is_the_order_that_starts_with_its_task(common):
     assert [task["name"] for task in common.tasks(config, 1, 2)] == tasks[1:3]
 
 
+def test_every_script_is_in_the_table_of_the_benchmarks():
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `(\w+/\w+\.py)` ", text, flags=re.M)
+    scripts = [
+        path for path in (ROOT / "benchmarks").glob("*/*.py") if "def main()" in path.read_text(encoding="utf-8")
+    ]
+    workers = {path.with_name(f"{path.stem}_worker.py") for path in scripts}
+    assert sorted(named) == sorted(f"{path.parent.name}/{path.name}" for path in {*scripts} - workers)
+    for place in re.findall(r"`(results/[\w/.-]+)`", text):
+        assert (ROOT / place).exists(), place
+
+
 def test_pieces_are_whole_lines_of_the_right_length_that_do_not_overlap(domains):
     lines = [f"line {i} " + "x" * (i % 50) for i in range(300)]
-    found = list(domains.pieces("\n".join(lines[:150] + ["", "y" * 500] + lines[150:])))
-    assert 1 < len(found) <= domains.PER_FILE
-    taken = [line for piece in found for line in piece.splitlines()]
+    pieces = list(domains.pieces("\n".join(lines[:150] + ["", "y" * 500] + lines[150:])))
+    assert 1 < len(pieces) <= domains.PER_FILE
+    taken = [line for piece in pieces for line in piece.splitlines()]
     assert len(set(taken)) == len(taken)
     assert set(taken) <= set(lines)
     low, high = domains.LENGTHS
-    assert all(low <= len(piece) <= high for piece in found)
+    assert all(low <= len(piece) <= high for piece in pieces)
 
 
 def test_split_keeps_files_apart_and_drops_texts_that_occur_twice(domains, monkeypatch):

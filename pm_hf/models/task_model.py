@@ -18,7 +18,7 @@ from pm_hf.errors import InputError
 from pm_hf.files import read_json
 from pm_hf.models.contexts import quiet, seeded
 from pm_hf.models.loading import MODEL_KINDS, TEXT_KIND, head_name, load_base
-from pm_hf.models.sharded import inner_name, without_saved_wrapper
+from pm_hf.models.sharded import SAVED_WRAPPER, plain_name
 
 MERGED_ADAPTER, TASK_ADAPTER = "merged", "task"
 
@@ -90,7 +90,7 @@ def build_task_model(
 def task_tensors(model: PeftModel, kind: str = TEXT_KIND) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
     """(LoRA factors, saved modules, PEFT configuration) of the task adapter, detached, names as in the file."""
     state = get_peft_model_state_dict(model, adapter_name=TASK_ADAPTER, save_embedding_layers=False)
-    plain = {inner_name(name).removeprefix(PEFT_PREFIX): value.detach().cpu().clone() for name, value in state.items()}
+    plain = {plain_name(name): value.detach().cpu().clone() for name, value in state.items()}
     config = model.peft_config[TASK_ADAPTER].to_dict() | {"task_type": MODEL_KINDS[kind][1], "inference_mode": True}
     factors = {name: value for name, value in plain.items() if "lora_" in name}
     return factors, {name: value for name, value in plain.items() if "lora_" not in name}, config
@@ -136,7 +136,7 @@ def _restore_shared(model: PeftModel, merged: Adapter | None, head: str | None) 
     """Parameters that the checkpoint lacks, other than the rows of `head`, continue from the running merge."""
     values = {} if merged is None else {n: merged.tensor(n) for n in merged.saved if n.rpartition(".")[0] != head}
     for full, parameter in model.named_parameters():
-        if "modules_to_save" in full and (name := without_saved_wrapper(full.removeprefix(PEFT_PREFIX))) in values:
+        if SAVED_WRAPPER in full and (name := plain_name(full)) in values:
             parameter.data.copy_(values[name])
 
 
@@ -154,10 +154,7 @@ def _freeze(model: PeftModel, head: str | None) -> set[str]:
     expected = set()
     for full, parameter in model.named_parameters():
         factor = re.search(rf"\.lora_[AB]\.{TASK_ADAPTER}\.weight$", full) is not None
-        row = (
-            f".modules_to_save.{TASK_ADAPTER}" in full
-            and without_saved_wrapper(full.removeprefix(PEFT_PREFIX)).rpartition(".")[0] == head
-        )
+        row = f".{SAVED_WRAPPER}.{TASK_ADAPTER}" in full and plain_name(full).rpartition(".")[0] == head
         if factor or row:
             parameter.data = parameter.data.float()
         parameter.requires_grad_(factor or row)

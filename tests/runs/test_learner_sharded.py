@@ -18,7 +18,7 @@ from torch import nn
 import pm_hf.runs.learner
 from pm_hf.adapters.folder import save_adapter
 from pm_hf.errors import InputError
-from pm_hf.models.sharded import inner_name, is_sharded, put_weights, trained_weights
+from pm_hf.models.sharded import is_sharded, plain_name, put_weights, trained_weights
 from pm_hf.models.task_model import task_tensors
 from pm_hf.runs.learner import learn
 
@@ -56,7 +56,7 @@ def test_wrappers_leave_no_trace_in_a_saved_adapter():
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (
-        inner_name("module.base.layer._checkpoint_wrapped_module.key.module.weight") == "base.layer.key.module.weight"
+        plain_name("module.base.layer._checkpoint_wrapped_module.key.module.weight") == "base.layer.key.module.weight"
     )
 
 

@@ -51,8 +51,8 @@ class WriteError(OSError):
     """A write that failed. The message names the target, the reason and what stands there now; errno is kept."""
 
     def __init__(self, path: Path, reason: str, errno: int | None) -> None:
-        rest = "what was there before is untouched" if path.exists() else "nothing was left behind"
-        super().__init__(f"{path} could not be written: {reason}; {rest}")
+        outcome = "what was there before is untouched" if path.exists() else "nothing was left behind"
+        super().__init__(f"{path} could not be written: {reason}; {outcome}")
         self.reason, self.errno = reason, errno
 
 

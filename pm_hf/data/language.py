@@ -128,12 +128,12 @@ class CausalEncoder(_PromptEncoder):
 
     def _example(self, prompt: Prompt, text: str) -> dict:
         before, after = self.prompt(prompt), self.completion(prompt, text)
-        kept, size = after[: self.max_length - 1], len(text.encode())
-        if len(kept) < len(after):
-            size = min(size, _bytes(self.tokenizer, text, kept))
-        left = self.fitted(before, len(kept))
-        self.cut += len(kept) < len(after) or len(left) < len(before)
-        return {"input_ids": left + kept, "labels": [IGNORED] * len(left) + kept, "bytes": size}
+        target, size = after[: self.max_length - 1], len(text.encode())
+        if len(target) < len(after):
+            size = min(size, _bytes(self.tokenizer, text, target))
+        source = self.fitted(before, len(target))
+        self.cut += len(target) < len(after) or len(source) < len(before)
+        return {"input_ids": source + target, "labels": [IGNORED] * len(source) + target, "bytes": size}
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -211,12 +211,12 @@ def _two_tokens(max_length: int) -> int:
     return max_length
 
 
-def _bytes(tokenizer: Any, text: str, kept: list[int]) -> int:
-    """UTF-8 bytes of the text that its first tokens `kept` stand for, at least 1."""
+def _bytes(tokenizer: Any, text: str, tokens: list[int]) -> int:
+    """UTF-8 bytes of the text that its first tokens `tokens` stand for, at least 1."""
     if tokenizer.is_fast:
-        ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"][: len(kept)]
+        ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"][: len(tokens)]
         return max(1, len(text[: ends[-1][1]].encode()) if ends else 0)
-    return max(1, len(tokenizer.decode(kept, skip_special_tokens=True).encode()))
+    return max(1, len(tokenizer.decode(tokens, skip_special_tokens=True).encode()))
 
 
 def _templated(

@@ -44,9 +44,9 @@ class HeadStatistics:
         `apart` gets a further mean of its own, the classes being mixtures of one Gaussian a task (Σ shared by all)."""
         features = features.double()
         d = features.shape[1]
-        known = list(self.labels)
-        present = [(i, label) for i, label in enumerate(labels) if label not in known or bool((targets == i).any())]
-        names = [*known, *(label for _, label in present if apart or label not in known)]
+        before = list(self.labels)
+        present = [(i, label) for i, label in enumerate(labels) if label not in before or bool((targets == i).any())]
+        names = [*before, *(label for _, label in present if apart or label not in before)]
         counts, means = torch.zeros(len(names), dtype=torch.float64), torch.zeros(len(names), d, dtype=torch.float64)
         scatter = self.scatter.clone() if len(self.labels) else torch.zeros(d, d, dtype=torch.float64)
         counts[: len(self.labels)] = self.counts
@@ -56,7 +56,7 @@ class HeadStatistics:
             rows = features[targets == index]
             if not len(rows):
                 raise InputError(f"class {label!r} has no training row; the analytic head needs at least one")
-            at, mean = len(known) + place if apart else names.index(label), rows.mean(0)
+            at, mean = len(before) + place if apart else names.index(label), rows.mean(0)
             gap, old = mean - means[at], counts[at].clone()
             total = old + len(rows)
             scatter += (rows - mean).T @ (rows - mean) + torch.outer(gap, gap) * (old * len(rows) / total)
@@ -183,9 +183,9 @@ def held_out_temperature(
         held = turn == fold
         part = known.added(features[~held], targets[~held], labels, apart=apart)
         if held.any() and float(part.scatter.trace()) > 0:
-            found = _class_scores(part, features[held], [truth[row] for row in held.nonzero()[:, 0].tolist()])
-            scores.append(found[0])
-            answers.append(found[1])
+            logits, classes = _class_scores(part, features[held], [truth[row] for row in held.nonzero()[:, 0].tolist()])
+            scores.append(logits)
+            answers.append(classes)
     return fit_temperature(torch.cat(scores), torch.cat(answers)) if scores else 1.0
 
 

@@ -213,14 +213,14 @@ def _after_prompts(model: nn.Module, encoder: CausalEncoder, prompts: list[list[
     total = start.gather(1, targets[:, :1])[:, 0]  # every answer has a first token
     if targets.shape[1] > 1:
         with logits_only_at(model, real[:, 1:]):
-            rest = model(
+            logits = model(
                 input_ids=targets.where(real, targets.new_tensor(encoder.pad))[:, :-1],
                 attention_mask=torch.cat([mask, real[:, :-1].to(mask.dtype)], 1),
                 position_ids=last + 1 + torch.arange(targets.shape[1] - 1, device=device),
                 past_key_values=cache,
                 use_cache=True,
             ).logits[0]
-        total = total + _sums(rest, targets[:, 1:], real[:, 1:])
+        total = total + _sums(logits, targets[:, 1:], real[:, 1:])
     return total / real.sum(1)
 
 

@@ -118,18 +118,18 @@ def _add_merged(model: PeftModel, merged: Adapter) -> None:
         )
 
 
-def _fresh_rows(base: PreTrainedModel, head: str, labels: Sequence[str], known: Adapter | None) -> None:
-    """Draw the head's rows anew; those of labels that `known` has continue from there."""
+def _fresh_rows(base: PreTrainedModel, head: str, labels: Sequence[str], running: Adapter | None) -> None:
+    """Draw the head's rows anew; those of labels that the running merge has continue from there."""
     linear = base.get_submodule(head)
     linear.reset_parameters()
     linear.weight.data.normal_(0, getattr(base.config, "initializer_range", 0.02))
     if linear.bias is not None:
         linear.bias.data.zero_()
-    rows = {} if known is None else {label: row for row, label in enumerate(known.labels.get(head, []))}
+    rows = {} if running is None else {label: row for row, label in enumerate(running.labels.get(head, []))}
     for index, label in enumerate(labels):
-        if known is not None and label in rows:
+        if running is not None and label in rows:
             for name, parameter in linear.named_parameters():
-                parameter.data[index] = known.tensor(f"{head}.{name}")[rows[label]]
+                parameter.data[index] = running.tensor(f"{head}.{name}")[rows[label]]
 
 
 def _restore_shared(model: PeftModel, merged: Adapter | None, head: str | None) -> None:

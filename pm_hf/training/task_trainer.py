@@ -203,12 +203,12 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def training_arguments(config: RunConfig, checkpoints: Path, index: int) -> PMConfig:
     """PMConfig of one task; InputError for fields that TrainingArguments does not have or refuses."""
-    known = {field.name for field in dataclasses.fields(PMConfig) if field.init}
-    unknown = sorted(set(config.training) - known)
+    fields = {field.name for field in dataclasses.fields(PMConfig) if field.init}
+    unknown = sorted(set(config.training) - fields)
     if unknown:
         raise InputError(f"training: {', '.join(unknown)} are not fields of TrainingArguments")
-    kept = {"save_total_limit": 2} if config.training.get("load_best_model_at_end") else {}  # the best and the last one
-    values = {**TRAINING_DEFAULTS, **kept, "use_cpu": not torch.cuda.is_available(), **config.training}
+    limit = {"save_total_limit": 2} if config.training.get("load_best_model_at_end") else {}  # the best, the newest
+    values = {**TRAINING_DEFAULTS, **limit, "use_cpu": not torch.cuda.is_available(), **config.training}
     try:
         args = PMConfig(
             output_dir=str(checkpoints),

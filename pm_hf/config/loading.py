@@ -4,11 +4,11 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from pm_hf.config.kinds import LANGUAGE
+from pm_hf.config.kinds import STREAM_KINDS
 from pm_hf.config.presets import PRESETS, forget_preset, preset_defaults
 from pm_hf.config.rules import value_problems
 from pm_hf.config.schema import RunConfig
@@ -18,7 +18,7 @@ from pm_hf.files import write_text
 # what may change when a finished run is continued; the data of finished tasks is compared by its fingerprint
 FREE_KEYS = (
     *("output_dir", "data_dir", "max_forgetting", "training.report_to", "training.run_name"),
-    *("stream.tasks", "stream.class_groups", "stream.domain_column"),
+    *("stream.tasks", "stream.class_groups", "stream.domain_column", "stream.order"),
 )
 
 
@@ -42,7 +42,7 @@ def load_config(
     if not isinstance(method, str) or method not in PRESETS:
         problems.append(f"method: unknown {method!r}; valid: {', '.join(PRESETS)}")
         method = RunConfig.method  # so that the other problems are found too
-    if isinstance(raw.get("stream"), dict) and raw["stream"].get("kind") in LANGUAGE:
+    if not _has_head(raw):
         fill_defaults(raw, {"head": {"kind": "none"}})
     fill_defaults(raw, preset_defaults(method, raw))
     config = from_mapping(RunConfig, raw, "", problems)
@@ -63,6 +63,13 @@ def save_config(config: RunConfig, path: Path) -> None:
 def config_text(config: RunConfig) -> str:
     """The resolved settings as YAML."""
     return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _has_head(raw: Mapping) -> bool:
+    """Whether models of the kind asked for have a head; as the default has, a kind that does not exist too."""
+    stream = raw.get("stream")
+    kind = stream.get("kind") if isinstance(stream, Mapping) else None
+    return not isinstance(kind, str) or kind not in STREAM_KINDS or STREAM_KINDS[kind].has_head
 
 
 def _as_saved(raw: dict) -> None:
@@ -178,7 +185,7 @@ def from_mapping(kind: type, raw: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(raw, Mapping):
         problems.append(f"{path or 'config'}: expected settings by name, found {raw!r}")
         return kind()
-    hints, known = get_type_hints(kind), [f.name for f in fields(kind)]
+    hints, known = get_type_hints(kind, include_extras=True), [f.name for f in fields(kind)]
     valid = ", ".join(known)
     problems += [f"{_join(path, key)}: unknown key; valid: {valid}" for key in raw if key not in known]
     values = {}
@@ -207,8 +214,8 @@ def _match(option: Any, value: Any, path: str, problems: list[str]) -> tuple[boo
         return True, value
     if option is type(None):
         return value is None, None
-    if origin is Literal:
-        return value in get_args(option), value
+    if choices := _choices(option):
+        return isinstance(value, str | int) and value in choices, value
     if is_dataclass(option) and isinstance(option, type):
         return (True, from_mapping(option, {} if value is None else value, path, problems))
     if origin is list:
@@ -223,6 +230,13 @@ def _match(option: Any, value: Any, path: str, problems: list[str]) -> tuple[boo
     if option in (int, str, bool):
         return isinstance(value, option) and (option is bool or not isinstance(value, bool)), value
     return False, value
+
+
+def _choices(option: Any) -> tuple:
+    """The values that a Literal, or a text annotated with a tuple of names, may take; none for other types."""
+    if get_origin(option) is Literal:
+        return get_args(option)
+    return option.__metadata__[0] if get_origin(option) is Annotated else ()
 
 
 def _as_float(value: Any) -> tuple[bool, Any]:
@@ -243,8 +257,8 @@ def as_number(value: Any) -> Any:
 def _describe(options: Sequence[Any]) -> str:
     names = []
     for option in options:
-        if get_origin(option) is Literal:
-            names += [str(choice) for choice in get_args(option)]
+        if choices := _choices(option):
+            names += [str(choice) for choice in choices]
         else:
             names.append("null" if option is type(None) else getattr(option, "__name__", str(option)))
     return " or ".join(names)

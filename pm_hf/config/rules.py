@@ -3,8 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from pm_hf.config.kinds import LANGUAGE
-from pm_hf.config.schema import RunConfig
+from pm_hf.config.kinds import STREAM_KINDS
+from pm_hf.config.schema import RunConfig, StreamSettings
 from pm_hf.errors import InputError
 from pm_hf.merging.methods import get_method, read_options
 
@@ -74,18 +74,14 @@ def _stream_problems(config: RunConfig) -> list[str]:
         problems.append("stream.scenario: domain_column makes a domain_incremental stream")
     if stream.class_groups is not None and stream.scenario == "domain_incremental":
         problems.append("stream.scenario: class_groups makes a class_incremental stream")
-    if (stream.kind in LANGUAGE) != (config.head.kind == "none"):
-        expected = "none: a language model has no class head" if stream.kind in LANGUAGE else "linear or lda"
+    if config.kind.has_head == (config.head.kind == "none"):
+        expected = "linear or lda" if config.kind.has_head else "none: a language model has no class head"
         problems.append(f"head.kind: {stream.kind} needs {expected}, found {config.head.kind}")
-    foreign = {
-        "augmentation": stream.augmentation != "none" and stream.kind != "image-classification",
-        "image_column": stream.image_column is not None and stream.kind != "image-classification",
-        "prompt_template": stream.prompt_template is not None and stream.kind not in LANGUAGE,
-        "answers": stream.answers is not None and stream.kind not in LANGUAGE,
-        "held_out": stream.held_out is not None and stream.kind not in LANGUAGE,
-    }
-    problems += [f"stream.{name}: {stream.kind} has no use for it" for name, found in foreign.items() if found]
-    if stream.class_groups is not None and stream.kind in LANGUAGE:
+    foreign = dict.fromkeys(name for kind in STREAM_KINDS.values() for name in kind.settings)
+    given_otherwise = [name for name in foreign if getattr(stream, name) != getattr(StreamSettings, name)]
+    idle = [name for name in given_otherwise if name not in config.kind.settings]
+    problems += [f"stream.{name}: {stream.kind} has no use for it" for name in idle]
+    if stream.class_groups is not None and not config.kind.has_head:
         problems.append(f"stream.class_groups: {stream.kind} has no classes; use tasks or domain_column")
     return problems
 
@@ -149,7 +145,7 @@ def _strategy_problems(config: RunConfig) -> list[str]:
 def _evaluation_problems(config: RunConfig) -> list[str]:
     training, patience, share = config.training, config.early_stopping_patience, config.stream.eval_share
     best, metric = bool(training.get("load_best_model_at_end")), training.get("metric_for_best_model")
-    known = ["loss"] if config.stream.kind in LANGUAGE else ["loss", "accuracy"]
+    known = ["loss", "accuracy"] if config.kind.has_head else ["loss"]
     checks = [
         (share is None or 0 < share < 1, "stream.eval_share: must be in (0, 1)"),
         (patience is None or patience >= 1, "early_stopping_patience: must be at least 1"),

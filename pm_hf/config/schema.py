@@ -1,7 +1,12 @@
 """The run's settings as typed dataclasses: one field, one default, one line for each setting."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, Literal
+
+from pm_hf.config.kinds import STREAM_KINDS, StreamKind
+from pm_hf.merging.curvature import NORMALISATIONS, CurvatureSpec
+from pm_hf.merging.methods import get_method
+from pm_hf.merging.methods.base import Method
 
 
 @dataclass
@@ -43,13 +48,14 @@ class TaskSettings(Source):
 class StreamSettings(Source):
     """The tasks: a list of them, or one data set split by class groups or by a column."""
 
-    kind: Literal["text-classification", "image-classification", "causal-lm", "seq2seq-lm"] = "text-classification"
+    kind: Annotated[str, tuple(STREAM_KINDS)] = "text-classification"
     # new classes in every task, or the same classes in every task; default: by domain_column, else by class
     scenario: Literal["class_incremental", "domain_incremental"] | None = None
     tasks: list[TaskSettings] | None = None
     held_out: list[TaskSettings] | None = None  # language models: texts scored after every task and never trained on
     class_groups: int | str | dict | None = None  # number of groups, {task: [label, …]}, or a JSON file of that
     domain_column: str | None = None  # one task for each value of this column, in order of appearance
+    order: list[str] | None = None  # names of all tasks in the order in which they are learned; default: as they stand
     shared_labels: bool = False  # whether equal label names of different tasks mean the same class
     max_length: int = 128  # tokens
     augmentation: Literal["none", "flip", "crop_flip"] = "none"  # of training pictures
@@ -154,6 +160,53 @@ class RunConfig:
     trains: bool | None = None  # false: the backbone stays as it is and only the head is computed
     max_forgetting: float | None = None  # the run fails when an old task lost more accuracy than this
     start_from: str | None = None  # released adapter folder to begin from
+
+    @property
+    def kind(self) -> StreamKind:
+        """What the stream's kind loads, reads and publishes."""
+        return STREAM_KINDS[self.stream.kind]
+
+    @property
+    def merging_method(self) -> Method:
+        """The row of the merging method."""
+        return get_method(self.merge.method or "pm")
+
+    @property
+    def analytic_head(self) -> bool:
+        """Whether the head's rows are computed from class statistics (linear discriminant analysis)."""
+        return self.head.kind == "lda"
+
+    @property
+    def shared_head(self) -> bool:
+        """Whether all tasks have one head, that of the same classes."""
+        return self.kind.has_head and self.stream.scenario == "domain_incremental"
+
+    @property
+    def merges(self) -> bool:
+        """Whether tasks are folded into a running merge; otherwise each one keeps an adapter of its own."""
+        return not self.strategy.individual
+
+    @property
+    def measures_curvature(self) -> bool:
+        """Whether the curvature of a finished task is measured: for its coefficient, or for the next task's penalty."""
+        wanted = self.merging_method.curvature is not None and self.merge.coefficient is None
+        return self.merges and (wanted or self.strategy.ewc_weight > 0)
+
+    @property
+    def sums_curvature(self) -> bool:
+        """Whether the curvature of all tasks is added up; otherwise each task's stands alone."""
+        return self.measures_curvature and self.merging_method.curvature in (None, "sums")
+
+    @property
+    def curvature_spec(self) -> CurvatureSpec:
+        """How the curvature is measured: what a file of sums must have been measured with to be gone on with."""
+        kind, settings = self.curvature.kind or "fisher", self.curvature
+        if kind == "gram":
+            spec = CurvatureSpec(kind, labels="none", shrinkage=settings.shrinkage)
+        else:
+            reduction = "mean" if self.kind.has_head else settings.loss_reduction
+            spec = CurvatureSpec(kind, labels=settings.labels, loss_reduction=reduction)
+        return replace(spec, normalisation=NORMALISATIONS[settings.normalisation])
 
     def to_dict(self) -> dict:
         """Plain nested dict."""

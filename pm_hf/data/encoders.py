@@ -1,6 +1,6 @@
 """The encoder of each kind of stream: what turns its rows into batches."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -39,17 +39,27 @@ class TextEncoder:
         return dict(self._pad(examples))
 
 
+def _of_tokens(encoder: Callable[[Any, int], Encoder]) -> Callable[[RunConfig], Encoder]:
+    """How an encoder that takes the tokenizer and the longest length is made."""
+    return lambda config: encoder(load_tokenizer(config.model), config.stream.max_length)
+
+
+def _of_pictures(config: RunConfig) -> Encoder:
+    processor = load_image_processor(resolve_base(config.model.base), config.model.revision)
+    return ImageEncoder(processor, config.stream.augmentation, config.seed)
+
+
+ENCODERS: dict[str, Callable[[RunConfig], Encoder]] = {
+    "text-classification": _of_tokens(TextEncoder),
+    "image-classification": _of_pictures,
+    "causal-lm": _of_tokens(CausalEncoder),
+    "seq2seq-lm": _of_tokens(Seq2SeqEncoder),
+}
+
+
 def make_encoder(config: RunConfig) -> Encoder:
     """The encoder of the config's kind, with the checkpoint's own tokenizer or image processor."""
-    stream, model = config.stream, config.model
-    if stream.kind == "image-classification":
-        return ImageEncoder(
-            load_image_processor(resolve_base(model.base), model.revision), stream.augmentation, config.seed
-        )
-    tokenizer = load_tokenizer(model)
-    if stream.kind == "text-classification":
-        return TextEncoder(tokenizer, stream.max_length)
-    return (CausalEncoder if stream.kind == "causal-lm" else Seq2SeqEncoder)(tokenizer, stream.max_length)
+    return ENCODERS[config.stream.kind](config)
 
 
 def check_encoding(encoder: Encoder, rows: Iterable[Rows]) -> None:
@@ -62,5 +72,5 @@ def check_encoding(encoder: Encoder, rows: Iterable[Rows]) -> None:
 def check_length(config: RunConfig, model: Any) -> None:
     """InputError where texts of `max_length` tokens have more positions than the model (a transformers config) has."""
     positions, length = getattr(model, "max_position_embeddings", None), config.stream.max_length
-    if config.stream.kind != "image-classification" and positions is not None and length > positions:
+    if config.kind.rows != "pictures" and positions is not None and length > positions:
         raise InputError(f"stream.max_length {length} is more than the {positions} positions of {config.model.base}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from pm_hf.config.kinds import LANGUAGE
+from pm_hf.config.kinds import STREAM_KINDS
 from pm_hf.config.schema import Source
 from pm_hf.data.columns import check_columns, label_names
 from pm_hf.data.images import picture_column, read_folder, read_npz
@@ -24,10 +24,11 @@ def read_rows(
 
     kind: the stream's; folder: what file names are relative to; task: its name, for prompts. Raises InputError.
     """
-    if kind == "image-classification":
+    holds = STREAM_KINDS[kind].rows
+    if holds == "pictures":
         return _pictures(source, folder, test=test, extra=extra)
     data, where = _load(source, folder, test=test)
-    if kind in LANGUAGE:
+    if holds == "prompts":
         check_columns(data, [extra] if extra else [], where)
         rows = language_rows(
             data,

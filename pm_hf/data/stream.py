@@ -11,7 +11,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pm_hf.config.kinds import LANGUAGE
 from pm_hf.config.schema import RunConfig, Source, StreamSettings, TaskSettings
 from pm_hf.data.rows import Encoder, Examples, Rows
 from pm_hf.data.sources import path_of, read_rows
@@ -99,10 +98,11 @@ def load_stream(config: RunConfig) -> TaskStream:
 def _load_tasks(config: RunConfig) -> TaskStream:
     stream, folder = config.stream, config.data_dir
     if stream.tasks is not None:
-        parts = _tasks_of_list(config)
+        parts = _in_order(_tasks_of_list(config), stream.order)
     else:
         data = _load_train_and_test(config, stream, extra=stream.domain_column)
         parts = _tasks_by_class(stream, folder, *data) if stream.class_groups is not None else _tasks_by_domain(*data)
+        parts = _in_order(parts, stream.order)
         left = sorted(set(data[0][0].labels) - {label for _, train, _ in parts for label in train.labels})
         if left:
             note = f"{len(left)} labels are in no class group, their rows are not used: {', '.join(left[:5])}"
@@ -110,10 +110,25 @@ def _load_tasks(config: RunConfig) -> TaskStream:
     return make_stream(config, parts)
 
 
+def _in_order(parts: Sequence[tuple[str, Rows, Rows]], order: Sequence[str] | None) -> list[tuple[str, Rows, Rows]]:
+    """The tasks as `stream.order` has them; InputError unless it names each of them once."""
+    if order is None:
+        return list(parts)
+    by_name = {part[0]: part for part in parts}
+    if sorted(order) != sorted(by_name):
+        odd = [name for name in order if name not in by_name or order.count(name) > 1] or sorted(
+            set(by_name) - set(order)
+        )
+        raise InputError(
+            f"stream.order: expected each of {', '.join(by_name)} once, found {', '.join(order)}; see {odd[0]}"
+        )
+    return [by_name[name] for name in order]
+
+
 def make_stream(config: RunConfig, parts: Sequence[tuple[str, Rows, Rows]]) -> TaskStream:
     """A checked stream of (name, training rows, test rows)."""
     stream, scenario = config.stream, config.stream.scenario or "class_incremental"
-    language = stream.kind in LANGUAGE
+    language = not config.kind.has_head
     if stream.tasks is not None and not stream.shared_labels and scenario == "class_incremental" and not language:
         parts = [(name, _qualify_labels(name, train), _qualify_labels(name, test)) for name, train, test in parts]
     left = _labels_without_rows(config, parts)
@@ -189,7 +204,7 @@ def _load_train_and_test(config: RunConfig, source: Source, *, task: str = "", e
     if share is None:
         return data
     rows, values = data[0]
-    classes = kind not in LANGUAGE or bool(_closed_answers(rows, rows))
+    classes = config.kind.has_head or bool(_closed_answers(rows, rows))
     sides = _split_indices(rows, share, classes, f"test/{config.seed}")
     return [(rows.take(side), [values[i] for i in side] if values else []) for side in sides]
 
@@ -242,8 +257,9 @@ def _leaves_out_training(source: Source) -> bool:
 
 def _labels_without_rows(config: RunConfig, parts: Sequence[tuple[str, Rows, Rows]]) -> dict[str, tuple[str, ...]]:
     """{task without training rows: its labels}: those of its step.json, of its test rows where there is none."""
-    found, tests, language = {}, {name: test for name, _, test in parts}, config.stream.kind in LANGUAGE
-    for index, task in enumerate(config.stream.tasks or []):
+    found, tests, language = {}, {name: test for name, _, test in parts}, not config.kind.has_head
+    settings = {task.name: task for task in config.stream.tasks or []}
+    for index, task in enumerate(settings[name] for name, _, _ in parts if name in settings):
         if _leaves_out_training(_task_source(config.stream, task)):
             step, test = task_folder(config, index, task.name) / STEP_FILE, tests[task.name]
             derived = _task_labels(language, test, test) if len(test) else ()

@@ -15,33 +15,20 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
     AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
 )
 from transformers.utils import logging
 
-from pm_hf.config.kinds import LANGUAGE
+from pm_hf.config.kinds import STREAM_KINDS
 from pm_hf.config.schema import ModelSettings
 from pm_hf.errors import InputError
 from pm_hf.models.contexts import quiet, seeded
 
 HEAD_NAMES = ("classifier", "score")  # what PEFT saves by itself for a sequence classifier
-
-
 TEXT_KIND = "text-classification"
-
-
-# kind of stream: (class that loads the model, PEFT's task type)
-MODEL_KINDS: dict[str, tuple[Any, str | None]] = {
-    TEXT_KIND: (AutoModelForSequenceClassification, "SEQ_CLS"),
-    "image-classification": (AutoModelForImageClassification, None),  # PEFT has no type for it
-    "causal-lm": (AutoModelForCausalLM, "CAUSAL_LM"),
-    "seq2seq-lm": (AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM"),
-}
+MOST_GGUF_BYTES = 2 * 2**30  # a model of at most this size is kept for the next load
+_kept_gguf: dict[str, tuple[PreTrainedModel, dict]] = {}
 
 
 def resolve_base(base: str) -> str:
@@ -80,18 +67,18 @@ def load_base(
     """
     names = dict(enumerate(labels))
     head: dict[str, Any] = {}
-    if kind not in LANGUAGE:
+    if STREAM_KINDS[kind].has_head:
         head = {"id2label": names, "label2id": {label: index for index, label in names.items()}}
         head["ignore_mismatched_sizes"] = True
     with seeded(seed), quiet(), _clear_error(settings):
-        auto, path = MODEL_KINDS[kind][0], resolve_base(settings.base)
+        auto, path = getattr(transformers, STREAM_KINDS[kind].auto_model), resolve_base(settings.base)
         how = {"revision": settings.revision, "dtype": getattr(torch, settings.dtype), **head}
         if settings.gguf_file is None:
             model, info = auto.from_pretrained(path, output_loading_info=True, **how)
         else:
             model, info = load_gguf(auto, path, settings.gguf_file, **how)
     lacking = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
-    if kind in LANGUAGE:
+    if not STREAM_KINDS[kind].has_head:
         if lacking:
             raise InputError(f"model.base {settings.base} is no {kind} checkpoint: it lacks {sorted(lacking)[:3]}")
         return model, []
@@ -164,12 +151,6 @@ def _clear_error(settings: ModelSettings) -> Iterator[None]:
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"model.base {settings.base} cannot be loaded: {reason}") from error
-
-
-MOST_GGUF_BYTES = 2 * 2**30  # a model of at most this size is kept for the next load
-
-
-_kept_gguf: dict[str, tuple[PreTrainedModel, dict]] = {}
 
 
 def load_gguf(auto: Any, path: str, file: str, **settings: Any) -> tuple[PreTrainedModel, dict]:

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from pm_hf.adapters.folder import Adapter
 from pm_hf.adapters.layout import ADAPTER_CONFIG, PEFT_PREFIX
-from pm_hf.config.kinds import LANGUAGE
+from pm_hf.config.kinds import STREAM_KINDS
 from pm_hf.config.schema import LoraSettings, ModelSettings
 from pm_hf.errors import InputError
 from pm_hf.files import read_json
 from pm_hf.models.contexts import quiet, seeded
-from pm_hf.models.loading import MODEL_KINDS, TEXT_KIND, head_name, load_base
+from pm_hf.models.loading import TEXT_KIND, head_name, load_base
 from pm_hf.models.sharded import SAVED_WRAPPER, plain_name
 
 MERGED_ADAPTER, TASK_ADAPTER = "merged", "task"
@@ -45,16 +45,16 @@ def build_task_model(
 ) -> TaskModel:
     """Base + frozen `merged` (without its head) + trainable `task`, both active, and a fresh head of the task's rows.
 
-    kind: a key of KINDS; language models have no head. published: the running merge, by default `merged`. What the
-    checkpoint lacks (the head's other layers) is frozen at its value, or at the seeded one; with `continue_head` the
-    rows of labels that it knows start from its rows (a head shared by all tasks). Trainable are the task's LoRA
+    kind: a key of STREAM_KINDS; language models have no head. published: the running merge, by default `merged`. What
+    the checkpoint lacks (the head's other layers) is frozen at its value, or at the seeded one; with `continue_head`
+    the rows of labels that it knows start from its rows (a head shared by all tasks). Trainable are the task's LoRA
     factors and the head's last Linear, nothing else: checked before it is returned.
     """
     if lora.r < 1:
         raise InputError(f"lora.r must be at least 1, found {lora.r}")
     published = published or merged
     base, saved_modules = load_base(settings, labels, seed, kind)
-    head = None if kind in LANGUAGE else head_name(base)
+    head = head_name(base) if STREAM_KINDS[kind].has_head else None
     base_name = base.config.name_or_path
     with seeded(seed + 7919 * (task + 1)):
         if head is not None:
@@ -91,7 +91,10 @@ def task_tensors(model: PeftModel, kind: str = TEXT_KIND) -> tuple[dict[str, Ten
     """(LoRA factors, saved modules, PEFT configuration) of the task adapter, detached, names as in the file."""
     state = get_peft_model_state_dict(model, adapter_name=TASK_ADAPTER, save_embedding_layers=False)
     plain = {plain_name(name): value.detach().cpu().clone() for name, value in state.items()}
-    config = model.peft_config[TASK_ADAPTER].to_dict() | {"task_type": MODEL_KINDS[kind][1], "inference_mode": True}
+    config = model.peft_config[TASK_ADAPTER].to_dict() | {
+        "task_type": STREAM_KINDS[kind].task_type,
+        "inference_mode": True,
+    }
     factors = {name: value for name, value in plain.items() if "lora_" in name}
     return factors, {name: value for name, value in plain.items() if "lora_" not in name}, config
 

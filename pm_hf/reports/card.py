@@ -7,20 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pm_hf.config.kinds import STREAM_KINDS
 from pm_hf.reports.release import ReleasedRun, on_hub, redact_paths
 from pm_hf.runs.records import CLASS_INCREMENTAL, TASK_INCREMENTAL
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
-
-
-# kind of stream: class of transformers that loads the model; PEFT has none for pictures
-AUTO_MODELS = {
-    "text-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-    "causal-lm": "AutoModelForCausalLM",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-}
 
 
 def loading_lines(
@@ -42,11 +34,11 @@ def loading_lines(
     if head is None:
         revision = f', revision="{how["revision"]}"' if how.get("revision") else ""
         tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{base}"{revision})'
-        return f'{tokenizer}\nbase = {AUTO_MODELS[kind]}.from_pretrained("{base}"{more})\n{model}'
+        return f'{tokenizer}\nbase = {STREAM_KINDS[kind].auto_model}.from_pretrained("{base}"{more})\n{model}'
     file = f'hf_hub_download("{folder}", "labels.json")' if on_hub else f'"{folder}/labels.json"'
     return (
         f'labels = json.load(open({file}))["{head}"]\n'
-        f'base = {AUTO_MODELS[kind]}.from_pretrained("{base}", num_labels=len(labels), '
+        f'base = {STREAM_KINDS[kind].auto_model}.from_pretrained("{base}", num_labels=len(labels), '
         f"id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True{more})\n"
         f"{model}"
     )
@@ -54,21 +46,15 @@ def loading_lines(
 
 def loading_imports(kind: str = "text-classification", *, on_hub: bool = False) -> str:
     """The imports that the lines need."""
-    if "classification" not in kind:
-        return f"from peft import PeftModel\nfrom transformers import {AUTO_MODELS[kind]}, AutoTokenizer"
+    if not STREAM_KINDS[kind].has_head:
+        return f"from peft import PeftModel\nfrom transformers import {STREAM_KINDS[kind].auto_model}, AutoTokenizer"
     download = "from huggingface_hub import hf_hub_download\n" if on_hub else ""
-    return f"import json\n\n{download}from peft import PeftModel\nfrom transformers import {AUTO_MODELS[kind]}"
+    return (
+        f"import json\n\n{download}from peft import PeftModel\nfrom transformers import {STREAM_KINDS[kind].auto_model}"
+    )
 
 
 MANY = 12  # tasks from which on the table has no column for every step
-
-
-PIPELINES = {
-    "text-classification": "text-classification",
-    "image-classification": "image-classification",
-    "causal-lm": "text-generation",
-    "seq2seq-lm": "text-generation",
-}
 
 
 METRICS = {
@@ -95,7 +81,7 @@ def model_card(run: ReleasedRun, repo: str) -> str:
         base_model=run.base,
         base_model_relation="adapter",
         library_name="peft",
-        pipeline_tag=PIPELINES[stream.kind],
+        pipeline_tag=run.config.kind.pipeline,
         tags=["lora", "continual-learning", "merge", "pm-hf"],
         datasets=sorted({name for name in sources if on_hub(name)}) or None,
         model_name=repo.rpartition("/")[2],
@@ -116,7 +102,7 @@ def results(run: ReleasedRun) -> list["EvalResult"]:
     """What the model-index holds: every metric on every task at the end, and the averages over tasks."""
     from huggingface_hub import EvalResult
 
-    report, kind = run.report, PIPELINES[run.config.stream.kind]
+    report, kind = run.report, run.config.kind.pipeline
     source = run.config.stream.dataset
     given: dict[str, Any] = {"task_type": kind, "dataset_type": source if source and on_hub(source) else "other"}
     tasks, found = report["tasks"], []

@@ -91,7 +91,9 @@ class RunFolder:
             # a run that was killed at once leaves its lock and what it was about to write
             ours = (LOCK, f".{CONFIG_FILE}.")
             if self.path.is_dir() and not all(path.name.startswith(ours) for path in self.path.iterdir()):
-                raise InputError(f"output_dir {self.path} is not empty and holds no {CONFIG_FILE}; choose another folder")
+                raise InputError(
+                    f"output_dir {self.path} is not empty and holds no {CONFIG_FILE}; choose another folder"
+                )
             return 0
         done = 0
         while done < len(self.stream.tasks) and (self.task(done) / STEP_FILE).is_file():

@@ -295,7 +295,9 @@ class Run:
         used = merge.method in ("pm", "cofima") and merge.coefficient is None
         return (used or self.config.strategy.ewc_weight > 0) and not self.config.strategy.individual
 
-    def _measure(self, built: TaskModel, task: Task, state: StreamState, start: TrainingStart, index: int) -> Curvature | None:
+    def _measure(
+        self, built: TaskModel, task: Task, state: StreamState, start: TrainingStart, index: int
+    ) -> Curvature | None:
         settings = self.config.curvature
         if not self._measures or not self._trains(index):
             return None
@@ -338,7 +340,9 @@ class Run:
         labels = {} if built.head is None else {built.head: list(task.labels)}
         save_adapter(folder / "adapter", peft_config, factors, saved, labels)
 
-    def _merge(self, folder: Path, state: StreamState, start: TrainingStart, curvature: Curvature | None, index: int) -> MergeReport:
+    def _merge(
+        self, folder: Path, state: StreamState, start: TrainingStart, curvature: Curvature | None, index: int
+    ) -> MergeReport:
         settings, individual = self.config.merge, self.config.strategy.individual
         method, options = settings.method or "pm", dict(settings.options)
         into = None if individual else state.merged

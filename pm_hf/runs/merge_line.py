@@ -13,7 +13,6 @@ from typing import Any
 
 from pm_hf.adapters.folder import open_adapter
 from pm_hf.adapters.merge import merge_adapters
-from pm_hf.config.kinds import LANGUAGE
 from pm_hf.config.loading import FREE_KEYS, load_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.data.stream import STEP_FILE, load_stream
@@ -198,7 +197,9 @@ def _point(work: Run, index: int, step: Mapping, alpha: float, metric: str) -> d
             max_rank=work.config.merge.max_rank,
         )
         if work.config.head.kind == "lda":
-            update_analytic_head(Path(folder), state, work.stream.tasks[index], head, work.scorer, work.config.head, moved=True)
+            update_analytic_head(
+                Path(folder), state, work.stream.tasks[index], head, work.scorer, work.config.head, moved=True
+            )
         found = work.scorer.score(merged, head, seen, loss=True, generate=False)
     release_memory()
     losses, scores = ([one[name] for one in found] for name in ("loss", metric))
@@ -286,7 +287,7 @@ def _unit(config: RunConfig) -> str:
         return "half the squared change of the layers' outputs, mean over examples"
     if config.curvature.normalisation == "trace":
         return "nats of each task over its mean Fisher entry"
-    summed = config.stream.kind in LANGUAGE and config.curvature.loss_reduction == "sum"
+    summed = not config.kind.has_head and config.curvature.loss_reduction == "sum"
     return "nats of an example, summed over its target tokens" if summed else "nats"
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves on disk for whoever reads it again: report.json, config.yaml, every task's step.json, coefficient.json."""
+"""What a run leaves on disk for whoever reads it again: report.json, config.yaml, step.json, coefficient.json."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -80,7 +80,9 @@ class Report:
         rows = self.test_rows[: len(last)]
         pooled = sum(a * n for a, n in zip(last, rows, strict=True)) / sum(rows)
         inside = (
-            {"task_incremental": self._summary(TASK_INCREMENTAL)} if self.metric == CLASS_INCREMENTAL and TASK_INCREMENTAL in self.matrices else {}
+            {"task_incremental": self._summary(TASK_INCREMENTAL)}
+            if self.metric == CLASS_INCREMENTAL and TASK_INCREMENTAL in self.matrices
+            else {}
         )
         return {**self._summary(self.metric), "ACC_samples": pooled, **inside, "final": self._final()}
 
@@ -118,7 +120,11 @@ class Report:
         lines.append("  ".join(f"{key} {_number(metrics[key])}" for key in ("ACC", "AAA", "BWT", "forgetting")))
         if inside := metrics.get("task_incremental"):
             lines.append(f"inside each task's own classes: ACC {_number(inside['ACC'])}  AAA {_number(inside['AAA'])}")
-        others = {key: value for key, value in metrics["final"].items() if key not in (CLASS_INCREMENTAL, TASK_INCREMENTAL, self.metric)}
+        others = {
+            key: value
+            for key, value in metrics["final"].items()
+            if key not in (CLASS_INCREMENTAL, TASK_INCREMENTAL, self.metric)
+        }
         if others:
             lines.append("at the end: " + "  ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in others.items()))
         for text in self.held_out[0] if self.held_out else ():

@@ -23,7 +23,9 @@ CURVATURE_FILE, STATISTICS_FILE = "curvature.safetensors", "head_statistics.safe
 OPTIMUM_FOLDER = "optimum"  # adapter folder of the last task's own optimum, for methods that train from it
 
 
-CHANGE_FOLDER = "change"  # adapter folder of θ*_t − θ̂_{t−1}, where training started from the last optimum and not from θ̂_{t−1}
+CHANGE_FOLDER = (
+    "change"  # adapter folder of θ*_t − θ̂_{t−1}, where training started from the last optimum and not from θ̂_{t−1}
+)
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,9 @@ def adapter_to_fold(folder: Path, start: TrainingStart, state: StreamState, meth
         parts = zip(*(adapter.read(module, bias=False) for adapter in (task, last, merged)), strict=True)
         updates[module] = Update(layout.merged, [_reduced(weighted_sum(part, [1.0, 1.0, -1.0])) for part in parts])
     saved = {name: task.tensor(name) for name in task.saved}
-    write_adapter(folder / CHANGE_FOLDER, task.config, updates, saved, task.labels, ambiguous=False, overwrite=True, extra={})
+    write_adapter(
+        folder / CHANGE_FOLDER, task.config, updates, saved, task.labels, ambiguous=False, overwrite=True, extra={}
+    )
     return folder / CHANGE_FOLDER
 
 

@@ -20,7 +20,10 @@ from pm_hf.runs.records import Report
 LOGS_FOLDER, TRACKER_STATE_FILE = "logs", "trackers.json"
 
 
-TASKS_AXIS, STEPS_AXIS = "test/tasks", "train/global_step"  # the two x axes: tasks learned, optimizer steps of all tasks
+TASKS_AXIS, STEPS_AXIS = (
+    "test/tasks",
+    "train/global_step",
+)  # x axes: tasks learned, optimizer steps of all tasks
 
 
 class Tracker(Protocol):

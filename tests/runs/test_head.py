@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 from helpers.streams import domains, settings, steps, tensors, write_data
+from helpers.tiny_training import OLD_NAME
 from runs.test_learner_language import data as language_data  # noqa: F401
 from runs.test_learner_language import settings as language
-from helpers.tiny_training import OLD_NAME
 
 import pm_hf.runs.learner
 from pm_hf.adapters.folder import open_adapter

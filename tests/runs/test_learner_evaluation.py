@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
 from helpers.streams import same_tensors, settings, steps, write_data
 from helpers.tiny_language import TARGETS, WORDS, tiny_folder
 from helpers.tiny_training import OLD_NAME
+from peft import PeftModel
 
 from pm_hf.config.loading import load_config
 from pm_hf.data.encoders import make_encoder

@@ -8,10 +8,10 @@ import signal
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from helpers.streams import contents, forked, same_tensors, steps, tensors, write_yaml
 from helpers.tiny_images import SHAPES, encoded, image_settings, save_vit, write_npz
 from helpers.tiny_training import OLD_NAME
+from peft import PeftModel
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from pm_hf.adapters.folder import open_adapter

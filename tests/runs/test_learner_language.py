@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 from helpers.language_reference import greedy, log_probabilities, mean_log_probability
-from peft import PeftModel
 from helpers.streams import same_tensors, steps
 from helpers.tiny_language import KINDS, TARGETS, tiny_folder
 from helpers.tiny_training import OLD_NAME
+from peft import PeftModel
 
 from pm_hf.config.loading import load_config
 from pm_hf.data.encoders import make_encoder

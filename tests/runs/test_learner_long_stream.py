@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 from helpers.rows import write_rows
-from safetensors.torch import load_file
 from helpers.streams import settings, steps, tensors
+from safetensors.torch import load_file
 
 import pm_hf.measuring.scores
 import pm_hf.runs.learner

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 from helpers.forked import ODD, PLAIN, SHORT, close, run, stopped, without_dropout
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 from helpers.streams import contents, dense, domains, same_tensors, settings, steps, write_data, write_yaml
 from helpers.tiny_training import batch, lora_bert, quick_arguments, rows, trained_state
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 
 import pm_hf.runs.learner
 from pm_hf.cli import main

@@ -4,9 +4,9 @@ adapters."""
 import pytest
 import torch
 from helpers.streams import domains, first, settings, steps, write_data
+from helpers.tiny_training import OLD_NAME
 from runs.test_learner_language import data as language_data  # noqa: F401
 from runs.test_learner_language import settings as language_settings
-from helpers.tiny_training import OLD_NAME
 
 from pm_hf.reports.page import write_report
 from pm_hf.runs import merge_line as module

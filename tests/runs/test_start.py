@@ -3,8 +3,8 @@
 import pytest
 import torch
 from helpers.streams import dense, domains, settings, steps, tensors, write_data
-from runs.test_learner_strategies import FEW, HEAD, Seen, assert_same, tasks
 from helpers.tiny_training import OLD_NAME
+from runs.test_learner_strategies import FEW, HEAD, Seen, assert_same, tasks
 
 import pm_hf.runs.learner
 from pm_hf.config.loading import load_config

@@ -55,9 +55,9 @@ def test_wrappers_leave_no_trace_in_a_saved_adapter():
     after = task_tensors(model)[0]
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert (
-        plain_name("module.base.layer._checkpoint_wrapped_module.key.module.weight") == "base.layer.key.module.weight"
-    )
+    wrapped = "module.base.layer._checkpoint_wrapped_module.key.module.weight"
+    assert plain_name(wrapped) == "base.layer.key.module.weight"
+    assert plain_name("_orig_mod.base_model.model.head.modules_to_save.task.out.bias") == "head.out.bias"
 
 
 def test_an_adapter_without_entries_is_not_saved(tmp_path):

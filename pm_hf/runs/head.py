@@ -1,84 +1,169 @@
-"""The analytic head of a finished task: drift, new classes, rows of the merged adapter."""
+"""What a run does with the classification head of a task: nothing, train its rows, or compute them from statistics."""
 
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pm_hf.adapters.folder import replace_head
-from pm_hf.config.schema import HeadSettings
+from pm_hf.config.schema import HeadSettings, RunConfig
 from pm_hf.data.stream import Task
+from pm_hf.errors import InputError
 from pm_hf.measuring.analytic_head import HeadStatistics, held_out_temperature, merge_temperature, ridge_drift
 from pm_hf.measuring.scores import Scorer
-from pm_hf.models.lora import find_head
-from pm_hf.runs.start import STATISTICS_FILE, StreamState
+from pm_hf.merging.lowrank import LowRank
+from pm_hf.models.lora import find_head, head_matrix
+from pm_hf.models.task_model import TaskModel
+from pm_hf.runs.start import STATISTICS_FILE, TaskStart
 
 
-def start_analytic_head(
-    model: nn.Module, state: StreamState, task: Task, head: str, scorer: Scorer, settings: HeadSettings
-) -> RemovableHandle | None:
-    """Give a task's rows their analytic values before they are trained, and let them compete with all that is known.
+class HeadPolicy(Protocol):
+    """What happens to the head around a task's training."""
 
-    model: as training starts, at the running merge. The rows of the labels that the task trains (its own classes, and
-    those that are replayed) are those of linear discriminant analysis on its own features and on what is known, with
-    the temperature that fits rows of the task held out in turn. Until the handle is removed, the head's logits (n, C)
-    are followed by those of the fixed rows of every other class seen, computed in float32, so that a cross-entropy over
-    the task's labels is one over all. None where no other class is known. The curvature is measured without them: H is
-    of the cross-entropy among the task's own classes, as P&M is published.
-    """
-    features = scorer.features_of(model.to(scorer.device), task.train, task.own, head)
-    known = HeadStatistics() if state.statistics is None else HeadStatistics.load(state.statistics)
-    apart = settings.means == "task"
-    statistics = known.added(features, _class_indices(task), list(task.own), apart=apart)
-    temperature = held_out_temperature(known, features, task.train.labels, apart=apart)
-    weight, bias = (value / temperature for value in statistics.solve())
-    linear = find_head(model, head)
-    newest = {label: row for row, label in enumerate(statistics.labels)}
-    trained = [(place, newest[label]) for place, label in enumerate(task.labels) if label in newest]
-    places, rows = (list(numbers) for numbers in zip(*trained, strict=True))
-    with torch.no_grad():
-        linear.weight[places] = weight[rows].to(linear.weight)
-        linear.bias[places] = bias[rows].to(linear.bias)
-    others = [row for row, label in enumerate(statistics.labels) if label not in task.labels]
-    if not others:
+    def check(self, built: TaskModel) -> None:
+        """InputError where this cannot be done with the model's head."""
+        ...
+
+    def before_training(self, built: TaskModel, task: Task, start: TaskStart) -> RemovableHandle | None:
+        """Prepare the rows; what holds while the task trains goes with the handle."""
+        ...
+
+    def curvature_heads(self, built: TaskModel, start: TaskStart) -> dict[str, LowRank] | None:
+        """{head: its [weight | bias] before the task, (rows, in + 1)} of a head that belongs into the curvature."""
+        ...
+
+    def after_merge(self, folder: Path, task: Task, start: TaskStart, head: str | None, *, trained: bool) -> None:
+        """Give folder/merged its final rows; trained: whether the task trained the backbone."""
+        ...
+
+
+class NoHead:
+    """Language models have none."""
+
+    def check(self, built: TaskModel) -> None:
+        """Nothing to look at."""
+
+    def before_training(self, built: TaskModel, task: Task, start: TaskStart) -> RemovableHandle | None:
+        """Nothing to prepare."""
         return None
-    fixed, offset = (values[others].float().to(linear.weight.device) for values in (weight, bias))
+
+    def curvature_heads(self, built: TaskModel, start: TaskStart) -> dict[str, LowRank] | None:
+        """None."""
+        return None
+
+    def after_merge(self, folder: Path, task: Task, start: TaskStart, head: str | None, *, trained: bool) -> None:
+        """The merge is whole as it is."""
+
+
+class LinearHead(NoHead):
+    """Rows that are trained with the task and merged by label; inside the curvature where all tasks share them."""
+
+    def __init__(self, *, in_curvature: bool) -> None:
+        self.in_curvature = in_curvature
+
+    def curvature_heads(self, built: TaskModel, start: TaskStart) -> dict[str, LowRank] | None:
+        """The shared head before the task. Rows are absolute values: before the first merge there is nothing."""
+        if not self.in_curvature or built.head is None:
+            return None
+        if start.running is not None:
+            return {built.head: start.running.head_matrix(built.head)}
+        return {built.head: head_matrix(find_head(built.model, built.head)).scale(0.0)}
+
+
+class AnalyticHead(NoHead):
+    """Rows of linear discriminant analysis, computed from each class's mean and one scatter matrix.
+
+    With `training: seen` a task's rows start there and compete with the fixed rows of every class seen.
+    """
+
+    def __init__(self, settings: HeadSettings, scorer: Scorer) -> None:
+        self.settings, self.scorer = settings, scorer
+
+    def check(self, built: TaskModel) -> None:
+        """The discriminants need a bias."""
+        if find_head(built.model, str(built.head)).bias is None:
+            raise InputError(f"head.kind lda needs a head with a bias, {built.head} has none; use head.kind: linear")
+
+    def before_training(self, built: TaskModel, task: Task, start: TaskStart) -> RemovableHandle | None:
+        """Start the task's rows at their analytic values, and let them compete with all that is known.
+
+        The model is at the running merge. The rows of the labels that the task trains (its own classes, and those that
+        are replayed) are those of its own features and of what is known, with the temperature that fits rows of the
+        task held out in turn. Until the handle is removed, the head's logits (n, C) are followed by those of the fixed
+        rows of every other class seen, computed in float32, so that a cross-entropy over the task's labels is one over
+        all. None where no other class is known. The curvature is measured without them: H is of the cross-entropy
+        among the task's own classes, as P&M is published.
+        """
+        if self.settings.training != "seen":
+            return None
+        head, own_mean = str(built.head), self.settings.means == "task"
+        features = self.scorer.features_of(built.model.to(self.scorer.device), task.train, task.own, head)
+        seen = _load_statistics(start.statistics)
+        statistics = seen.added(features, _class_indices(task), list(task.own), apart=own_mean)
+        temperature = held_out_temperature(seen, features, task.train.labels, apart=own_mean)
+        weight, bias = (value / temperature for value in statistics.solve())
+        linear = find_head(built.model, head)
+        newest = {label: row for row, label in enumerate(statistics.labels)}
+        trained = [(place, newest[label]) for place, label in enumerate(task.labels) if label in newest]
+        places, rows = (list(numbers) for numbers in zip(*trained, strict=True))
+        with torch.no_grad():
+            linear.weight[places] = weight[rows].to(linear.weight)
+            linear.bias[places] = bias[rows].to(linear.bias)
+        others = [row for row, label in enumerate(statistics.labels) if label not in task.labels]
+        return _compete(linear, weight[others], bias[others]) if others else None
+
+    def after_merge(self, folder: Path, task: Task, start: TaskStart, head: str | None, *, trained: bool) -> None:
+        """Follow the backbone's drift, add the task's own classes, write the rows into folder/merged.
+
+        The statistics are saved beside the merge. With `means: task` a class has a row for every task that it comes
+        in, and the row with the largest logit decides.
+        """
+        merged, module, settings = folder / "merged", str(head), self.settings
+        statistics = _load_statistics(start.statistics)
+        features = self.scorer.features(merged, task.train, task.own, module)
+        if statistics.labels and settings.drift == "ridge" and trained and start.running is not None:
+            before = self.scorer.features(start.running.path, task.train, task.own, module)
+            statistics = statistics.moved(ridge_drift(before, features, settings.ridge))
+        own_mean = settings.means == "task"
+        statistics = statistics.added(features, _class_indices(task), list(task.own), apart=own_mean)
+        temperature = statistics.temperature or merge_temperature(statistics, features, task.train.labels)
+        if settings.strict and statistics.temperature is None:
+            statistics = statistics.frozen(temperature)
+        statistics.save(folder / STATISTICS_FILE)
+        weight, bias = (value if statistics.temperature else value / temperature for value in statistics.solve())
+        replace_head(merged, module, weight, bias, statistics.labels)
+
+
+def head_policy(config: RunConfig, scorer: Scorer) -> HeadPolicy:
+    """What the run does with the head."""
+    if not config.kind.has_head:
+        return NoHead()
+    if config.analytic_head:
+        return AnalyticHead(config.head, scorer)
+    return LinearHead(in_curvature=config.shared_head and config.sums_curvature)
+
+
+def _compete(linear: nn.Linear, weight: Tensor, bias: Tensor) -> RemovableHandle:
+    """Let logits of fixed rows (R, d), (R,) follow those of a Linear until the handle is removed."""
+    fixed, offset = (values.float().to(linear.weight.device) for values in (weight, bias))
 
     def against_all(_: nn.Module, args: tuple[Tensor], logits: Tensor) -> Tensor:
         """The task's logits, then those of the fixed rows."""
         device = args[0].device  # that of a replica, where there are several
         with torch.autocast(device.type, enabled=False):
-            found = torch.nn.functional.linear(args[0].float(), fixed.to(device), offset.to(device))
-        return torch.cat([logits.float(), found], dim=-1)
+            others = torch.nn.functional.linear(args[0].float(), fixed.to(device), offset.to(device))
+        return torch.cat([logits.float(), others], dim=-1)
 
     return linear.register_forward_hook(against_all)
 
 
-def update_analytic_head(
-    folder: Path, state: StreamState, task: Task, head: str, scorer: Scorer, settings: HeadSettings, *, moved: bool
-) -> None:
-    """Follow the backbone's drift, add the task's own classes, write the rows into folder/merged.
-
-    moved: whether the task trained the backbone. The statistics are saved beside the merge. With `means: task` a class
-    has a row for every task that it comes in, and the row with the largest logit decides.
-    """
-    merged = folder / "merged"
-    statistics = HeadStatistics() if state.statistics is None else HeadStatistics.load(state.statistics)
-    features = scorer.features(merged, task.train, task.own, head)
-    if statistics.labels and settings.drift == "ridge" and moved and state.merged is not None:
-        past = scorer.features(state.merged, task.train, task.own, head)
-        statistics = statistics.moved(ridge_drift(past, features, settings.ridge))
-    statistics = statistics.added(features, _class_indices(task), list(task.own), apart=settings.means == "task")
-    temperature = statistics.temperature or merge_temperature(statistics, features, task.train.labels)
-    if settings.strict and statistics.temperature is None:
-        statistics = statistics.frozen(temperature)
-    statistics.save(folder / STATISTICS_FILE)
-    weight, bias = (value if statistics.temperature else value / temperature for value in statistics.solve())
-    replace_head(merged, head, weight, bias, statistics.labels)
+def _load_statistics(path: Path | None) -> HeadStatistics:
+    return HeadStatistics() if path is None else HeadStatistics.load(path)
 
 
 def _class_indices(task: Task) -> Tensor:
-    """Index in task.own of every training row's label."""
+    """Index in task.own of every training row's label, (n,)."""
     index = {label: i for i, label in enumerate(task.own)}
     return torch.tensor([index[label] for label in task.train.labels])

@@ -6,14 +6,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from pm_hf.adapters.folder import Adapter, open_adapter, save_adapter
+from pm_hf.adapters.folder import open_adapter, save_adapter
 from pm_hf.adapters.merge import MergeReport, merge_adapters
 from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
@@ -26,23 +25,13 @@ from pm_hf.files import locked
 from pm_hf.measuring.curvature import estimate_curvature
 from pm_hf.measuring.scores import Scorer, cut_note
 from pm_hf.merging.curvature import Curvature
-from pm_hf.merging.lowrank import LowRank
-from pm_hf.models.lora import adapted_layers, curvature_bytes, find_head, head_matrix
+from pm_hf.models.lora import adapted_layers, curvature_bytes, find_head, orthonormal_start
 from pm_hf.models.sharded import is_sharded, load_whole, put_weights, trained_weights
 from pm_hf.models.task_model import MERGED_ADAPTER, TASK_ADAPTER, TaskModel, build_task_model, task_tensors
 from pm_hf.runs.folder import ForgettingError, RunFolder, log_finished_task
-from pm_hf.runs.head import start_analytic_head, update_analytic_head
+from pm_hf.runs.head import head_policy
 from pm_hf.runs.records import Report, primary_metric
-from pm_hf.runs.start import (
-    CURVATURE_FILE,
-    StreamState,
-    TrainingStart,
-    adapter_to_fold,
-    check_rank_fits,
-    choose_start,
-    init_from,
-    load_start,
-)
+from pm_hf.runs.start import CURVATURE_FILE, TaskStart, adapter_to_fold, load_start, start_task
 from pm_hf.runs.tracking import Tracking
 from pm_hf.training.callbacks import EarlyStopping, SequentialAveraging, Stop, stop_on_sigterm
 from pm_hf.training.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, Penalty
@@ -82,15 +71,24 @@ def evaluate(config: RunConfig, adapter: str | os.PathLike) -> dict[str, dict[st
     {task or text: {metric: score}}."""
     opened, stream = open_adapter(adapter), load_stream(config)
     run = Run(config, stream)
-    head, known = None, [*(stream.scored or stream.tasks), *stream.held_out]
-    if not run.language:
+    head, tasks = None, [*(stream.scored or stream.tasks), *stream.held_out]
+    if config.kind.has_head:
         if len(opened.labels) != 1:
             raise InputError(f"adapter {opened.path} has no labels.json with one head, so its rows have no names")
         head, labels = next(iter(opened.labels.items()))
-        known = [task for task in known if set(task.own) <= set(labels)]
-    if not known:
+        tasks = [task for task in tasks if set(task.own) <= set(labels)]
+    if not tasks:
         raise InputError(f"adapter {opened.path} knows the labels of none of the config's tasks")
-    return dict(zip([task.name for task in known], run.scorer.score(opened.path, head, known), strict=True))
+    return dict(zip([task.name for task in tasks], run.scorer.score(opened.path, head, tasks), strict=True))
+
+
+@dataclass(frozen=True)
+class TrainedTask:
+    """A task as its training left it. head: module name of its head; record: what step.json says of the training."""
+
+    head: str | None
+    record: dict[str, Any]
+    curvature: Curvature | None
 
 
 @contextmanager
@@ -121,54 +119,41 @@ class Run:
         self.encoder = make_encoder(config)
         check_encoding(self.encoder, [rows for task in stream.all for rows in (task.train, task.test)])
         self.scorer = Scorer(config, self.encoder, args.per_device_eval_batch_size, precision(args), args.device)
-        sizes, samples = [len(task.train) for task in stream.tasks if len(task.train)], config.curvature.samples
-        fewest = min(sizes, default=process_count())  # a finished task may leave its training rows out
-        if self._measures and min(fewest, samples or fewest) < process_count():
-            raise InputError(
-                f"curvature.samples is {samples} and the smallest task has {fewest} training rows: each of "
-                f"{process_count()} processes needs one to measure the curvature; launch fewer processes"
-            )
-
-    @property
-    def language(self) -> bool:
-        """Whether the stream has prompts and completions, and no class head."""
-        return self.config.head.kind == "none"
+        self.head = head_policy(config, self.scorer)
+        self._check_rows_suffice()
 
     def learn_task(self, index: int, stop: Stop) -> None:
         """Train, measure, merge and score one task; step.json is written last."""
-        began, task = time.perf_counter(), self.stream.tasks[index]
-        state, folder = self.folder.state(index), self.folder.task(index)
+        began, task, folder = time.perf_counter(), self.stream.tasks[index], self.folder.task(index)
         notes = on_main_process(lambda: self.folder.begin_task(index))
-        start = choose_start(self.config, state)
-        head, trained, curvature = self._optimum(task, state, start, index, stop)
+        start = on_all_processes(lambda: start_task(self.config, self.folder.state(index), index))
+        trained = self._train_and_measure(task, start, stop)
         release_memory()  # the scores load the model again, and two of them may be too many
 
         def finish() -> None:
             """What process 0 does with the trained task."""
-            merge = self._merge(folder, state, start, curvature, index)
-            if self.config.head.kind == "lda":
-                moved = self._trains(index)
-                update_analytic_head(folder, state, task, str(head), self.scorer, self.config.head, moved=moved)
-            scores, seen = self._scores(folder, head, index), self.stream.seen(index)
+            merge = self._merge(folder, start, trained.curvature)
+            self.head.after_merge(folder, task, start, trained.head, trained=self._trains(index))
+            scores, seen = self._scores(folder, trained.head, index), self.stream.seen(index)
             step = {
                 "task": task.name,
                 "labels": list(task.labels),
                 "fingerprint": task.fingerprint(),
                 "test_fingerprint": task.test_fingerprint(),
-                "head": head,
+                "head": trained.head,
                 "train_from": start.train_from,
                 "freedom": merge.freedom,
                 "coefficient": None if merge.coefficient is None else asdict(merge.coefficient),
                 "merge_error": merge.error,
-                "curvature_bytes": 0 if curvature is None else curvature.nbytes,
+                "curvature_bytes": 0 if trained.curvature is None else trained.curvature.nbytes,
                 "test_rows": len(task.test),
-                **trained,
+                **trained.record,
                 "scores": scores,
                 "held_out": self._held_out(folder),
                 "seconds": time.perf_counter() - began,
                 "process_peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                 **conditions(),
-                "notes": [*notes, *self._cut(task, trained, index)],
+                "notes": [*notes, *self._truncation_notes(task, trained, index)],
             }
             self.folder.finish_task(index, step)
             self.tracking.log(index + 1)
@@ -177,161 +162,140 @@ class Run:
         on_main_process(finish)
         release_memory()
 
-    def _optimum(
-        self, task: Task, state: StreamState, start: TrainingStart, index: int, stop: Stop
-    ) -> tuple[str | None, dict[str, Any], Curvature | None]:
-        """Train, measure and save one task: (head, what step.json says of the training, curvature)."""
-        built = on_all_processes(lambda: self._build(task, state, start, index))
-        on_all_processes(lambda: self._check_built(built, state, index))
-        trained: dict[str, Any] = {}
-        if self._trains(index):
-            rivals = on_all_processes(lambda: self._rivals(built, task, state))
-            trained = self._train(built, task, state, index, stop)
-            if rivals is not None:
-                rivals.remove()
-            built = self._whole(built, task, state, start, index)
+    def _train_and_measure(self, task: Task, start: TaskStart, stop: Stop) -> TrainedTask:
+        """Train, measure and save one task."""
+        built, record = on_all_processes(lambda: self._build(task, start)), dict[str, Any]()
+        on_all_processes(lambda: self._check_built(built, start))
+        if self._trains(start.index):
+            handle = on_all_processes(lambda: self.head.before_training(built, task, start))
+            record = self._train(built, task, start, stop)
+            if handle is not None:
+                handle.remove()
+            built = self._unsharded(built, task, start)
         stop.check()
-        curvature = self._measure(built, task, state, start, index)
+        curvature = self._measure(built, task, start)
         stop.check()
-
-        on_main_process(lambda: self._save(built, task, self.folder.task(index)))
-        return built.head, trained, curvature
-
-    @property
-    def _shared_head(self) -> bool:
-        return self.stream.scenario == "domain_incremental"
+        on_main_process(lambda: self._save(built, task, self.folder.task(start.index)))
+        return TrainedTask(built.head, record, curvature)
 
     def _trains(self, index: int) -> bool:
+        """Whether a task trains the backbone."""
         frozen_now = self.config.head.strict and (index > 0 or self.folder.start is not None)
         return bool(self.config.trains) and not frozen_now
 
-    def _build(self, task: Task, state: StreamState, start: TrainingStart, index: int) -> TaskModel:
-        frozen = None if start.frozen is None else open_adapter(start.frozen)
-        # a head that all tasks share starts where the backbone starts
-        published = frozen if start.train_from == "last" and frozen is not None else self._published(state)
-        continued = self._shared_head or bool(self.config.strategy.replay_per_class)
-        settings = self.config
+    def _build(self, task: Task, start: TaskStart) -> TaskModel:
+        config = self.config
         load_whole()
         built = build_task_model(
-            *(settings.model, settings.lora, task.labels, frozen, settings.seed, index),
-            kind=settings.stream.kind,
-            published=published,
-            continue_head=continued,
+            config.model,
+            config.lora,
+            task.labels,
+            start.frozen,
+            config.seed,
+            start.index,
+            kind=config.stream.kind,
+            published=start.head,
+            continue_head=config.shared_head or bool(config.strategy.replay_per_class),
         )
-        init_from(settings, built, start)
+        if start.factors is not None:
+            orthonormal_start(built.model, TASK_ADAPTER, start.factors)
         return built
 
-    def _whole(self, built: TaskModel, task: Task, state: StreamState, start: TrainingStart, index: int) -> TaskModel:
+    def _unsharded(self, built: TaskModel, task: Task, start: TaskStart) -> TaskModel:
         """The trained model; where it is spread over the processes, another one with its weights."""
         if not is_sharded(built.model):
             return built
         weights = trained_weights(built.model)
-        again = on_all_processes(lambda: self._build(task, state, start, index))
+        again = on_all_processes(lambda: self._build(task, start))
         put_weights(again.model, weights)
         again.model.to(self.scorer.device)
         return again
 
-    def _published(self, state: StreamState) -> Adapter | None:
-        """The running merge that the task is folded into."""
-        return None if state.merged is None or self.config.strategy.individual else open_adapter(state.merged)
+    def _check_rows_suffice(self) -> None:
+        """InputError where a process would have no row to measure the curvature on."""
+        samples = self.config.curvature.samples
+        sizes = [len(task.train) for task in self.stream.tasks if len(task.train)]
+        fewest = min(sizes, default=process_count())  # a finished task may leave its training rows out
+        if self.config.measures_curvature and min(fewest, samples or fewest) < process_count():
+            raise InputError(
+                f"curvature.samples is {samples} and the smallest task has {fewest} training rows: each of "
+                f"{process_count()} processes needs one to measure the curvature; launch fewer processes"
+            )
 
-    def _check_built(self, built: TaskModel, state: StreamState, index: int) -> None:
-        published = self._published(state)
-        if published is not None and (state.curvature is not None or self._measures):
-            strange = set(published.scaling) ^ set(adapted_layers(built.model, TASK_ADAPTER))
+    def _check_built(self, built: TaskModel, start: TaskStart) -> None:
+        if start.running is not None and (start.curvature is not None or self.config.measures_curvature):
+            strange = set(start.running.scaling) ^ set(adapted_layers(built.model, TASK_ADAPTER))
             if strange:
                 raise InputError(f"lora.target_modules differ from the running merge's in {sorted(strange)[:3]}")
-        check_rank_fits(self.config, built, len(self.stream.tasks) - index)
+        _check_rank_fits(self.config, built, len(self.stream.tasks) - start.index)
         check_length(self.config, built.model.get_base_model().config)
-        lda = self.config.head.kind == "lda" and built.head is not None
-        if lda and find_head(built.model, str(built.head)).bias is None:
-            raise InputError(f"head.kind lda needs a head with a bias, {built.head} has none; use head.kind: linear")
-        if self._measures and state.curvature is None:
-            size, limit = curvature_bytes(built.model, TASK_ADAPTER, self.config.curvature.kind or "fisher"), 2**30
-            if process_index() == 0:
-                print(f"curvature: {size / 2**20:.1f} MiB, the same for every task", file=sys.stderr, flush=True)
-            if size > self.config.curvature.max_gib * limit:
-                raise InputError(
-                    f"curvature.kind {self.config.curvature.kind} needs {size / limit:.1f} GiB, curvature.max_gib is "
-                    f"{self.config.curvature.max_gib:g}; use kind: factored, fewer target_modules, or a higher limit"
-                )
+        self.head.check(built)
+        if self.config.measures_curvature and start.curvature is None:
+            self._check_curvature_fits(built)
 
-    def _rivals(self, built: TaskModel, task: Task, state: StreamState) -> RemovableHandle | None:
-        if self.config.head.kind != "lda" or self.config.head.training != "seen":
-            return None
-        return start_analytic_head(built.model, state, task, str(built.head), self.scorer, self.config.head)
+    def _check_curvature_fits(self, built: TaskModel) -> None:
+        """Say how large the sums will be; InputError above the limit."""
+        settings = self.config.curvature
+        size, gib = curvature_bytes(built.model, TASK_ADAPTER, self.config.curvature_spec.kind), 2**30
+        if process_index() == 0:
+            print(f"curvature: {size / 2**20:.1f} MiB, the same for every task", file=sys.stderr, flush=True)
+        if size > settings.max_gib * gib:
+            raise InputError(
+                f"curvature.kind {settings.kind} needs {size / gib:.1f} GiB, curvature.max_gib is "
+                f"{settings.max_gib:g}; use kind: factored, fewer target_modules, or a higher limit"
+            )
 
-    def _train(self, built: TaskModel, task: Task, state: StreamState, index: int, stop: Stop) -> dict[str, Any]:
-        args = training_arguments(self.config, self.folder.task(index) / "checkpoints", index)
-        rows = task.train.with_rows(task.replayed)
-        examples = on_all_processes(lambda: self.encoder.training(rows, task.labels))
+    def _train(self, built: TaskModel, task: Task, start: TaskStart, stop: Stop) -> dict[str, Any]:
+        args = training_arguments(self.config, self.folder.task(start.index) / "checkpoints", start.index)
+        examples = on_all_processes(lambda: self.encoder.training(task.train.with_rows(task.replayed), task.labels))
         cut = getattr(self.encoder, "cut", 0)
         patience = self.config.early_stopping_patience
-        found = train(
+        record = train(
             built,
             examples,
             self.encoder.collate,
             args,
             callbacks=[
-                *self.tracking.training(args, index),
+                *self.tracking.training(args, start.index),
                 stop,
-                *make_callbacks(self.config, built, state),
+                *_callbacks(self.config, built, start),
                 *([EarlyStopping(patience)] if patience else []),
             ],
-            penalties=make_penalties(self.config, built, state),
+            penalties=make_penalties(self.config, built, start),
             evaluated=self.encoder.examples(task.eval, task.labels) if len(task.eval) else None,
         )
-        return found | ({"cut_rows": cut} if cut else {})
+        return record | ({"cut_rows": cut} if cut else {})
 
-    def _cut(self, task: Task, trained: Mapping, index: int) -> list[str]:
+    def _truncation_notes(self, task: Task, trained: TrainedTask, index: int) -> list[str]:
         """What is to be said of rows that the model does not see whole."""
-        rows, cut = len(task.train) + len(task.replayed), trained.get("cut_rows", 0)
+        rows, cut = len(task.train) + len(task.replayed), trained.record.get("cut_rows", 0)
         scored = [*(self.stream.scored or [task]), *(self.stream.held_out if index == 0 else ())]
         return [cut_note(cut, rows, "training rows")] * bool(cut) + self.scorer.cut_notes(scored)
 
-    @property
-    def _measures(self) -> bool:
-        merge = self.config.merge
-        used = merge.method in ("pm", "cofima") and merge.coefficient is None
-        return (used or self.config.strategy.ewc_weight > 0) and not self.config.strategy.individual
-
-    def _measure(
-        self, built: TaskModel, task: Task, state: StreamState, start: TrainingStart, index: int
-    ) -> Curvature | None:
-        settings = self.config.curvature
-        if not self._measures or not self._trains(index):
+    def _measure(self, built: TaskModel, task: Task, start: TaskStart) -> Curvature | None:
+        config, settings, spec = self.config, self.config.curvature, self.config.curvature_spec
+        if not config.measures_curvature or not self._trains(start.index):
             return None
-        heads: dict[str, LowRank] | None = None
-        if (
-            built.head is not None
-            and self._shared_head
-            and self.config.head.kind == "linear"
-            and (self.config.merge.method == "pm" or self.config.strategy.ewc_weight > 0)
-        ):
-            # heads are absolute values: before the first merge there is nothing, so Δ is the head itself
-            nothing = head_matrix(find_head(built.model, built.head)).scale(0.0)
-            heads = {built.head: open_adapter(state.merged).head_matrix(built.head) if state.merged else nothing}
-        # trained from another model than the running merge, Δ is not the task's adapter alone
-        apart = None if state.merged is None or start.train_from == "merged" else open_adapter(state.merged).products()
-        rows = sample(task.train, settings.samples, self.config.seed)
+        rows = sample(task.train, settings.samples, config.seed)
         rows = rows.take(range(process_index(), len(rows), process_count()))
-        sums = self.config.merge.method != "cofima"  # which weighs each model by its own curvature
+        # trained from another model than the running merge, Δ is not the task's adapter alone
+        moved = start.running is not None and start.train_from != "merged"
         curvature = estimate_curvature(
             built.model,
             batches(self.encoder, self.encoder.examples(rows, task.labels), self.scorer.batch_size),
             adapter=TASK_ADAPTER,
-            kind=settings.kind or "fisher",
+            kind=spec.kind,
             labels=settings.labels,
-            shrinkage=settings.shrinkage if settings.kind == "gram" else None,
+            shrinkage=spec.shrinkage if spec.kind == "gram" else None,
             normalisation=settings.normalisation,
-            previous=Curvature.load(state.curvature) if sums and state.curvature is not None else None,
-            heads=heads,
-            merged=apart,
-            seed=self.config.seed + index,
+            previous=Curvature.load(start.curvature) if config.sums_curvature and start.curvature is not None else None,
+            heads=self.head.curvature_heads(built, start),
+            merged=start.running.products() if moved and start.running is not None else None,
+            seed=config.seed + start.index,
             autocast=self.scorer.autocast,
-            loss_reduction=settings.loss_reduction if self.language else "mean",
+            loss_reduction=spec.loss_reduction,  # type: ignore[arg-type]
         )
-        path = self.folder.task(index) / CURVATURE_FILE
+        path = self.folder.task(start.index) / CURVATURE_FILE
         on_main_process(lambda: curvature.save(path))
         return Curvature.load(path)  # from here on it is read a chunk at a time
 
@@ -340,29 +304,25 @@ class Run:
         labels = {} if built.head is None else {built.head: list(task.labels)}
         save_adapter(folder / "adapter", peft_config, factors, saved, labels)
 
-    def _merge(
-        self, folder: Path, state: StreamState, start: TrainingStart, curvature: Curvature | None, index: int
-    ) -> MergeReport:
-        settings, individual = self.config.merge, self.config.strategy.individual
-        method, options = settings.method or "pm", dict(settings.options)
-        into = None if individual else state.merged
-        coefficient = None if into is None else settings.coefficient  # the first task is taken as it is
-        if not self._trains(index):
+    def _merge(self, folder: Path, start: TaskStart, curvature: Curvature | None) -> MergeReport:
+        settings, method = self.config.merge, self.config.merging_method
+        coefficient = None if start.running is None else settings.coefficient  # the first task is taken as it is
+        if not self._trains(start.index):
             coefficient = 0.0  # nothing was trained: the running merge stays as it is
-        curvatures = [] if curvature is None or coefficient is not None else [curvature]
-        if method == "pm" and coefficient is None:
-            unmeasured = state.merged is not None and state.curvature is None
+        options, curvatures = dict(settings.options), list[Curvature]()
+        if curvature is not None and coefficient is None and method.curvature is not None:
+            curvatures.append(curvature)
+            if method.curvature != "sums" and start.running is not None and start.curvature is not None:
+                curvatures.insert(0, Curvature.load(start.curvature))
+        if method.curvature == "sums" and coefficient is None:
+            unmeasured = start.running is not None and start.curvature is None
             options["on_zero_curvature"] = settings.on_zero_curvature
             options["unmeasured_past"] = "ignore" if unmeasured else "error"
-        elif method == "cofima" and into is not None and state.curvature is not None:
-            curvatures.insert(0, Curvature.load(state.curvature))
-        elif method != "pm":
-            curvatures = []
         return merge_adapters(
-            adapter_to_fold(folder, start, state, method, settings.max_rank),
+            adapter_to_fold(self.config, start, folder),
             folder / "merged",
-            into=into,
-            method=method,
+            into=None if start.running is None else start.running.path,
+            method=settings.method or "pm",
             curvature=curvatures or None,
             coefficient=coefficient,
             freedom=settings.freedom or "global" if coefficient is None else "global",
@@ -373,37 +333,52 @@ class Run:
     def _held_out(self, folder: Path) -> dict[str, dict[str, float]]:
         """{text: {metric: score}} of what is never trained on."""
         texts = self.stream.held_out
-        found = self.scorer.score(folder / "merged", None, texts) if texts else []
-        return {text.name: scores for text, scores in zip(texts, found, strict=True)}
+        scores = self.scorer.score(folder / "merged", None, texts) if texts else []
+        return {text.name: values for text, values in zip(texts, scores, strict=True)}
 
     def _scores(self, folder: Path, head: str | None, index: int) -> dict[str, list[float | None]]:
         """{metric: one score for each task seen}."""
-        if not self.config.strategy.individual:
-            found = self.scorer.score(folder / "merged", head, self.stream.seen(index))
-            names = dict.fromkeys(name for scores in found for name in scores)
-            return {name: [scores.get(name) for scores in found] for name in names}
+        if self.config.merges:
+            scores = self.scorer.score(folder / "merged", head, self.stream.seen(index))
+            names = dict.fromkeys(name for values in scores for name in values)
+            return {name: [values.get(name) for values in scores] for name in names}
         own = self.scorer.score(folder / "merged", head, [self.stream.tasks[index]])[0]
         past = self.folder.step(index - 1)["scores"] if index else {}
         return {name: [*past.get(name, [None] * index), own.get(name)] for name in dict.fromkeys([*past, *own])}
 
 
-def make_penalties(config: RunConfig, built: TaskModel, state: StreamState) -> list[Penalty]:
+def make_penalties(config: RunConfig, built: TaskModel, start: TaskStart) -> list[Penalty]:
     """The penalties of the strategy; none of those that need a past before the first task."""
-    strategy, found = config.strategy, list[Penalty]()
-    if strategy.ewc_weight and state.curvature is not None:
-        found.append(ElasticWeights(built.model, TASK_ADAPTER, Curvature.load(state.curvature), strategy.ewc_weight))
-    if strategy.olora_weight and state.merged is not None:
-        found.append(OrthogonalSubspaces(built.model, TASK_ADAPTER, MERGED_ADAPTER, strategy.olora_weight))
+    strategy, penalties = config.strategy, list[Penalty]()
+    if strategy.ewc_weight and start.curvature is not None:
+        penalties.append(
+            ElasticWeights(built.model, TASK_ADAPTER, Curvature.load(start.curvature), strategy.ewc_weight)
+        )
+    if strategy.olora_weight and start.running is not None:
+        penalties.append(OrthogonalSubspaces(built.model, TASK_ADAPTER, MERGED_ADAPTER, strategy.olora_weight))
     if strategy.base_kl_weight:
-        found.append(BaseDivergence(strategy.base_kl_weight, strategy.divergence))
-    return found
+        penalties.append(BaseDivergence(strategy.base_kl_weight, strategy.divergence))
+    return penalties
 
 
-def make_callbacks(config: RunConfig, built: TaskModel, state: StreamState) -> Sequence[TrainerCallback]:
+def _callbacks(config: RunConfig, built: TaskModel, start: TaskStart) -> Sequence[TrainerCallback]:
     """SFA's averaging, from the second task on."""
     strategy = config.strategy
-    if not strategy.averaging_period or state.merged is None:
+    if not strategy.averaging_period or start.running is None:
         return []
-    shared = built.head is not None and config.stream.scenario == "domain_incremental"
-    head = find_head(built.model, str(built.head)) if shared else None
+    head = find_head(built.model, str(built.head)) if config.shared_head else None
     return [SequentialAveraging(built.model, TASK_ADAPTER, head, strategy.averaging_period, strategy.averaging_weight)]
+
+
+def _check_rank_fits(config: RunConfig, built: TaskModel, tasks: int) -> None:
+    """InputError where O-LoRA's running merge could not hold the factors of `tasks` more tasks side by side."""
+    if not config.strategy.olora_weight:
+        return
+    for name, layer in adapted_layers(built.model, TASK_ADAPTER).items():
+        past = layer.lora_A[MERGED_ADAPTER].out_features if MERGED_ADAPTER in layer.lora_A else 0
+        rank, limit = past + config.lora.r * (tasks - 1), min(layer.in_features, layer.out_features)
+        if rank > limit:
+            raise InputError(
+                f"strategy.olora_weight keeps the A of every task: rank {rank} before the last one, but {name} has "
+                f"room for {limit}; use a smaller lora.r, or fewer tasks"
+            )

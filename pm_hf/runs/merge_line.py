@@ -21,9 +21,9 @@ from pm_hf.errors import InputError, raise_all
 from pm_hf.files import write_json
 from pm_hf.merging.methods import get_method
 from pm_hf.runs.folder import CONFIG_FILE
-from pm_hf.runs.head import update_analytic_head
 from pm_hf.runs.learner import Run
 from pm_hf.runs.records import CLASS_INCREMENTAL, LOWER_IS_BETTER, MERGE_LINE_FILE, TASK_INCREMENTAL, read_runs
+from pm_hf.runs.start import start_task
 
 COEFFICIENT_GRID = tuple(tenth / 10 for tenth in range(11))
 
@@ -134,7 +134,7 @@ def _skip_reason(step: Mapping) -> str | None:
 
 def _missing_rows_reason(work: Run, index: int) -> str | None:
     """Why a task's line cannot be computed anew."""
-    if work.config.head.kind == "lda" and not len(work.stream.tasks[index].train):
+    if work.config.analytic_head and not len(work.stream.tasks[index].train):
         return "its training rows are left out, from which the analytic head of every point is computed"
     return None
 
@@ -186,20 +186,17 @@ def _task(work: Run, index: int, step: Mapping, metric: str) -> dict[str, Any]:
 
 def _point(work: Run, index: int, step: Mapping, alpha: float, metric: str) -> dict[str, Any]:
     """The merge with one coefficient, loaded as users load it."""
-    state, seen, head = work.folder.state(index), work.stream.seen(index), step["head"]
+    start, seen, head = start_task(work.config, work.folder.state(index), index), work.stream.seen(index), step["head"]
     with TemporaryDirectory(prefix="pm-hf-") as folder:
         merged = Path(folder) / "merged"
         merge_adapters(
             work.folder.task(index) / "adapter",
             merged,
-            into=state.merged,
+            into=None if start.running is None else start.running.path,
             coefficient=alpha,
             max_rank=work.config.merge.max_rank,
         )
-        if work.config.head.kind == "lda":
-            update_analytic_head(
-                Path(folder), state, work.stream.tasks[index], head, work.scorer, work.config.head, moved=True
-            )
+        work.head.after_merge(Path(folder), work.stream.tasks[index], start, head, trained=True)
         found = work.scorer.score(merged, head, seen, loss=True, generate=False)
     release_memory()
     losses, scores = ([one[name] for one in found] for name in ("loss", metric))

@@ -1,7 +1,8 @@
 """Where a run begins (from nothing, or from a released adapter), and where each task's training starts."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Literal
 
 from pm_hf.adapters.folder import Adapter, Update, base_name, measured_tasks, open_adapter, write_adapter
 from pm_hf.adapters.merge import merge_adapters
@@ -10,22 +11,14 @@ from pm_hf.data.stream import STEP_FILE, TaskStream
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import same_folder
 from pm_hf.measuring.analytic_head import HeadStatistics
-from pm_hf.merging.curvature import NORMALISATIONS, Curvature
+from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank, compact_svd, weighted_sum
-from pm_hf.merging.methods import get_method
 from pm_hf.models.loading import resolve_base
-from pm_hf.models.lora import adapted_layers, orthonormal_start
-from pm_hf.models.task_model import MERGED_ADAPTER, TASK_ADAPTER, TaskModel
 
 CURVATURE_FILE, STATISTICS_FILE = "curvature.safetensors", "head_statistics.safetensors"
-
-
 OPTIMUM_FOLDER = "optimum"  # adapter folder of the last task's own optimum, for methods that train from it
-
-
-CHANGE_FOLDER = (
-    "change"  # adapter folder of θ*_t − θ̂_{t−1}, where training started from the last optimum and not from θ̂_{t−1}
-)
+# adapter folder of θ*_t − θ̂_{t−1}, where training started from the last optimum and not from θ̂_{t−1}
+CHANGE_FOLDER = "change"
 
 
 @dataclass(frozen=True)
@@ -44,9 +37,9 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
     They are looked for in its folder, in the folder above, and in the task folder of the run that published it.
     InputError with everything that does not fit: base, rank, head, labels, curvature. None without `start_from`.
     """
-    if config.head.kind == "lda" and config.start_from is None:
-        _check_first_task(stream)
     if config.start_from is None:
+        if config.analytic_head:
+            _check_first_task(stream)
         return None
     adapter = open_adapter(Path(config.start_from).expanduser())
     steps = sorted(adapter.path.parent.glob(f"task-*/{STEP_FILE}"), reverse=True)
@@ -61,12 +54,11 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
     elastic = config.strategy.ewc_weight > 0
     if elastic and state.curvature is None:
         problems.append(f"strategy.ewc_weight needs {CURVATURE_FILE} beside it")
-    measured = (config.merge.method == "pm" and config.merge.coefficient is None) or elastic
-    if measured and state.curvature is not None:
+    if config.sums_curvature and state.curvature is not None:
         problems += _curvature_misfits(config, adapter, Curvature.load(state.curvature))
-    if config.head.kind == "lda" and state.statistics is None:
+    if config.analytic_head and state.statistics is None:
         problems.append(f"head.kind lda needs {STATISTICS_FILE} beside it; use head.kind: linear")
-    if config.head.kind == "lda" and state.statistics is not None:
+    if config.analytic_head and state.statistics is not None:
         statistics = HeadStatistics.load(state.statistics)
         strict = statistics.temperature is not None
         if list(adapter.labels.values()) != [statistics.labels]:
@@ -86,29 +78,24 @@ def _adapter_misfits(config: RunConfig, stream: TaskStream, adapter: Adapter) ->
     rank, limit = max(adapter.product(module).rank for module in adapter.scaling), config.merge.max_rank
     if limit is not None and rank > limit:
         problems.append(f"its rank {rank} is above merge.max_rank {limit}")
-    shared = stream.scenario == "domain_incremental"
-    if config.head.kind == "none":
+    if not config.kind.has_head:
         return problems
     if len(adapter.labels) != 1:
         problems.append("it has no labels.json with one head, so its rows have no names")
-    elif config.head.kind == "linear" and len(set(rows := next(iter(adapter.labels.values())))) < len(rows):
+    elif not config.analytic_head and len(set(rows := next(iter(adapter.labels.values())))) < len(rows):
         problems.append("its head has several rows of one label (head.means: task); use head.kind: lda")
-    elif shared and list(dict.fromkeys(next(iter(adapter.labels.values())))) != list(stream.tasks[0].labels):
+    elif config.shared_head and list(dict.fromkeys(next(iter(adapter.labels.values())))) != list(
+        stream.tasks[0].labels
+    ):
         problems.append("its labels are not those of the domain-incremental stream, in this order")
     return problems
 
 
 def _curvature_misfits(config: RunConfig, adapter: Adapter, curvature: Curvature) -> list[str]:
-    ours, theirs, problems = config.curvature, curvature.settings, []
-    gram = ours.kind == "gram"
-    normalisation = NORMALISATIONS[ours.normalisation]
-    wanted: tuple = (ours.kind, "none" if gram else ours.labels, ours.shrinkage if gram else 0.0, normalisation)
-    found: tuple = (theirs.kind, theirs.labels, theirs.shrinkage, theirs.normalisation)
-    if config.head.kind == "none" and not gram:
-        wanted, found = (*wanted, ours.loss_reduction), (*found, theirs.loss_reduction)
-    if found != wanted:
+    problems, measured, wanted = [], astuple(curvature.settings), astuple(config.curvature_spec)
+    if measured != wanted:
         problems.append(
-            f"its curvature (kind, labels, shrinkage, …) is {found}, the config's {wanted}; sums are never mixed"
+            f"its curvature (kind, labels, shrinkage, …) is {measured}, the config's {wanted}; sums are never mixed"
         )
     if curvature.tasks != measured_tasks(adapter):
         problems.append(f"its curvature covers {curvature.tasks} tasks, the adapter {measured_tasks(adapter)}")
@@ -129,24 +116,49 @@ def _check_first_task(stream: TaskStream) -> None:
 
 
 @dataclass(frozen=True)
-class TrainingStart:
-    """Where a task's training starts: with the adapter `frozen` in place, or with the factors of the last task."""
+class TaskStart:
+    """What one task begins with. Adapters are opened once and handed on.
 
-    train_from: str  # merged, last or base
-    frozen: Path | None = None
-    factors: Path | None = None
+    index: its place in the stream. train_from: merged, last or base. running: the merge that it is folded into, None
+    before there is one, or where nothing is merged. frozen: the adapter in place while the task trains, None: the base
+    alone. factors: the last task's adapter, whose factors the new one starts with. curvature, statistics: files of the
+    sums and of the analytic head that the tasks before it left.
+    """
+
+    index: int
+    train_from: Literal["merged", "last", "base"]
+    running: Adapter | None = None
+    frozen: Adapter | None = None
+    factors: Adapter | None = None
+    curvature: Path | None = None
+    statistics: Path | None = None
+
+    @property
+    def head(self) -> Adapter | None:
+        """Whose rows the head goes on from where it is shared by all tasks: it starts where the backbone starts."""
+        return self.frozen if self.train_from == "last" and self.frozen is not None else self.running
 
 
-def choose_start(config: RunConfig, state: StreamState) -> TrainingStart:
-    """The start that the merging method states (`train_from`), unless the config asks for another."""
-    method = get_method(config.merge.method or "pm")
-    where = "base" if config.strategy.individual else config.merge.train_from or method.train_from
-    if method.factors:
-        return TrainingStart(where, factors=state.optimum)
-    return TrainingStart(where, {"merged": state.merged, "last": state.optimum, "base": None}[where])
+def start_task(config: RunConfig, state: StreamState, index: int) -> TaskStart:
+    """Open what a task starts from: as the merging method states (`train_from`), unless the config asks for another."""
+    method = config.merging_method
+    train_from = (config.merge.train_from or method.train_from) if config.merges else "base"
+    running = open_adapter(state.merged) if config.merges and state.merged is not None else None
+    wanted = method.factors or train_from == "last"
+    last = open_adapter(state.optimum) if wanted and state.optimum is not None else None
+    frozen = {"merged": running, "last": last, "base": None}[train_from]
+    return TaskStart(
+        index,
+        train_from,
+        running,
+        frozen=None if method.factors else frozen,
+        factors=last if method.factors else None,
+        curvature=state.curvature,
+        statistics=state.statistics,
+    )
 
 
-def adapter_to_fold(folder: Path, start: TrainingStart, state: StreamState, method: str, max_rank: int | None) -> Path:
+def adapter_to_fold(config: RunConfig, start: TaskStart, folder: Path) -> Path:
     """The adapter folder that is folded: the trained adapter, or what it is together with the optimum it started from.
 
     Trained from the last optimum, a method that takes task vectors relative to the base gets the optimum itself, one
@@ -156,18 +168,17 @@ def adapter_to_fold(folder: Path, start: TrainingStart, state: StreamState, meth
     trained = folder / "adapter"
     if start.train_from != "last" or start.frozen is None:
         return trained
-    merge_adapters(trained, folder / OPTIMUM_FOLDER, into=start.frozen, method="sequential", max_rank=max_rank)
-    if get_method(method).train_from != "merged" or state.merged is None:
-        return folder / OPTIMUM_FOLDER
-    task, last, merged = (open_adapter(path) for path in (trained, start.frozen, state.merged))
+    optimum = folder / OPTIMUM_FOLDER
+    merge_adapters(trained, optimum, into=start.frozen.path, method="sequential", max_rank=config.merge.max_rank)
+    if config.merging_method.train_from != "merged" or start.running is None:
+        return optimum
+    task = open_adapter(trained)
     updates = {}
     for module, layout in task.layouts.items():
-        parts = zip(*(adapter.read(module, bias=False) for adapter in (task, last, merged)), strict=True)
+        parts = zip(*(adapter.read(module) for adapter in (task, start.frozen, start.running)), strict=True)
         updates[module] = Update(layout.merged, [_reduced(weighted_sum(part, [1.0, 1.0, -1.0])) for part in parts])
     saved = {name: task.tensor(name) for name in task.saved}
-    write_adapter(
-        folder / CHANGE_FOLDER, task.config, updates, saved, task.labels, ambiguous=False, overwrite=True, extra={}
-    )
+    write_adapter(folder / CHANGE_FOLDER, task.config, updates, saved, task.labels, overwrite=True)
     return folder / CHANGE_FOLDER
 
 
@@ -177,23 +188,3 @@ def _reduced(matrix: LowRank) -> LowRank:
     U, s, Vh = compact_svd(matrix)
     root = s.sqrt()
     return LowRank(U * root, root[:, None] * Vh).to(matrix.B.dtype) if len(s) else matrix
-
-
-def init_from(config: RunConfig, built: TaskModel, start: TrainingStart) -> None:
-    """Give the task adapter the factors that its start names."""
-    if start.factors is not None:
-        orthonormal_start(built.model, TASK_ADAPTER, open_adapter(start.factors))
-
-
-def check_rank_fits(config: RunConfig, built: TaskModel, tasks: int) -> None:
-    """InputError where O-LoRA's running merge could not hold the factors of `tasks` more tasks side by side."""
-    if not config.strategy.olora_weight:
-        return
-    for name, layer in adapted_layers(built.model, TASK_ADAPTER).items():
-        past = layer.lora_A[MERGED_ADAPTER].out_features if MERGED_ADAPTER in layer.lora_A else 0
-        rank, limit = past + config.lora.r * (tasks - 1), min(layer.in_features, layer.out_features)
-        if rank > limit:
-            raise InputError(
-                f"strategy.olora_weight keeps the A of every task: rank {rank} before the last one, but {name} has "
-                f"room for {limit}; use a smaller lora.r, or fewer tasks"
-            )

@@ -363,3 +363,25 @@ def test_thinning_a_task_leaves_every_class_a_row(tiny_base, tmp_path):
         assert len(found) == 12
         assert set(found.labels) == {"apple", *(label for _, label in rare)}
         assert len(set(found.inputs)) == 12
+
+
+@pytest.mark.parametrize(
+    "split", [{"class_groups": {"x": ["a"], "y": ["b"]}}, {"class_groups": 2}, {"tasks": ["x", "y"]}], ids=str
+)
+def test_order_is_that_of_the_names(tmp_path, split):
+    settings = files(tmp_path)
+    if "tasks" in split:
+        split = {"tasks": [{"name": name} for name in split["tasks"]]}
+    names = [task.name for task in stream(tmp_path, **settings, **split).tasks]
+    turned = stream(tmp_path, **settings, **split, order=names[::-1]).tasks
+    assert [task.name for task in turned] == names[::-1]
+    before = {task.name: rows_of(task) for task in stream(tmp_path, **settings, **split).tasks}
+    assert {task.name: rows_of(task) for task in turned} == before
+
+
+@pytest.mark.parametrize("order", [["x"], ["x", "y", "z"], ["x", "x"]])
+def test_order_names_every_task_once(tmp_path, order):
+    settings = files(tmp_path) | {"class_groups": {"x": ["a"], "y": ["b"]}}
+    assert "stream.order: expected each of x, y once, found " + ", ".join(order) in error(
+        tmp_path, **settings, order=order
+    )

@@ -6,16 +6,17 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from helpers.streams import same_tensors, settings, steps, write_data
 from helpers.tiny_language import TARGETS, WORDS, tiny_folder
 from helpers.tiny_training import OLD_NAME
 from peft import PeftModel
 
+from pm_hf.config.kinds import STREAM_KINDS
 from pm_hf.config.loading import load_config
 from pm_hf.data.encoders import make_encoder
 from pm_hf.data.stream import load_stream
 from pm_hf.errors import InputError
-from pm_hf.models.loading import MODEL_KINDS
 from pm_hf.runs.learner import learn
 from pm_hf.training.trainer import PMTrainer
 
@@ -225,7 +226,9 @@ def test_a_language_model_ends_with_its_lowest_loss(tmp_path, kind, plain):
     assert len(task.eval) == 4
     assert plain or sorted(task.eval.labels) == sorted(f" {word}" for word in ANSWERS)  # one of each answer's four
     learn(config)
-    loaded = MODEL_KINDS[config["stream"]["kind"]][0].from_pretrained(tmp_path / f"{kind}-{plain}")
+    loaded = getattr(transformers, STREAM_KINDS[config["stream"]["kind"]].auto_model).from_pretrained(
+        tmp_path / f"{kind}-{plain}"
+    )
     model = PeftModel.from_pretrained(loaded, str(tmp_path / "run" / "task-00-one" / "adapter"))
     encoder = make_encoder(load_config(config))
     inputs = encoder.collate(encoder.examples(task.eval, task.labels))

@@ -361,8 +361,8 @@ def test_diverged_stream_fails_with_one_line_and_keeps_what_was_finished(
             losses.append(1)
             return logits.sum() * (math.nan if len(losses) == 4 else 0)
 
-    def poisoned(config, built, state):
-        return [Broken()] if state.merged is not None else []
+    def poisoned(config, built, start):
+        return [Broken()] if start.running is not None else []
 
     with monkeypatch.context() as patch:
         patch.setattr(pm_hf.runs.learner, "make_penalties", poisoned)

@@ -176,15 +176,19 @@ def heads(run: Run, cell: str) -> dict[str, float]:
     domains = run.stream.scenario == "domain_incremental"
     oracle = HeadStatistics()
     for (rows, _), task in zip(train, tasks, strict=True):
-        oracle = oracle.added(rows, _targets(task, list(task.own), test=False), list(task.own), apart=domains)
+        oracle = oracle.added(
+            rows, _targets(task, list(task.own), test=False), list(task.own), one_mean_per_task=domains
+        )
     moving = cell not in (FIRST, "frozen", "joint")
     found = {"lda, oracle" if moving else "lda, none": score(_linear(oracle))}
     if moving:
-        followed = {drift: _followed(features, drift, apart=domains) for drift in ("none", "mean shift", "ridge")}
+        followed = {
+            drift: _followed(features, drift, one_mean_per_task=domains) for drift in ("none", "mean shift", "ridge")
+        }
         found |= {f"lda, {drift}": score(_linear(statistics)) for drift, statistics in followed.items()}
         found["aligned"] = score(_aligned(followed["ridge"], labels))
         if domains:
-            found["lda, one mean a class"] = score(_linear(_followed(features, "ridge", apart=False)))
+            found["lda, one mean a class"] = score(_linear(_followed(features, "ridge", one_mean_per_task=False)))
     else:
         found["RanPAC"] = score(_random_projection(*everything, len(labels)))
     return found | {"joint head": score(_logistic(*everything))}
@@ -206,7 +210,9 @@ def _followed(features: Features, drift: str, *, apart: bool) -> HeadStatistics:
                 statistics = statistics.moved(ridge_drift(before, now, features.run.config.head.ridge))
             else:
                 statistics.means += (now - before).mean(0)
-        statistics = statistics.added(now, _targets(task, list(task.own), test=False), list(task.own), apart=apart)
+        statistics = statistics.added(
+            now, _targets(task, list(task.own), test=False), list(task.own), one_mean_per_task=apart
+        )
     return statistics
 
 

@@ -35,23 +35,25 @@ class LanguageScorer:
         """That of the model."""
         return next(self.model.parameters()).device
 
-    def scores(self, rows: Rows, own: Sequence[str], seen: Sequence[str], *, generate: bool = True) -> dict[str, float]:
+    def scores(
+        self, rows: Rows, task_labels: Sequence[str], seen_labels: Sequence[str], *, generate: bool = True
+    ) -> dict[str, float]:
         """All scores of one task's rows.
 
         loss, perplexity, bits_per_byte, token_accuracy: see `token_scores`. exact_match: see there; for prompts whose
         completions all have at most 64 tokens, and with `generate`. Where there are answers to choose among:
-        class_incremental, the share of the rows whose completion is the likeliest of the answers `seen`,
-        task_incremental the same among the task's `own`; an answer's likelihood is the mean log-probability of its
-        tokens, its end included.
+        class_incremental, the share of the rows whose completion is the likeliest of `seen_labels`, task_incremental
+        the same among `task_labels`; an answer's likelihood is the mean log-probability of its tokens, its end
+        included.
         """
         scores = self.token_scores(rows)
         if generate and any(rows.inputs) and _longest(self.encoder, rows) <= MOST_GENERATED:
             scores["exact_match"] = self.exact_match(rows)
-        if not seen:
+        if not seen_labels:
             return scores
-        likelihoods = self.answer_likelihoods(rows, seen)
-        truth = torch.tensor([list(seen).index(answer) for answer in rows.labels])
-        inside = torch.tensor([list(seen).index(answer) for answer in own])
+        likelihoods = self.answer_likelihoods(rows, seen_labels)
+        truth = torch.tensor([list(seen_labels).index(answer) for answer in rows.labels])
+        inside = torch.tensor([list(seen_labels).index(answer) for answer in task_labels])
         scores["class_incremental"] = float((likelihoods.argmax(1) == truth).double().mean())
         scores["task_incremental"] = float((inside[likelihoods[:, inside].argmax(1)] == truth).double().mean())
         return scores

@@ -40,25 +40,25 @@ def build_task_model(
     task: int,
     *,
     kind: str = TEXT_KIND,
-    published: Adapter | None = None,
+    head_from: Adapter | None = None,
     continue_head: bool = False,
 ) -> TaskModel:
     """Base + frozen `merged` (without its head) + trainable `task`, both active, and a fresh head of the task's rows.
 
-    kind: a key of STREAM_KINDS; language models have no head. published: the running merge, by default `merged`. What
-    the checkpoint lacks (the head's other layers) is frozen at its value, or at the seeded one; with `continue_head`
+    kind: a key of STREAM_KINDS; language models have no head. head_from: whose head goes on, by default `merged`'s.
+    What the checkpoint lacks (the head's other layers) is frozen at its value, or at the seeded one; with `continue_head`
     the rows of labels that it knows start from its rows (a head shared by all tasks). Trainable are the task's LoRA
     factors and the head's last Linear, nothing else: checked before it is returned.
     """
     if lora.r < 1:
         raise InputError(f"lora.r must be at least 1, found {lora.r}")
-    published = published or merged
+    head_from = head_from or merged
     base, saved_modules = load_base(settings, labels, seed, kind)
     head = head_name(base) if STREAM_KINDS[kind].has_head else None
     base_name = base.config.name_or_path
     with seeded(seed + 7919 * (task + 1)):
         if head is not None:
-            _fresh_rows(base, head, labels, published if continue_head else None)
+            _fresh_rows(base, head, labels, head_from if continue_head else None)
         config = LoraConfig(
             r=lora.r,
             lora_alpha=lora.alpha,
@@ -78,7 +78,7 @@ def build_task_model(
         raise InputError(f"lora.target_modules: {odd[0]} is not a linear layer; only linear layers are supported")
     if merged is not None:
         _add_merged(model, merged)
-    _restore_shared(model, published, head)
+    _restore_shared(model, head_from, head)
     _activate(model, merged is not None)
     expected = _freeze(model, head)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

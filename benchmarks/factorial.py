@@ -182,13 +182,11 @@ def heads(run: Run, cell: str) -> dict[str, float]:
     moving = cell not in (FIRST, "frozen", "joint")
     found = {"lda, oracle" if moving else "lda, none": score(_linear(oracle))}
     if moving:
-        followed = {
-            drift: _followed(features, drift, one_mean_per_task=domains) for drift in ("none", "mean shift", "ridge")
-        }
+        followed = {drift: _followed(features, drift, apart=domains) for drift in ("none", "mean shift", "ridge")}
         found |= {f"lda, {drift}": score(_linear(statistics)) for drift, statistics in followed.items()}
         found["aligned"] = score(_aligned(followed["ridge"], labels))
         if domains:
-            found["lda, one mean a class"] = score(_linear(_followed(features, "ridge", one_mean_per_task=False)))
+            found["lda, one mean a class"] = score(_linear(_followed(features, "ridge", apart=False)))
     else:
         found["RanPAC"] = score(_random_projection(*everything, len(labels)))
     return found | {"joint head": score(_logistic(*everything))}

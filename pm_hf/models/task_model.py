@@ -46,9 +46,9 @@ def build_task_model(
     """Base + frozen `merged` (without its head) + trainable `task`, both active, and a fresh head of the task's rows.
 
     kind: a key of STREAM_KINDS; language models have no head. head_from: whose head goes on, by default `merged`'s.
-    What the checkpoint lacks (the head's other layers) is frozen at its value, or at the seeded one; with `continue_head`
-    the rows of labels that it knows start from its rows (a head shared by all tasks). Trainable are the task's LoRA
-    factors and the head's last Linear, nothing else: checked before it is returned.
+    What the checkpoint lacks (the head's other layers) is frozen at its value, or at the seeded one; with
+    `continue_head` the rows of labels that it knows start from its rows (a head shared by all tasks). Trainable are the
+    task's LoRA factors and the head's last Linear, nothing else: checked before it is returned.
     """
     if lora.r < 1:
         raise InputError(f"lora.r must be at least 1, found {lora.r}")

@@ -237,12 +237,14 @@ class AccumulatedLossMixin(BeforeTrainer):
 
 
 class PerturbationMixin(AccumulatedLossMixin, PerturbedStepMixin, HeadLearningRateMixin, AdapterLoadingMixin):
-    """The changes of PMTrainer for any Trainer: the perturbed step, the head's learning rate, the loss of accumulated
-    batches, and the trained adapter restored by its name; each is a mixin of its own.
+    """The four changes of PMTrainer for any Trainer, each of them a mixin of its own.
 
     Put it before a Trainer: `class PMSFTTrainer(PerturbationMixin, SFTTrainer)`, with args that include
-    `PerturbationArguments`. With `perturbation_scale=0`, `head_learning_rate=None` and one batch a step it trains as
-    that Trainer does.
+    `PerturbationArguments`. In every step one factor is drawn, and forward and backward run with the task's product
+    scaled by it; the mean of the factors since the last log is logged as `perturbation_factor`. Resuming and loading
+    the best model restore the trained adapter by its name, and parameters that are not LoRA are trained with
+    `head_learning_rate`. Where a model takes `num_items_in_batch` and ignores it, the loss is the mean over accumulated
+    batches and processes (transformers #47688).
     """
 
 

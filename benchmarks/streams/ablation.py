@@ -156,8 +156,8 @@ class Features:
         if key not in self.known:
             part, folder = (self.scored if test else self.tasks)[task], self.run.folder
             rows = part.test if test else part.train
-            head = folder.step(merge)["head"]
-            self.known[key] = self.run.scorer.features(folder.task(merge) / "merged", rows, part.own, head).double()
+            head = str(folder.record(merge).head)
+            self.known[key] = self.run.scorer.features(folder.task(merge).merged, rows, part.own, head).double()
         return self.known[key]
 
 

@@ -142,7 +142,7 @@ def check_fits(delta: Mapping[str, LowRank], curvature: Curvature) -> None:
         if curvature.probe:
             turns.append(math.dist(delta_probe(name, d), curvature.probe[name]) / PROBES**0.5)
     ours, theirs = math.hypot(*norms), math.hypot(*curvature.delta_norm.values())
-    gap, turn = (math.hypot(*found) / (max(ours, theirs) or 1.0) for found in (gaps, turns))  # module by module
+    gap, turn = (math.hypot(*shares) / (max(ours, theirs) or 1.0) for shares in (gaps, turns))  # module by module
     if max(gap, turn) > FIT_TOLERANCE:
         raise InputError(
             f"the curvature was measured with another task adapter (‖Δ‖ {theirs:.6g} there, {ours:.6g} here; fixed "

@@ -60,7 +60,7 @@ def process_index() -> int:
 
 
 def interruptible() -> bool:
-    """Whether an exception raised now reaches every process: alone, or inside a function of on_main or together."""
+    """Whether an exception raised now reaches every process: alone, or inside what the two functions below run."""
     return process_count() == 1 or _Channel.depth > 0
 
 
@@ -101,7 +101,8 @@ def on_all_processes(function: Callable[[], Result]) -> Result:
             result = function()
     except BaseException as caught:
         error = caught
-    failure = next((found for found in gather(None if error is None else _failure(error)) if found), None)
+    failures = gather(None if error is None else _failure(error))
+    failure = next((failure for failure in failures if failure), None)
     if failure is None:
         return result  # type: ignore[return-value]
     if error is not None and failure.process == process_index():

@@ -179,7 +179,9 @@ def heads(run: Run, cell: str) -> dict[str, float]:
     domains = run.stream.scenario == "domain_incremental"
     oracle = HeadStatistics()
     for (rows, _), task in zip(train, tasks, strict=True):
-        oracle = oracle.added(rows, _targets(task, list(task.own), test=False), list(task.own), apart=domains)
+        oracle = oracle.added(
+            rows, _targets(task, list(task.own), test=False), list(task.own), one_mean_per_task=domains
+        )
     moving = cell not in (FIRST, "frozen", "joint")
     accuracies = {"lda, oracle" if moving else "lda, none": score(_linear(oracle))}
     if moving:
@@ -209,7 +211,9 @@ def _followed(features: Features, drift: str, *, apart: bool) -> HeadStatistics:
                 statistics = statistics.moved(ridge_drift(before, now, features.run.config.head.ridge))
             else:
                 statistics.means += (now - before).mean(0)
-        statistics = statistics.added(now, _targets(task, list(task.own), test=False), list(task.own), apart=apart)
+        statistics = statistics.added(
+            now, _targets(task, list(task.own), test=False), list(task.own), one_mean_per_task=apart
+        )
     return statistics
 
 

@@ -20,13 +20,10 @@ from pm_hf.adapters.plan import Curvatures, LearnedSource, Plan, Request, make_p
 from pm_hf.adapters.saved_modules import merge_saved, roots
 from pm_hf.environment import PeakMemory, versions
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import free_space_problem
+from pm_hf.files import free_space_problem, output_problems
 from pm_hf.merging.coefficient import Coefficient, Freedom, free_solution
 from pm_hf.merging.lowrank import LowRank, from_dense, weighted_sum
 from pm_hf.merging.methods.base import Matrix
-
-LONGEST_NAME = 200  # bytes; file systems take 255, and the temporary name is longer
-
 
 STORAGE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -125,7 +122,9 @@ def merge_adapters(
     storage = dtype if isinstance(dtype, torch.dtype) else STORAGE_DTYPES[dtype or "float32"]
     size = _Size(max_rank if isinstance(max_rank, int) else None, energy, max_rank == "full", storage)
     if not dry_run:
-        _check_output(Path(output), overwrite)
+        problems = output_problems(Path(output), overwrite=overwrite, allowed=(*ADAPTER_FILES, CARD_FILE))
+        if problems:
+            raise InputError("; ".join(problems))
     with PeakMemory() as memory:
         opened = [open_adapter(adapter_folder(path)) for path in paths]
         running = None if into is None else open_adapter(adapter_folder(into))
@@ -288,30 +287,6 @@ def _size_problems(request: Request, max_rank: object, energy: float | None, dty
     if dtype is not None and dtype not in (*STORAGE_DTYPES, *STORAGE_DTYPES.values()):
         problems.append(f"dtype must be one of {', '.join(STORAGE_DTYPES)}, found {dtype!r}")
     return problems
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.exists() and not overwrite:
-        raise InputError(
-            f"output {output} exists; choose another folder, or overwrite=True (--overwrite) to replace it"
-        )
-    try:
-        output = output.resolve()
-        parent = next(folder for folder in output.parents if folder.exists())
-        strange = (
-            sorted(p.name for p in output.iterdir() if p.name not in (*ADAPTER_FILES, CARD_FILE))
-            if output.exists()
-            else []
-        )
-    except (OSError, ValueError, RuntimeError) as error:  # a file, a loop of links, a name that cannot be
-        raise InputError(f"output {output} cannot be written: {error}; choose another folder") from error
-    if not parent.is_dir() or not os.access(parent, os.W_OK) or len(os.fsencode(output.name)) > LONGEST_NAME:
-        raise InputError(
-            f"output {output} cannot be written: expected a name of at most {LONGEST_NAME} bytes in a folder that "
-            f"may be written to, found {parent}; choose another folder"
-        )
-    if strange:
-        raise InputError(f"output {output} is not an adapter folder alone, it holds {strange[:3]}; choose another")
 
 
 def _check_space(output: Path, adapters: Sequence[Adapter], size: _Size) -> None:

@@ -101,8 +101,8 @@ class AnalyticHead(NoHead):
         head, own_mean = str(built.head), self.settings.means == "task"
         features = self.scorer.features_of(built.model.to(self.scorer.device), task.train, task.own, head)
         seen = _load_statistics(start.statistics)
-        statistics = seen.added(features, _class_indices(task), list(task.own), apart=own_mean)
-        temperature = held_out_temperature(seen, features, task.train.labels, apart=own_mean)
+        statistics = seen.added(features, _class_indices(task), list(task.own), one_mean_per_task=own_mean)
+        temperature = held_out_temperature(seen, features, task.train.labels, one_mean_per_task=own_mean)
         weight, bias = (value / temperature for value in statistics.solve())
         linear = find_head(built.model, head)
         newest = {label: row for row, label in enumerate(statistics.labels)}
@@ -127,7 +127,7 @@ class AnalyticHead(NoHead):
             before = self.scorer.features(start.running.path, task.train, task.own, module)
             statistics = statistics.moved(ridge_drift(before, features, settings.ridge))
         own_mean = settings.means == "task"
-        statistics = statistics.added(features, _class_indices(task), list(task.own), apart=own_mean)
+        statistics = statistics.added(features, _class_indices(task), list(task.own), one_mean_per_task=own_mean)
         temperature = statistics.temperature or merge_temperature(statistics, features, task.train.labels)
         if settings.strict and statistics.temperature is None:
             statistics = statistics.frozen(temperature)

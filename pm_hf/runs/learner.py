@@ -194,7 +194,7 @@ class Run:
             config.seed,
             start.index,
             kind=config.stream.kind,
-            published=start.head,
+            head_from=start.head,
             continue_head=config.shared_head or bool(config.strategy.replay_per_class),
         )
         if start.factors is not None:

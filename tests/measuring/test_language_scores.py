@@ -7,7 +7,8 @@ from helpers.tiny_language import LENGTH, WORDS, tiny_model, tiny_tokenizer
 
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.data.rows import Rows
-from pm_hf.measuring.scores import MOST_GENERATED, answer_likelihoods, cut_note, exact_match, score_rows, token_scores
+from pm_hf.measuring.language_scores import MOST_GENERATED, LanguageScorer
+from pm_hf.measuring.scores import cut_note
 
 KINDS = ("llama", "qwen2", "gpt2", "t5")
 ROWS = Rows(
@@ -37,7 +38,7 @@ def test_token_scores_are_those_of_single_examples(kind):
     found = [log_probabilities(model, *pair) for pair in pairs]
     total = -float(torch.cat([values for values, _ in found]).double().sum())
     tokens, size = sum(len(answer) for _, answer in pairs), sum(len(text.encode()) for text in ROWS.labels)
-    scores = token_scores(model, encoder, ROWS, batch_size=3)
+    scores = LanguageScorer(model, encoder, 3).token_scores(ROWS)
     assert scores["loss"] == pytest.approx(total / tokens, rel=1e-5)
     assert scores["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
     assert scores["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-5)
@@ -49,7 +50,7 @@ def test_token_scores_are_those_of_single_examples(kind):
 def test_likelihoods_are_those_of_one_forward_pass_for_each_prompt_and_answer(kind, answers):
     model, encoder = setting(kind)
     expected = [[mean_log_probability(model, encoder, p, a) for a in answers] for p in ROWS.inputs]
-    found = answer_likelihoods(model, encoder, ROWS, answers, batch_size=3)
+    found = LanguageScorer(model, encoder, 3).answer_likelihoods(ROWS, answers)
     assert torch.allclose(found, torch.tensor(expected), atol=1e-5)
 
 
@@ -60,9 +61,9 @@ def test_exact_match_is_that_of_decoding_step_by_step(kind):
     assert any(own.labels)
     whole = [i for i, text in enumerate(own.labels) if len(encoder.completion("", text)) <= 6]  # it ended by itself
     mixed = Rows(own.inputs, [f" {own.labels[0]} ", *(f"{text} red0" for text in own.labels[1:])])
-    assert exact_match(model, encoder, mixed.take(range(1, 4)), batch_size=2) == 0.0
+    assert LanguageScorer(model, encoder, 2).exact_match(mixed.take(range(1, 4))) == 0.0
     if whole:
-        assert exact_match(model, encoder, own.take(whole), batch_size=2) == 1.0
+        assert LanguageScorer(model, encoder, 2).exact_match(own.take(whole)) == 1.0
 
 
 def teach(model, batch, steps=60):
@@ -84,9 +85,9 @@ def test_what_was_learned_is_said_and_chosen(kind):
     for ids, text in zip(map(encoder.prompt, rows.inputs), answers, strict=True):
         said = greedy(model, ids, encoder.tokenizer.eos_token_id, 12)
         assert encoder.tokenizer.decode(said).strip() == text.strip()
-    scores = score_rows(model, encoder, rows, choices, choices)
+    scores = LanguageScorer(model, encoder).scores(rows, choices, choices)
     assert [scores[name] for name in ("exact_match", "class_incremental", "task_incremental")] == [1, 1, 1]
-    wrong = score_rows(model, encoder, Rows(rows.inputs, [answers[1], *answers[1:]]), choices, choices)
+    wrong = LanguageScorer(model, encoder).scores(Rows(rows.inputs, [answers[1], *answers[1:]]), choices, choices)
     assert wrong["exact_match"] == wrong["class_incremental"] == 0.75
 
 
@@ -95,23 +96,23 @@ def test_what_was_learned_is_said_and_chosen(kind):
 def test_scores_do_not_depend_on_the_batch(kind, size):
     model, encoder = setting(kind)
     rows = Rows(ROWS.inputs, [ANSWERS[0], ANSWERS[1], ANSWERS[1], ANSWERS[2]])
-    one = score_rows(model, encoder, rows, ANSWERS, ANSWERS, batch_size=3)
-    assert score_rows(model, encoder, rows, ANSWERS, ANSWERS, batch_size=size) == pytest.approx(one, rel=1e-5)
+    one = LanguageScorer(model, encoder, 3).scores(rows, ANSWERS, ANSWERS)
+    assert LanguageScorer(model, encoder, size).scores(rows, ANSWERS, ANSWERS) == pytest.approx(one, rel=1e-5)
     order = [2, 0, 3, 1]
-    again = score_rows(model, encoder, rows.take(order), ANSWERS, ANSWERS, batch_size=size)
+    again = LanguageScorer(model, encoder, size).scores(rows.take(order), ANSWERS, ANSWERS)
     assert again == pytest.approx(one, rel=1e-5)
 
 
 def test_choice_is_among_the_task_s_own_answers_and_among_all_seen():
     model, encoder = setting("llama")
-    found = answer_likelihoods(model, encoder, ROWS, ANSWERS)
+    found = LanguageScorer(model, encoder).answer_likelihoods(ROWS, ANSWERS)
     best = [ANSWERS[i] for i in found.argmax(1)]
     rows = Rows(ROWS.inputs, best)
     others = [answer for answer in ANSWERS if answer != best[0]]
-    scores = score_rows(model, encoder, rows, ANSWERS, ANSWERS)
+    scores = LanguageScorer(model, encoder).scores(rows, ANSWERS, ANSWERS)
     assert scores["class_incremental"] == scores["task_incremental"] == 1
     second = [others[int(row[[ANSWERS.index(a) for a in others]].argmax())] for row in found]
-    inside = score_rows(model, encoder, Rows(ROWS.inputs, second), others, ANSWERS)
+    inside = LanguageScorer(model, encoder).scores(Rows(ROWS.inputs, second), others, ANSWERS)
     assert inside["task_incremental"] == 1
     expected = sum(a == b for a, b in zip(best, second, strict=True)) / len(best)
     assert inside["class_incremental"] == expected < 1
@@ -121,7 +122,7 @@ def test_mean_not_sum_decides_among_answers_of_different_length():
     model, encoder = setting("llama")
     prompt, text = encoder.prompt(ROWS.inputs[0]), " red1 red2 red3"
     values, _ = log_probabilities(model, prompt, encoder.completion("", text))
-    found = answer_likelihoods(model, encoder, ROWS.take([0]), [text])
+    found = LanguageScorer(model, encoder).answer_likelihoods(ROWS.take([0]), [text])
     assert float(found) == pytest.approx(float(values.mean()), rel=1e-5)
 
 
@@ -131,9 +132,9 @@ def test_chat_prompts_are_scored_by_their_template(kind):
     prompts = [[{"role": "user", "content": text}] for text in ("red1", "red1 blue2 gold3")]
     rows = Rows(prompts, ["gold", "pale0 pale1"])
     expected = [[mean_log_probability(model, encoder, p, a) for a in rows.labels] for p in prompts]
-    found = answer_likelihoods(model, encoder, rows, rows.labels)
+    found = LanguageScorer(model, encoder).answer_likelihoods(rows, rows.labels)
     assert torch.allclose(found, torch.tensor(expected), atol=1e-5)
-    assert 0 <= exact_match(model, encoder, rows) <= 1
+    assert 0 <= LanguageScorer(model, encoder).exact_match(rows) <= 1
 
 
 def test_turn_that_ends_with_another_token_than_eos_is_ended_by_it():
@@ -146,7 +147,7 @@ def test_turn_that_ends_with_another_token_than_eos_is_ended_by_it():
     for example in examples:  # what the model would go on to say
         example["input_ids"], example["labels"] = ([*example[key], babble] for key in ("input_ids", "labels"))
     teach(model, encoder.collate(examples))
-    assert exact_match(model, encoder, rows) == 1.0
+    assert LanguageScorer(model, encoder).exact_match(rows) == 1.0
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -156,9 +157,9 @@ def test_what_is_too_long_is_cut_as_in_training(kind):
     (short,) = encoder.examples(long.take([0]))
     prompt = [i for i, label in zip(short["input_ids"], short["labels"], strict=True) if label < 0]
     answer = encoder.completion("", " gold")
-    found = answer_likelihoods(model, encoder, long.take([0]), [" gold"])
+    found = LanguageScorer(model, encoder).answer_likelihoods(long.take([0]), [" gold"])
     assert float(found) == pytest.approx(float(log_probabilities(model, prompt, answer)[0].mean()), rel=1e-5)
-    scores = score_rows(model, encoder, long, long.labels, long.labels)
+    scores = LanguageScorer(model, encoder).scores(long, long.labels, long.labels)
     assert encoder.cut == 2
     assert all(math.isfinite(value) for value in scores.values())
 
@@ -168,24 +169,24 @@ def test_prompt_that_is_too_long_for_the_model_is_completed_from_its_right():
     rows = Rows([" ".join(WORDS * 3)], [" pale0 pale1"])
     assert len(encoder.prompt(rows.inputs[0])) > LENGTH
     teach(model, encoder.collate(encoder.examples(rows)))
-    assert score_rows(model, encoder, rows, rows.labels, rows.labels)["exact_match"] == 1.0
+    assert LanguageScorer(model, encoder).scores(rows, rows.labels, rows.labels)["exact_match"] == 1.0
 
 
 def test_long_completions_and_plain_text_are_not_generated():
     model, encoder = setting("llama", 128)
     words = " ".join(WORDS * 3)
     short = " ".join(words.split()[: MOST_GENERATED - 1])
-    assert "exact_match" in score_rows(model, encoder, Rows(["red1"], [short]), (), ())
-    assert "exact_match" not in score_rows(model, encoder, Rows(["red1"], [f"{short} gold"]), (), ())
-    plain = score_rows(model, encoder, Rows(["", ""], ["red1", "gold"]), (), ())
+    assert "exact_match" in LanguageScorer(model, encoder).scores(Rows(["red1"], [short]), (), ())
+    assert "exact_match" not in LanguageScorer(model, encoder).scores(Rows(["red1"], [f"{short} gold"]), (), ())
+    plain = LanguageScorer(model, encoder).scores(Rows(["", ""], ["red1", "gold"]), (), ())
     assert list(plain) == ["loss", "perplexity", "bits_per_byte", "token_accuracy"]
 
 
 def test_autocast_changes_little_and_the_mode_is_left():
     model, encoder = setting("llama")
     model.train()
-    exact = score_rows(model, encoder, ROWS, ANSWERS, [*ANSWERS, *ROWS.labels])
-    half = score_rows(model, encoder, ROWS, ANSWERS, [*ANSWERS, *ROWS.labels], autocast=torch.bfloat16)
+    exact = LanguageScorer(model, encoder).scores(ROWS, ANSWERS, [*ANSWERS, *ROWS.labels])
+    half = LanguageScorer(model, encoder, precision=torch.bfloat16).scores(ROWS, ANSWERS, [*ANSWERS, *ROWS.labels])
     assert model.training
     assert half["loss"] == pytest.approx(exact["loss"], rel=0.02)
     assert half["loss"] != exact["loss"]

@@ -171,9 +171,8 @@ def test_public_names(module):
 METHOD_NAMES_IN = ("merging.methods", "config.presets")
 DEFAULTS = {("adapters.merge", "pm"), ("cli", "pm"), ("measuring.learned_coefficients", "adamerging")}
 DEFAULTS |= {("config.schema", "pm")}  # the preset of that name
-OTHER_WORDS = {  # texts that mean something else
-    *(("config.schema", "average"), ("merging.coefficient", "average"), ("runs.records", "average")),  # what decides α, where the curvature is zero
-}
+# "average" is also what decides α, and what is done where the curvature is zero
+OTHER_WORDS = {(module, "average") for module in ("config.schema", "merging.coefficient", "runs.records")}
 
 
 def test_a_merging_method_is_named_at_its_row_only():

@@ -107,7 +107,7 @@ def read_coefficient(content: Mapping[str, Any] | None) -> Coefficient | None:
         values["source"] = by_rule if values.get("numerator") is None else "closed_form"
     modules = values.pop("modules", None)
     parts = None if modules is None else {name: read_coefficient(module) for name, module in modules.items()}
-    numbers = {key: values.pop(key) for key in ("raw", "used", "numerator", "past", "current", "one_over_t")}
+    numbers = {key: values.pop(key, None) for key in ("raw", "used", "numerator", "past", "current", "one_over_t")}
     known = {key: float("nan") if number is None else number for key, number in numbers.items()}
     return Coefficient(**known, **values, modules=parts)  # type: ignore[arg-type]
 
@@ -128,9 +128,9 @@ class MergeLine:
     @classmethod
     def load(cls, path: Path) -> "MergeLine | None":
         """The file's content, None where there is none; InputError for a file of another kind."""
-        if not path.is_file():
+        content = read_json(path) if path.is_file() else None
+        if not content:
             return None
-        content = read_json(path)
         names = [part.name for part in fields(cls)]
         if not isinstance(content, dict) or not set(names) <= content.keys():
             raise InputError(f"{path} was not written by pm-hf inspect --coefficient; move it away")
@@ -143,7 +143,7 @@ class Report:
 
     matrices: {metric: R}, `R[t][i]` the score on task i after task t, None above the diagonal. A joint run has one row.
     metric: the one the stream is judged by. coefficients: one a task. merge_errors: relative Frobenius error of each
-    merge, of the module where it is largest. metrics: see `compute_metrics`.
+    merge, of the module where it is largest.
     Of a run that was read from its folder also: records, one of each learned task, None where its step.json is not
     there; config, its settings; line, coefficient.json; label, how it is called beside other runs.
     """
@@ -163,16 +163,17 @@ class Report:
     merge_errors: list[float] = field(default_factory=list)
     held_out: list[dict] = field(default_factory=list)  # {text: {metric: score}} after each task, never trained on
     notes: list[str] = field(default_factory=list)
-    metrics: dict[str, Any] = field(default_factory=dict)
+    saved_metrics: dict[str, Any] = field(default_factory=dict)  # of a report.json that was read
     versions: dict[str, str] = field(default_factory=versions)
     label: str = ""
     records: list[TaskRecord | None] = field(default_factory=list)
     config: dict = field(default_factory=dict)
     line: MergeLine | None = None
 
-    def __post_init__(self) -> None:
-        if not self.metrics:
-            object.__setattr__(self, "metrics", compute_metrics(self.matrices, self.metric, self.test_rows))
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """See `compute_metrics`; of a run that was read, those of the file."""
+        return self.saved_metrics or compute_metrics(self.matrices, self.metric, self.test_rows)
 
     @property
     def scores(self) -> ScoreRows:
@@ -216,7 +217,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json."""
-        beside = ("folder", "matrices", "metrics", "versions", "label", "records", "config", "line")
+        beside = ("folder", "matrices", "saved_metrics", "versions", "label", "records", "config", "line")
         content = {key: value for key, value in vars(self).items() if key not in beside}
         content["coefficients"] = [None if alpha is None else asdict(alpha) for alpha in self.coefficients]
         more = {"scores": self.scores, "task_incremental": self.task_incremental, "matrices": self.matrices}
@@ -258,7 +259,7 @@ class Report:
             merge_errors=content.get("merge_errors") or [],
             held_out=content.get("held_out") or [],
             notes=content.get("notes") or [],
-            metrics=content["metrics"],
+            saved_metrics=content["metrics"],
             versions=content.get("versions") or {},
             records=_read_records(paths, rows) if whole else [None] * rows,
             config=_read_settings(paths.config) if whole else content.get("config") or {},

@@ -6,6 +6,7 @@ from pathlib import Path
 from helpers.adapter_folders import HEAD, head, write_folder
 from pm_hf.config.loading import load_config, save_config
 from pm_hf.files import write_json
+from pm_hf.merging.coefficient import fixed_coefficient
 from pm_hf.runs.records import Report
 
 TASKS = ["news", "a|b <i>"]
@@ -57,7 +58,7 @@ def report(folder: Path, metric: str) -> Report:
         metric=metric,
         matrices={metric: [[0.9, None], [0.7, 0.8]]},
         test_rows=[10, 30],
-        coefficients=[None, {"raw": 0.4, "used": 0.4, "one_over_t": 0.5, "note": None}],
+        coefficients=[None, fixed_coefficient(0.4, 2)],
         seconds=12.4,
         notes=[f"rows of {folder}/task-00-news cut"],
     )

@@ -7,6 +7,8 @@ import yaml
 
 from pm_hf.environment import versions
 from pm_hf.measuring.metrics import summary
+from pm_hf.reports.page import page
+from pm_hf.reports.run_charts import charts
 from pm_hf.runs.records import LOWER_IS_BETTER
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\""
@@ -72,3 +74,8 @@ def write_run(folder, tasks, method="pm", seed=0, metric="class_incremental", R=
         place.mkdir()
         (place / "step.json").write_text(json.dumps(step(task, index, seed)))
     return folder
+
+
+def page_of(runs):
+    """The page of runs, with all their charts."""
+    return page(runs, charts(runs))

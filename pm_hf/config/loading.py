@@ -22,6 +22,10 @@ FREE_KEYS = (
 )
 
 
+# keys of `merge` that are options of its method too
+KEYS_AND_OPTIONS = ("on_zero_curvature", "coefficient")
+
+
 def load_config(
     source: str | Path | Mapping | RunConfig, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
 ) -> RunConfig:
@@ -77,7 +81,7 @@ def _settle_options(raw: dict, problems: list[str]) -> None:
     """An option of the merging method that has a key of its own too is one setting: two answers are a problem."""
     merge: dict = raw["merge"] if isinstance(raw.get("merge"), dict) else {}
     options: dict = merge["options"] if isinstance(merge.get("options"), dict) else {}
-    for key in ("on_zero_curvature", "coefficient"):
+    for key in KEYS_AND_OPTIONS:
         if options.get(key) is None:
             continue
         if merge.get(key) is not None and as_number(merge[key]) != as_number(options[key]):
@@ -94,9 +98,10 @@ def _as_saved(raw: dict) -> None:
     if isinstance(head, dict) and {"drift", "ridge", "strict"} <= head.keys() and "training" not in head:
         head |= {"training": "task"} | ({"means": "class"} if head.get("kind") == "lda" else {})
     if {setting.name for setting in fields(RunConfig)} - {"stream"} <= raw.keys() and isinstance(raw["merge"], dict):
-        zero, options = raw["merge"].get("on_zero_curvature"), raw["merge"].get("options")
-        if isinstance(options, dict) and options.get("on_zero_curvature", zero) != zero:
-            del options["on_zero_curvature"]  # it had no effect then
+        options = raw["merge"].get("options")
+        for key in KEYS_AND_OPTIONS if isinstance(options, dict) else ():
+            if raw["merge"].get(key) is not None and options.get(key, raw["merge"][key]) != raw["merge"][key]:
+                del options[key]  # it had no effect then
 
 
 def _read_source(source: str | Path | Mapping | RunConfig) -> tuple[dict, str]:

@@ -3,6 +3,7 @@
 An expected error is raised by one process, which says why; the others raise OtherProcessError and stop too.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -85,6 +86,12 @@ def on_main_process(function: Callable[[], Result]) -> Result:
     if failure is not None:
         raise OtherProcessError(failure)
     return result
+
+
+def log_line(text: str) -> None:
+    """One line on stderr, of the main process."""
+    if process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def on_all_processes(function: Callable[[], Result]) -> Result:

@@ -13,13 +13,14 @@ import pm_hf.merging
 from pm_hf.merging import METHODS, Method
 
 PACKAGE = Path(pm_hf.__file__).parent
-GROUND = ("errors", "files", "distributed", "environment")
+GROUND = ("errors", "files", "distributed", "environment", "text")
 # {package: what it may import besides itself}; docs/architecture.md says it in words
 MAY_IMPORT = {
     "errors": (),
     "files": ("errors",),
     "distributed": ("errors",),
     "environment": ("errors", "distributed"),
+    "text": (),
     "merging": GROUND,
     "config": (*GROUND, "merging"),
     "adapters": (*GROUND, "merging"),
@@ -28,7 +29,7 @@ MAY_IMPORT = {
     "measuring": (*GROUND, "merging", "config", "adapters", "models", "data"),
     "training": (*GROUND, "merging", "config", "adapters", "models", "data"),
     "runs": (*GROUND, "merging", "config", "adapters", "models", "data", "measuring", "training"),
-    "reports": (*GROUND, "config", "adapters", "measuring.metrics", "runs"),
+    "reports": (*GROUND, "merging.coefficient", "config", "adapters", "measuring.metrics", "runs"),
     "cli": (*GROUND, "merging", "config", "adapters", "models", "data", "measuring", "training", "runs", "reports"),
 }
 LIGHT = (*GROUND, "merging", "config", "adapters")  # load neither transformers nor peft
@@ -171,7 +172,7 @@ METHOD_NAMES_IN = ("merging.methods", "config.presets")
 DEFAULTS = {("adapters.merge", "pm"), ("cli", "pm"), ("measuring.learned_coefficients", "adamerging")}
 DEFAULTS |= {("config.schema", "pm")}  # the preset of that name
 OTHER_WORDS = {  # texts that mean something else
-    *(("config.schema", "average"), ("merging.coefficient", "average")),  # what decides α, where the curvature is zero
+    *(("config.schema", "average"), ("merging.coefficient", "average"), ("runs.records", "average")),  # what decides α, where the curvature is zero
 }
 
 
@@ -203,6 +204,16 @@ def test_a_merging_methods_row_is_taken_from_the_table():
                 home = sys.modules[node.module]
                 rows |= {(module, n.name) for n in node.names if isinstance(getattr(home, n.name), Method)}
     assert {row for row in rows if not row[0].startswith("merging.methods")} == ROWS_IN
+
+
+def test_no_local_is_called_found_one_or_there():
+    vague = [
+        f"{module}:{node.lineno} {node.id}"
+        for module, path in SOURCES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in ("found", "one", "there")
+    ]
+    assert not vague, f"{vague}: call it by what it holds"
 
 
 def test_ground_merging_config_and_adapters_need_no_model_library():

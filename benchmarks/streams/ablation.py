@@ -156,8 +156,8 @@ class Features:
         if key not in self.known:
             part, folder = (self.scored if test else self.tasks)[task], self.run.folder
             rows = part.test if test else part.train
-            head = folder.step(merge)["head"]
-            self.known[key] = self.run.scorer.features(folder.task(merge) / "merged", rows, part.own, head).double()
+            head = str(folder.record(merge).head)
+            self.known[key] = self.run.scorer.features(folder.task(merge).merged, rows, part.own, head).double()
         return self.known[key]
 
 
@@ -185,11 +185,13 @@ def heads(run: Run, cell: str) -> dict[str, float]:
     moving = cell not in (FIRST, "frozen", "joint")
     accuracies = {"lda, oracle" if moving else "lda, none": score(_linear(oracle))}
     if moving:
-        followed = {drift: _followed(features, drift, apart=domains) for drift in ("none", "mean shift", "ridge")}
+        followed = {
+            drift: _followed(features, drift, one_mean_per_task=domains) for drift in ("none", "mean shift", "ridge")
+        }
         accuracies |= {f"lda, {drift}": score(_linear(statistics)) for drift, statistics in followed.items()}
         accuracies["aligned"] = score(_aligned(followed["ridge"], labels))
         if domains:
-            accuracies["lda, one mean a class"] = score(_linear(_followed(features, "ridge", apart=False)))
+            accuracies["lda, one mean a class"] = score(_linear(_followed(features, "ridge", one_mean_per_task=False)))
     else:
         accuracies["RanPAC"] = score(_random_projection(*everything, len(labels)))
     return accuracies | {"joint head": score(_logistic(*everything))}
@@ -200,7 +202,7 @@ def _targets(task: Task, labels: list[str], *, test: bool) -> Tensor:
     return torch.tensor([index[label] for label in (task.test if test else task.train).labels])
 
 
-def _followed(features: Features, drift: str, *, apart: bool) -> HeadStatistics:
+def _followed(features: Features, drift: str, *, one_mean_per_task: bool) -> HeadStatistics:
     """The statistics after the last task, each merge's drift estimated from the rows of its own task."""
     statistics = HeadStatistics()
     for index, task in enumerate(features.tasks):
@@ -212,7 +214,7 @@ def _followed(features: Features, drift: str, *, apart: bool) -> HeadStatistics:
             else:
                 statistics.means += (now - before).mean(0)
         statistics = statistics.added(
-            now, _targets(task, list(task.own), test=False), list(task.own), one_mean_per_task=apart
+            now, _targets(task, list(task.own), test=False), list(task.own), one_mean_per_task=one_mean_per_task
         )
     return statistics
 

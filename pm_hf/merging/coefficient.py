@@ -123,9 +123,9 @@ def check_fits(delta: Mapping[str, LowRank], curvature: Curvature) -> None:
     The gaps of ‖Δ‖ and of the fixed projections uᵀΔv, joined over the modules, may be 2 % of the whole ‖Δ‖. A file
     of before the projections existed is compared by norms alone.
     """
-    names, measured = set(delta), curvature.modules
-    if names != measured:
-        odd = sorted(names ^ measured)
+    names, known = set(delta), curvature.modules
+    if names != known:
+        odd = sorted(names ^ known)
         raise InputError(
             f"the curvature does not fit the adapter: {len(odd)} modules stand in only one of them, first {odd[0]}; "
             "use the file that was saved with this task"
@@ -133,16 +133,16 @@ def check_fits(delta: Mapping[str, LowRank], curvature: Curvature) -> None:
     norms, gaps, turns = [], [], []
     for name, d in delta.items():
         if not curvature.fits(name, d.shape):
-            shape = shape_of(curvature.M or curvature.S, name)
+            measured = shape_of(curvature.M or curvature.S, name)
             raise InputError(
-                f"the curvature does not fit the adapter: {name} is {d.shape} in it, {shape} in the curvature"
+                f"the curvature does not fit the adapter: {name} is {d.shape} in it, {measured} in the curvature"
             )
         norms.append(d.norm())
         gaps.append(norms[-1] - curvature.delta_norm[name])
         if curvature.probe:
             turns.append(math.dist(delta_probe(name, d), curvature.probe[name]) / PROBES**0.5)
     ours, theirs = math.hypot(*norms), math.hypot(*curvature.delta_norm.values())
-    gap, turn = (math.hypot(*parts) / (max(ours, theirs) or 1.0) for parts in (gaps, turns))  # module by module
+    gap, turn = (math.hypot(*shares) / (max(ours, theirs) or 1.0) for shares in (gaps, turns))  # module by module
     if max(gap, turn) > FIT_TOLERANCE:
         raise InputError(
             f"the curvature was measured with another task adapter (‖Δ‖ {theirs:.6g} there, {ours:.6g} here; fixed "

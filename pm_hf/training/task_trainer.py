@@ -24,6 +24,7 @@ from pm_hf.models.task_model import TASK_ADAPTER, TaskModel
 from pm_hf.training.callbacks import StepTimes
 from pm_hf.training.checkpoints import AtomicCheckpoints, last_checkpoint
 from pm_hf.training.penalties import Penalty
+from pm_hf.training.record import TrainingRecord
 from pm_hf.training.trainer import PMConfig, PMTrainer
 
 
@@ -159,7 +160,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     penalties: Sequence[Penalty] = (),
     evaluated: Examples | None = None,
-) -> dict[str, Any]:
+) -> TrainingRecord:
     """Train one task in place, from its newest checkpoint if there is one; what step.json says about it.
 
     evaluated: rows for `eval_strategy`, with eval_loss and, of classifiers, eval_accuracy among the classes that the
@@ -186,13 +187,17 @@ def train(
     trainer.train(resume_from_checkpoint=checkpoint)
     built.model.zero_grad(set_to_none=True)
     done = trainer.progress()
-    timing = {"step_seconds": median(times.seconds)} if times.seconds else {}  # none: a checkpoint of the last step
     state, best = trainer.state, {}
     if args.load_best_model_at_end:
         best = {"best_step": state.best_global_step, f"best_{args.metric_for_best_model}": state.best_metric}
-    loss = fmean(done.losses) / max(1, state.global_step)
-    counts = {"optimizer_steps": state.global_step, "factors": done.factors, "log": done.log}
-    return timing | {"training_loss": loss, **best, **counts}
+    return TrainingRecord(
+        training_loss=fmean(done.losses) / max(1, state.global_step),
+        optimizer_steps=state.global_step,
+        factors=done.factors,
+        log=done.log,
+        step_seconds=median(times.seconds) if times.seconds else None,  # none: a checkpoint of the last step
+        best=best,
+    )
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

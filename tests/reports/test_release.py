@@ -9,7 +9,7 @@ from helpers.finished_runs import finished_run
 from helpers.hub_server import TOKEN
 
 from pm_hf import InputError
-from pm_hf.reports.release import on_hub, read_finished_run, redact_paths, valid_id
+from pm_hf.reports.release import on_hub, read_finished_run, redact, valid_id
 
 
 @pytest.fixture
@@ -114,8 +114,8 @@ def test_a_gguf_base_needs_the_id_of_the_model_it_was_made_from(tmp_path):
     ],
 )
 def test_clean_cuts_local_paths_and_tokens(text, expected):
-    assert redact_paths({"a": [text], "n": 1.5}) == {"a": [expected], "n": 1.5}
+    assert redact({"a": [text], "n": 1.5}) == {"a": [expected], "n": 1.5}
 
 
 def test_clean_knows_the_runs_own_paths_even_with_spaces():
-    assert redact_paths("in /my dir/run/task-0", ["/my dir/run"]) == "in run/task-0"
+    assert redact("in /my dir/run/task-0", ["/my dir/run"]) == "in run/task-0"

@@ -68,7 +68,7 @@ def test_controls_have_the_features_of_their_own_backbone(ablation, run):
 def test_mean_shift_moves_old_means_by_what_the_new_rows_move(ablation, run):
     _, linear = run("average")
     features = ablation.Features(linear)
-    moved, still = (ablation._followed(features, drift, apart=False) for drift in ("mean shift", "none"))
+    moved, still = (ablation._followed(features, drift, one_mean_per_task=False) for drift in ("mean shift", "none"))
     first = len(linear.stream.tasks[0].own)
     shift = sum((features.of(t, t) - features.of(t - 1, t)).mean(0) for t in (1, 2))
     assert torch.allclose(moved.means[:first], still.means[:first] + shift)

@@ -86,8 +86,8 @@ def config_problems(config: Mapping) -> list[str]:
             f"bias={config['bias']!r} trains the base's biases, which are saved as absolute values; train with "
             "bias='none', or with lora_bias=True"
         )
-    known = HARMLESS_SETTINGS | ADALORA_SETTINGS if kind == "ADALORA" else HARMLESS_SETTINGS
-    for key in sorted(key for key, value in config.items() if key not in known and value):
+    harmless = HARMLESS_SETTINGS | ADALORA_SETTINGS if kind == "ADALORA" else HARMLESS_SETTINGS
+    for key in sorted(key for key, value in config.items() if key not in harmless and value):
         way_out = SETTING_WAYS_OUT.get(key, f"this pm_hf does not know it; {DIFFERENCE}, or train a plain LoRA")
         problems.append(f"{key}={config[key]!r} makes the update more than scaling·BA; {way_out}")
     return problems

@@ -15,12 +15,7 @@ from pm_hf.adapters.folder import EMBEDDINGS, Adapter, base_name, folded_tasks, 
 from pm_hf.adapters.layout import MERGE_REPORT, Layout
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import read_json
-from pm_hf.merging.coefficient import (
-    Coefficient,
-    Freedom,
-    check_fits,
-    fixed_coefficient,
-)
+from pm_hf.merging.coefficient import Coefficient, Freedom, check_fits, fixed_coefficient
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank, add
 from pm_hf.merging.methods import get_method, read_options

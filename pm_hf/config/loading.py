@@ -22,6 +22,10 @@ FREE_KEYS = (
 )
 
 
+# keys of `merge` that are options of its method too
+KEYS_AND_OPTIONS = ("on_zero_curvature", "coefficient")
+
+
 def load_config(
     source: str | Path | Mapping | RunConfig, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
 ) -> RunConfig:
@@ -73,19 +77,27 @@ def _has_head(raw: Mapping) -> bool:
     return not isinstance(kind, str) or kind not in STREAM_KINDS or STREAM_KINDS[kind].has_head
 
 
+def _merge_and_options(raw: Mapping) -> tuple[dict, dict]:
+    """(the settings of the merge, its method's options), each {} where it is no mapping."""
+    merge: dict = raw["merge"] if isinstance(raw.get("merge"), dict) else {}
+    return merge, merge["options"] if isinstance(merge.get("options"), dict) else {}
+
+
+def _contradicted(merge: Mapping, options: Mapping) -> list[str]:
+    """Options of the merging method whose own key in `merge` has another value."""
+    both = [key for key in KEYS_AND_OPTIONS if merge.get(key) is not None and options.get(key) is not None]
+    return [key for key in both if as_number(merge[key]) != as_number(options[key])]
+
+
 def _settle_options(raw: dict, problems: list[str]) -> None:
     """An option of the merging method that has a key of its own too is one setting: two answers are a problem."""
-    merge: dict = raw["merge"] if isinstance(raw.get("merge"), dict) else {}
-    options: dict = merge["options"] if isinstance(merge.get("options"), dict) else {}
-    for key in ("on_zero_curvature", "coefficient"):
-        if options.get(key) is None:
-            continue
-        if merge.get(key) is not None and as_number(merge[key]) != as_number(options[key]):
-            problems.append(
-                f"merge.{key} is {merge[key]!r} and merge.options.{key} {options[key]!r}: one setting; leave one out"
-            )
-        elif key == "on_zero_curvature":
-            merge[key] = options[key]
+    merge, options = _merge_and_options(raw)
+    problems += [
+        f"merge.{key} is {merge[key]!r} and merge.options.{key} {options[key]!r}: one setting; leave one out"
+        for key in _contradicted(merge, options)
+    ]
+    if merge.get("on_zero_curvature") is None and "on_zero_curvature" in options:
+        merge["on_zero_curvature"] = options["on_zero_curvature"]
 
 
 def _as_saved(raw: dict) -> None:
@@ -93,10 +105,10 @@ def _as_saved(raw: dict) -> None:
     head = raw.get("head")
     if isinstance(head, dict) and {"drift", "ridge", "strict"} <= head.keys() and "training" not in head:
         head |= {"training": "task"} | ({"means": "class"} if head.get("kind") == "lda" else {})
-    if {setting.name for setting in fields(RunConfig)} - {"stream"} <= raw.keys() and isinstance(raw["merge"], dict):
-        zero, options = raw["merge"].get("on_zero_curvature"), raw["merge"].get("options")
-        if isinstance(options, dict) and options.get("on_zero_curvature", zero) != zero:
-            del options["on_zero_curvature"]  # it had no effect then
+    if {setting.name for setting in fields(RunConfig)} - {"stream"} <= raw.keys():
+        merge, options = _merge_and_options(raw)
+        for key in _contradicted(merge, options):
+            del options[key]  # it had no effect then
 
 
 def _read_source(source: str | Path | Mapping | RunConfig) -> tuple[dict, str]:

@@ -9,7 +9,12 @@ from pm_hf.merging.methods import METHODS, get_method
 from pm_hf.merging.methods.base import Method
 from pm_hf.merging.methods.linear import PM
 
-STREAM_METHODS = tuple(name for name, method in METHODS.items() if method.in_streams)
+# by where their tasks may be trained from, in each group as in METHODS
+STREAM_METHODS = tuple(
+    method.name
+    for method in sorted(METHODS.values(), key=lambda m: ("merged" not in m.starts, "last" not in m.starts))
+    if method.in_streams
+)
 
 
 @dataclass

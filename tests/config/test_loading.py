@@ -402,3 +402,13 @@ def test_a_saved_run_whose_option_had_no_effect_is_read_as_what_it_did():
     saved["merge"]["options"] = {"on_zero_curvature": "average"}
     config = load_config(saved)
     assert (config.merge.on_zero_curvature, config.merge.options) == ("error", {})
+    saved = load_config(small(method="coma", merge__options={"coefficient": 0.5})).to_dict()
+    assert load_config(saved).merge.options == {"coefficient": 0.5}
+    saved["merge"]["coefficient"] = 0.3
+    config = load_config(saved)
+    assert (config.merge.coefficient, config.merge.options) == (0.3, {})
+
+
+def test_a_wrong_merging_method_is_told_those_of_a_stream():
+    valid = "pm or average or coma or sequential or cofima or magmax or opcm or slao or null"
+    assert f"merge.method: expected {valid}, found 'tias'" in problem(small(merge__method="tias"))

@@ -50,8 +50,8 @@ def adarank(matrix: Matrix, state: Mapping[str, Mapping[str, Sequence]]) -> LowR
     a QR and an SVD of r×r for each adapter.
     """
     learned = _learned_for(matrix, state)
-    kept = [_masked_term(matrix.name, term, mask) for term, mask in zip(matrix.terms, learned["masks"], strict=True)]
-    return weighted_sum(kept, learned["coefficients"])
+    masked = [_masked_term(matrix.name, term, mask) for term, mask in zip(matrix.terms, learned["masks"], strict=True)]
+    return weighted_sum(masked, learned["coefficients"])
 
 
 def _learned_for(matrix: Matrix, state: Mapping[str, Any]) -> Any:

@@ -39,7 +39,7 @@ def largest_entries(
         for counts, term, (within, _) in zip(low, matrix.terms, places, strict=True):
             counts += sum(count_bits(tau, within) for _, tau in row_blocks(term))
     return Largest(
-        tuple(magnitude(within, descend(counts, left)[0]) for counts, (within, left) in zip(low, places, strict=True))
+        tuple(magnitude(within, descend(counts, place)[0]) for counts, (within, place) in zip(low, places, strict=True))
     )
 
 
@@ -78,8 +78,8 @@ def _learn(matrix: Matrix, coefficients: list[float], learning_rate: float, step
         with torch.no_grad():
             products = B * (D @ A.T)  # summed over the columns of one adapter: ⟨τⱼ, D⟩ for each row
             errors = constant + total * B.new_zeros(constant.shape).index_add_(1, owner, products)
-            left = 2 * total * errors[:, owner] * B
-            D.grad = (left - Q @ (Q.T @ left)) @ A
+            weighted = 2 * total * errors[:, owner] * B
+            D.grad = (weighted - Q @ (Q.T @ weighted)) @ A
         optimizer.step()
     return D.detach()
 

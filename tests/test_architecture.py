@@ -35,8 +35,10 @@ MAY_IMPORT = {
 LIGHT = (*GROUND, "merging", "config", "adapters")  # load neither transformers nor peft
 PUBLIC = {
     "pm_hf": [
-        *("InputError", "PMConfig", "PMTrainer", "PerturbationArguments", "PerturbationMixin", "estimate_curvature"),
-        *("learn", "learn_coefficients", "merge_adapters", "optimal_coefficient"),
+        *("Coefficient", "Curvature", "InputError", "MergeReport", "PMConfig", "PMTrainer"),
+        *("PerturbationArguments", "PerturbationMixin", "Report", "describe", "estimate_curvature", "evaluate"),
+        *("inspect_adapters", "learn", "learn_coefficients", "merge_adapters", "merge_line", "optimal_coefficient"),
+        *("relate",),
     ],
     "pm_hf.merging": [
         *("METHODS", "Coefficient", "Curvature", "LowRank", "Matrix", "Method", "Option", "free_solution"),

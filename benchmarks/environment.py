@@ -9,6 +9,8 @@ import torch
 
 from pm_hf.environment import versions
 
+ROOT = Path(__file__).parents[1]
+
 
 def environment() -> dict[str, object]:
     """Versions, commit (with + when the tree differs from it), hardware."""
@@ -17,7 +19,7 @@ def environment() -> dict[str, object]:
 
 def commit() -> str:
     """Short hash of HEAD; a + says that tracked files other than results differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
     status = [*git, "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results"]
     dirty = subprocess.run(status, capture_output=True, text=True, check=True)

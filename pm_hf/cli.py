@@ -174,7 +174,7 @@ def _merge(options: argparse.Namespace) -> int:
     )
     alpha = report.coefficient
     if alpha is not None:
-        note = f"; {alpha.note}" if alpha.note and alpha.note != "given" else ""
+        note = f"; {alpha.note}" if alpha.note and alpha.source != "given" else ""
         print(f"coefficient {alpha.used:.6f} (raw {alpha.raw:.6f}, 1/t {alpha.one_over_t:.6f}){note}")
     elif report.weights is not None:
         print("weights " + " ".join(f"{weight:.6g}" for weight in report.weights))
@@ -206,8 +206,8 @@ def _inspect(options: argparse.Namespace) -> int:
         return _inspect_line(options)
     from pm_hf.adapters.inspection import inspect_adapters, tables
 
-    found = inspect_adapters(options.adapters)
-    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else tables(found))
+    described = inspect_adapters(options.adapters)
+    print(json.dumps(described, indent=2, ensure_ascii=False) if options.json else tables(described))
     return DONE
 
 
@@ -216,11 +216,11 @@ def _inspect_line(options: argparse.Namespace) -> int:
     from pm_hf.runs.merge_line import merge_line, merge_line_table
 
     run, *settings = options.adapters
-    found = merge_line(run, [*settings, *options.overrides])
+    line = merge_line(run, [*settings, *options.overrides])
     page, notes = write_report([run])
     for note in notes:
         print(note, file=sys.stderr)
-    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else merge_line_table(found))
+    print(json.dumps(line, indent=2, ensure_ascii=False) if options.json else merge_line_table(line))
     print(f"written: {Path(run) / 'coefficient.json'}, {page} and its plots", file=sys.stderr)
     return DONE
 

@@ -3,6 +3,7 @@
 An expected error is raised by one process, which says why; the others raise OtherProcessError and stop too.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -60,7 +61,7 @@ def process_index() -> int:
 
 
 def interruptible() -> bool:
-    """Whether an exception raised now reaches every process: alone, or inside a function of on_main or together."""
+    """Whether an exception raised now reaches every process: alone, or inside what the two functions below run."""
     return process_count() == 1 or _Channel.depth > 0
 
 
@@ -87,6 +88,12 @@ def on_main_process(function: Callable[[], Result]) -> Result:
     return result
 
 
+def log_line(text: str) -> None:
+    """One line on stderr, of the main process."""
+    if process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
 def on_all_processes(function: Callable[[], Result]) -> Result:
     """Run `function` in every process; where one raises, all do, so that none waits for it for ever.
 
@@ -101,7 +108,8 @@ def on_all_processes(function: Callable[[], Result]) -> Result:
             result = function()
     except BaseException as caught:
         error = caught
-    failure = next((found for found in gather(None if error is None else _failure(error)) if found), None)
+    failures = gather(None if error is None else _failure(error))
+    failure = next((failure for failure in failures if failure), None)
     if failure is None:
         return result  # type: ignore[return-value]
     if error is not None and failure.process == process_index():

@@ -21,21 +21,21 @@ PACKAGES = ("pm_hf", "torch", "transformers", "peft", "accelerate", "datasets", 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """{package: version} of pm_hf and what it stands on, and Python's; packages not installed are left out."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in packages:
         try:
             # reading a package's metadata takes milliseconds, so an imported one is asked first
-            found[package] = getattr(sys.modules.get(package), "__version__", None) or version(package)
+            installed[package] = getattr(sys.modules.get(package), "__version__", None) or version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 ROUNDING, BATCH = "equal up to rounding only", "the global batch is another"
 
 
 def conditions() -> dict[str, Any]:
-    """Those of this process, as step.json keeps them."""
+    """What this process runs under, as step.json keeps it."""
     cuda = torch.cuda.is_available()
     return {
         "threads": torch.get_num_threads(),
@@ -50,11 +50,11 @@ def changed_conditions(now: Mapping[str, Any], before: Mapping[str, Any]) -> lis
 
     Conditions that only one of the two knows are not compared.
     """
-    left, right = ({**found, **found.get("versions", {})} for found in (now, before))
-    differing = [key for key in left if key != "versions" and left[key] != right.get(key, left[key])]
+    now, before = ({**made, **made.get("versions", {})} for made in (now, before))
+    differing = [key for key in now if key != "versions" and now[key] != before.get(key, now[key])]
     effects = {key: BATCH if key == "processes" else ROUNDING for key in differing}
     return [
-        ", ".join(f"{key} {left[key]} instead of {right[key]}" for key in differing if effects[key] == effect)
+        ", ".join(f"{key} {now[key]} instead of {before[key]}" for key in differing if effects[key] == effect)
         + f": {effect}"
         for effect in dict.fromkeys(effects.values())
     ]
@@ -104,10 +104,10 @@ class PeakMemory:
 def anonymous_mb() -> float | None:
     """Anonymous resident memory of this process now, in MiB; None where /proc does not tell."""
     try:
-        found = ANONYMOUS_MEMORY.search(PROCESS_STATUS.read_text(encoding="ascii", errors="replace"))
+        line = ANONYMOUS_MEMORY.search(PROCESS_STATUS.read_text(encoding="ascii", errors="replace"))
     except OSError:
         return None
-    return int(found[1]) / 1024 if found else None
+    return int(line[1]) / 1024 if line else None
 
 
 def release_memory() -> None:

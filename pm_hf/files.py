@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from itertools import count
@@ -35,10 +35,13 @@ LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)(-\d+)?")
 _number, _open = count(), set[Path]()  # temporary folders of this process: how many there were, which are in use
 
 
-OS_ERROR = re.compile(r"\(os error (\d+)\)")
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in the text of an error of safetensors, which has no errno
 
 
 LOCK = ".lock"
+
+
+LONGEST_NAME = 200  # bytes; file systems take 255, and the temporary name is longer
 
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux <fcntl.h> and <linux/fs.h>
@@ -48,8 +51,8 @@ class WriteError(OSError):
     """A write that failed. The message names the target, the reason and what stands there now; errno is kept."""
 
     def __init__(self, path: Path, reason: str, errno: int | None) -> None:
-        rest = "what was there before is untouched" if path.exists() else "nothing was left behind"
-        super().__init__(f"{path} could not be written: {reason}; {rest}")
+        outcome = "what was there before is untouched" if path.exists() else "nothing was left behind"
+        super().__init__(f"{path} could not be written: {reason}; {outcome}")
         self.reason, self.errno = reason, errno
 
 
@@ -75,12 +78,17 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         try:
             save_file(contiguous, temporary, metadata=dict(metadata))
         except SafetensorError as error:
-            if not (found := OS_ERROR.search(str(error))):
+            if (code := errno_of(error)) is None:
                 raise
             needed = sum(tensor.nbytes for tensor in contiguous.values())
             free = shutil.disk_usage(temporary.parent).free
-            code = int(found[1])
             raise OSError(code, f"{os.strerror(code)} ({_size(needed)} needed, {_size(free)} free)") from error
+
+
+def errno_of(error: BaseException) -> int | None:
+    """The system's number of an error of writing: that of an OSError, or the one that safetensors' text names."""
+    named = OS_ERROR.search(str(error))
+    return int(named[1]) if named else getattr(error, "errno", None)
 
 
 def free_space_problem(path: Path, needed: int) -> str | None:
@@ -101,6 +109,27 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
 
 
+def output_problems(path: Path, *, overwrite: bool, allowed: Collection[str] | None = None) -> list[str]:
+    """Why a folder cannot be written to `path`; [] where it can.
+
+    allowed: the names that a folder to be replaced may hold; None: any.
+    """
+    try:
+        if path.exists() and not overwrite:
+            return [f"output {path} exists; choose another folder, or overwrite=True (--overwrite) to replace it"]
+        path = path.resolve()
+        parent = next(folder for folder in path.parents if folder.exists())
+        strange = sorted({entry.name for entry in path.iterdir()} - set(allowed)) if allowed and path.exists() else []
+    except (OSError, ValueError, RuntimeError) as error:  # a file, a loop of links, a name that cannot be
+        return [_unwritable(path, error)]
+    if not parent.is_dir() or not os.access(parent, os.W_OK) or len(os.fsencode(path.name)) > LONGEST_NAME:
+        return [
+            f"output {path} cannot be written: expected a name of at most {LONGEST_NAME} bytes in a folder that "
+            f"may be written to, found {parent}; choose another folder"
+        ]
+    return [f"output {path} is not an adapter folder alone, it holds {strange[:3]}; choose another"] if strange else []
+
+
 @contextmanager
 def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes its name when the block ends without an error.
@@ -117,9 +146,9 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, path.name)
     except OSError as error:
-        raise InputError(f"output {path} cannot be written: {error}; choose another folder") from error
-    if path.exists() and not overwrite:
-        raise InputError(f"output {path} exists; choose another folder, or overwrite=True (--overwrite) to replace it")
+        raise InputError(_unwritable(path, error)) from error
+    if problems := output_problems(path, overwrite=overwrite):
+        raise InputError("; ".join(problems))
     with _beside(path) as temporary:
         yield temporary
         sync_folder(temporary)
@@ -192,11 +221,11 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     gets its name back.
     """
     for path in folder.iterdir():
-        found = LEFTOVER.fullmatch(path.name)
-        if not found or name not in (None, found["name"]) or path in _open or _alive(int(found["pid"])):
+        leftover = LEFTOVER.fullmatch(path.name)
+        if not leftover or name not in (None, leftover["name"]) or path in _open or _alive(int(leftover["pid"])):
             continue
-        target = folder / found["name"]
-        if found["kind"] == "old" and not target.exists():
+        target = folder / leftover["name"]
+        if leftover["kind"] == "old" and not target.exists():
             os.replace(path, target)
         else:
             shutil.rmtree(path, ignore_errors=True)
@@ -218,8 +247,8 @@ def _new_file(path: Path) -> Iterator[Path]:
 
     Inside a folder that `new_folder` is making it is the name itself: that folder is synced as a whole.
     """
-    found = LEFTOVER.fullmatch(path.parent.name)
-    if found and int(found["pid"]) == os.getpid():
+    making = LEFTOVER.fullmatch(path.parent.name)
+    if making and int(making["pid"]) == os.getpid():
         yield path
         return
     remove_leftovers(path.parent, path.name)
@@ -293,6 +322,10 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _unwritable(path: Path, error: Exception) -> str:
+    return f"output {path} cannot be written: {error}; choose another folder"
 
 
 def _reason(error: OSError) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pm_hf.errors import InputError
 
-CONFIG = Path(__file__).parents[1] / "configs" / "demo" / "docstrings.yaml"
+CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 OUTPUT = Path("runs/demo")
 METHODS = ("sequential", "merge_only", "pm", "best", "frozen")
 LIBRARIES = [
@@ -118,16 +118,16 @@ def collect(library: str, count: int) -> list[str]:
         raise InputError(f"library {library} is not installed; install pm_hf with its dependencies")
     files = sorted(Path(next(iter(spec.submodule_search_locations))).rglob("*.py"))
     random.Random(library).shuffle(files)
-    found: dict[str, str] = {}
+    by_text: dict[str, str] = {}
     for file in files:
         for text in paragraphs(file):
             if usable(text, library):
-                found.setdefault(normal(text), text)
-        if len(found) >= count + 40:  # a few more: texts that two libraries share are dropped later
+                by_text.setdefault(normal(text), text)
+        if len(by_text) >= count + 40:  # a few more: texts that two libraries share are dropped later
             break
-    if len(found) < count:
-        raise InputError(f"{library} has {len(found)} usable docstrings, expected at least {count}")
-    texts = list(found.values())
+    if len(by_text) < count:
+        raise InputError(f"{library} has {len(by_text)} usable docstrings, expected at least {count}")
+    texts = list(by_text.values())
     random.Random(library).shuffle(texts)
     return texts
 

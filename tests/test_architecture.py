@@ -10,15 +10,17 @@ import pytest
 
 import pm_hf
 import pm_hf.merging
+from pm_hf.merging import METHODS, Method
 
 PACKAGE = Path(pm_hf.__file__).parent
-GROUND = ("errors", "files", "distributed", "environment")
+GROUND = ("errors", "files", "distributed", "environment", "text")
 # {package: what it may import besides itself}; docs/architecture.md says it in words
 MAY_IMPORT = {
     "errors": (),
     "files": ("errors",),
     "distributed": ("errors",),
     "environment": ("errors", "distributed"),
+    "text": (),
     "merging": GROUND,
     "config": (*GROUND, "merging"),
     "adapters": (*GROUND, "merging"),
@@ -27,14 +29,16 @@ MAY_IMPORT = {
     "measuring": (*GROUND, "merging", "config", "adapters", "models", "data"),
     "training": (*GROUND, "merging", "config", "adapters", "models", "data"),
     "runs": (*GROUND, "merging", "config", "adapters", "models", "data", "measuring", "training"),
-    "reports": (*GROUND, "config", "adapters", "measuring.metrics", "runs"),
+    "reports": (*GROUND, "merging.coefficient", "config", "adapters", "measuring.metrics", "runs"),
     "cli": (*GROUND, "merging", "config", "adapters", "models", "data", "measuring", "training", "runs", "reports"),
 }
 LIGHT = (*GROUND, "merging", "config", "adapters")  # load neither transformers nor peft
 PUBLIC = {
     "pm_hf": [
-        *("InputError", "PMConfig", "PMTrainer", "PerturbationArguments", "PerturbationMixin", "estimate_curvature"),
-        *("learn", "learn_coefficients", "merge_adapters", "optimal_coefficient"),
+        *("Coefficient", "Curvature", "InputError", "MergeReport", "PMConfig", "PMTrainer"),
+        *("PerturbationArguments", "PerturbationMixin", "Report", "describe", "estimate_curvature", "evaluate"),
+        *("inspect_adapters", "learn", "learn_coefficients", "merge_adapters", "merge_line", "optimal_coefficient"),
+        *("relate",),
     ],
     "pm_hf.merging": [
         *("METHODS", "Coefficient", "Curvature", "LowRank", "Matrix", "Method", "Option", "free_solution"),
@@ -163,6 +167,54 @@ def test_no_module_takes_a_private_name_of_another():
 @pytest.mark.parametrize("module", PUBLIC)
 def test_public_names(module):
     assert sorted(sys.modules[module].__all__ if module in sys.modules else []) == sorted(PUBLIC[module])
+
+
+# where a merging method may be named: its row, the presets of a stream, what two public functions do by default
+METHOD_NAMES_IN = ("merging.methods", "config.presets")
+DEFAULTS = {("adapters.merge", "pm"), ("cli", "pm"), ("measuring.learned_coefficients", "adamerging")}
+DEFAULTS |= {("config.schema", "pm")}  # the preset of that name
+# "average" is also what decides α, and what is done where the curvature is zero
+OTHER_WORDS = {(module, "average") for module in ("config.schema", "merging.coefficient", "runs.records")}
+
+
+def test_a_merging_method_is_named_at_its_row_only():
+    strange = []
+    for module, path in SOURCES.items():
+        if any(module == home or module.startswith(f"{home}.") for home in METHOD_NAMES_IN):
+            continue
+        texts = {n.value for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Constant)}
+        strange += [(module, text) for text in texts if isinstance(text, str) and text in METHODS]
+    assert set(strange) == DEFAULTS | OTHER_WORDS
+
+
+# where a row is asked for by itself, which is a name too
+ROWS_IN = {
+    ("config.schema", "PM"),  # the default of merge.method
+    ("config.rules", "PM"),  # in a message
+    ("config.rules", "SEQUENTIAL"),  # O-LoRA needs every A unscaled in the running merge
+    ("runs.start", "SEQUENTIAL"),  # the exact sum of two adapters
+    ("measuring.learned_coefficients", "AVERAGE"),  # heads are averaged while coefficients are learned
+}
+
+
+def test_a_merging_methods_row_is_taken_from_the_table():
+    rows = set()
+    for module, path in SOURCES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pm_hf.merging.methods."):
+                home = sys.modules[node.module]
+                rows |= {(module, n.name) for n in node.names if isinstance(getattr(home, n.name), Method)}
+    assert {row for row in rows if not row[0].startswith("merging.methods")} == ROWS_IN
+
+
+def test_no_local_is_called_found_one_or_there():
+    vague = [
+        f"{module}:{node.lineno} {node.id}"
+        for module, path in SOURCES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in ("found", "one", "there")
+    ]
+    assert not vague, f"{vague}: call it by what it holds"
 
 
 def test_ground_merging_config_and_adapters_need_no_model_library():

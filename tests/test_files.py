@@ -15,7 +15,17 @@ from safetensors import SafetensorError, safe_open
 
 from pm_hf import files
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import WriteError, copy_folder, free_space_problem, new_folder, read_json, save_tensors, write_json
+from pm_hf.files import (
+    WriteError,
+    copy_folder,
+    errno_of,
+    free_space_problem,
+    new_folder,
+    output_problems,
+    read_json,
+    save_tensors,
+    write_json,
+)
 
 
 class Colour(enum.Enum):
@@ -290,3 +300,40 @@ def test_all_problems_stand_in_one_error():
         raise_all(["a is wrong"], "config")
     with pytest.raises(InputError, match="^config: 2 problems: a is wrong; b is wrong$"):
         raise_all(["a is wrong", "b is wrong"], "config")
+
+
+ALLOWED = ("adapter_config.json", "README.md")
+
+
+@pytest.mark.parametrize(
+    ("output", "settings", "problem"),
+    [
+        ("new/deep/er", {"overwrite": False}, None),
+        ("folder", {"overwrite": True}, None),
+        ("folder", {"overwrite": True, "allowed": (*ALLOWED, "mine.txt")}, None),
+        (
+            "folder",
+            {"overwrite": False},
+            "exists; choose another folder, or overwrite=True (--overwrite) to replace it",
+        ),
+        ("folder", {"overwrite": True, "allowed": ALLOWED}, "is not an adapter folder alone, it holds ['mine.txt']"),
+        ("folder/mine.txt", {"overwrite": True, "allowed": ALLOWED}, "cannot be written: [Errno 20] Not a directory"),
+        ("folder/mine.txt/out", {"overwrite": True}, "expected a name of at most 200 bytes in a folder that may be"),
+        ("n" * 201, {"overwrite": True}, "expected a name of at most 200 bytes in a folder that may be written to"),
+        ("n" * 300, {"overwrite": True}, "cannot be written: [Errno 36] File name too long"),
+    ],
+)
+def test_what_speaks_against_an_output_is_said_and_nothing_is_touched(tmp_path, output, settings, problem):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.txt").write_text("mine")
+    problems = output_problems(tmp_path / output, **settings)
+    assert len(problems) == (problem is not None)
+    assert not problems or f"output {tmp_path / output} " in problems[0]
+    assert not problems or str(problem) in problems[0]
+    assert contents(tmp_path) == {"folder/mine.txt": "mine"}
+
+
+def test_the_number_of_an_error_is_its_own_or_the_one_that_its_text_names():
+    assert errno_of(OSError(errno.EFBIG, "File too large")) == errno.EFBIG
+    assert errno_of(SafetensorError("I/O error: No space left on device (os error 28)")) == errno.ENOSPC
+    assert errno_of(RuntimeError("something else")) is None

@@ -61,7 +61,7 @@ def change(at: float, delta: LowRank, before: LowRank, optimum: LowRank, H: torc
 def line_chart() -> Chart:
     """The objective along the third task's merge line, and its two parts."""
     alpha, delta, before, optima, H = fold([1.0, 1.0, 1.0])
-    each = [[change(at, delta, before, one, h) for at in GRID] for one, h in zip(optima, H, strict=True)]
+    each = [[change(at, delta, before, optimum, h) for at in GRID] for optimum, h in zip(optima, H, strict=True)]
     past, new = [sum(pair) for pair in zip(*each[:-1], strict=True)], each[-1]
     total = [a + b for a, b in zip(past, new, strict=True)]
     series = [
@@ -87,10 +87,10 @@ def ratio_chart() -> Chart:
     import math
 
     powers = [math.log2(ratio) for ratio in RATIOS]
-    found = [fold([1.0, ratio])[0] for ratio in RATIOS]
+    coefficients = [fold([1.0, ratio])[0] for ratio in RATIOS]
     series = [
-        Series("α", powers, [alpha.used for alpha in found]),
-        Series("1/t", powers, [alpha.one_over_t for alpha in found], dots=False, dash=1, colour=7),
+        Series("α", powers, [alpha.used for alpha in coefficients]),
+        Series("1/t", powers, [alpha.one_over_t for alpha in coefficients], dots=False, dash=1, colour=7),
     ]
     about = "With little curvature of the past the coefficient tends to 1, with little of the new task to 0."
     x = "log₂ of the new task's curvature over that of the first task"

@@ -86,8 +86,8 @@ def config_problems(config: Mapping) -> list[str]:
             f"bias={config['bias']!r} trains the base's biases, which are saved as absolute values; train with "
             "bias='none', or with lora_bias=True"
         )
-    known = HARMLESS_SETTINGS | ADALORA_SETTINGS if kind == "ADALORA" else HARMLESS_SETTINGS
-    for key in sorted(key for key, value in config.items() if key not in known and value):
+    harmless = HARMLESS_SETTINGS | ADALORA_SETTINGS if kind == "ADALORA" else HARMLESS_SETTINGS
+    for key in sorted(key for key, value in config.items() if key not in harmless and value):
         way_out = SETTING_WAYS_OUT.get(key, f"this pm_hf does not know it; {DIFFERENCE}, or train a plain LoRA")
         problems.append(f"{key}={config[key]!r} makes the update more than scaling·BA; {way_out}")
     return problems
@@ -176,16 +176,16 @@ def _in_layers(module: str, config: Mapping) -> bool:
     if wanted is None or wanted == []:
         return True
     patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
-    found = next((match for p in patterns if (match := re.match(rf"(?:.*?\.)?{p}\.(\d+)\.", module))), None)
-    return found is None or int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+    layer = next((match for p in patterns if (match := re.match(rf"(?:.*?\.)?{p}\.(\d+)\.", module))), None)
+    return layer is None or int(layer[1]) in ([wanted] if isinstance(wanted, int) else wanted)
 
 
 def bias_problems(config: Mapping, layouts: Mapping[str, Layout]) -> list[str]:
     """What contradicts `lora_bias` in the weights."""
     wanted = bool(config.get("lora_bias"))
     odd = [m for m, layout in layouts.items() if layout.kind in ("linear", "conv") and layout.bias != wanted]
-    there = "lacks its lora_B.bias" if wanted else "has a lora_B.bias"
-    return [f"{ADAPTER_CONFIG} says lora_bias {wanted}, but {odd[0]} {there}"] if odd else []
+    fault = "lacks its lora_B.bias" if wanted else "has a lora_B.bias"
+    return [f"{ADAPTER_CONFIG} says lora_bias {wanted}, but {odd[0]} {fault}"] if odd else []
 
 
 def are_labels(names: object) -> bool:

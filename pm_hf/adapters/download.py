@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from pm_hf.adapters.layout import ADAPTER_CONFIG, ADAPTER_FILES, ADAPTER_WEIGHTS
 from pm_hf.errors import InputError
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
 
@@ -29,9 +33,6 @@ TOKEN = re.compile(r"hf_\w{8,}|(?<=://)[^/@]+(?=@)")
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-
-
-LOG_IN = "log in (hf auth login, or HF_TOKEN) with an account that may read it"
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def adapter_folder(source: str | os.PathLike) -> Path:
         return path
     place = _parse(source) if isinstance(source, str) and not path.exists() else None
     if place is None:
-        found = "a file" if path.is_file() else "neither"
-        raise InputError(f"adapter {name} is not a folder: expected {SYNTAX}, found {found}")
+        what = "a file" if path.is_file() else "neither"
+        raise InputError(f"adapter {name} is not a folder: expected {SYNTAX}, found {what}")
     return _download(place, f"adapter {name}: not a local folder, and {place}")
 
 
@@ -75,10 +76,10 @@ def _parse(source: str) -> _Place | None:
         hub = hub.removeprefix("models/")
         if hub.startswith(("datasets/", "spaces/", "kernels/", "buckets/")):
             return None
-    found = HUB_ID.fullmatch(hub.rstrip("/"))
-    if not found or any(part in ("", ".", "..") for part in (found[3] or "root").split("/")):
+    match = HUB_ID.fullmatch(hub.rstrip("/"))
+    if not match or any(part in ("", ".", "..") for part in (match[3] or "root").split("/")):
         return None
-    return _Place(found[1], unquote(found[2]) if found[2] else None, found[3] or "")
+    return _Place(match[1], unquote(match[2]) if match[2] else None, match[3] or "")
 
 
 def _download(place: _Place, subject: str) -> Path:
@@ -95,8 +96,8 @@ def _download(place: _Place, subject: str) -> Path:
         raise InputError(f"{subject} cannot be fetched: {_download_error(error)}") from error
     folder = snapshot / place.folder
     if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
-        found = _listing(place.repo, snapshot.name, inside)
-        raise InputError(f"{subject} holds no adapter: expected {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, {found}")
+        holds = _listing(place.repo, snapshot.name, inside)
+        raise InputError(f"{subject} holds no adapter: expected {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, {holds}")
     return folder
 
 
@@ -118,9 +119,9 @@ def _download_error(error: Exception) -> str:
     from huggingface_hub import errors
 
     reasons = {
-        errors.GatedRepoError: f"it is gated; accept its terms on the Hub and {LOG_IN}",
+        errors.GatedRepoError: f"it is gated; accept its terms on the Hub and {log_in('read')}",
         errors.RevisionNotFoundError: "no such revision; one with slashes is written url-encoded, refs%2Fpr%2F1",
-        errors.RepositoryNotFoundError: f"no such repository, or a private one; check the name, or {LOG_IN}",
+        errors.RepositoryNotFoundError: f"no such repository, or a private one; check the name, or {log_in('read')}",
         errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set and it is not in the cache; unset it, or give a folder",
         errors.HFValidationError: "this is not a valid repository name",
     }
@@ -131,11 +132,21 @@ def _download_error(error: Exception) -> str:
         if isinstance(cause, kind):
             return reason
     if isinstance(cause, errors.HfHubHTTPError):
-        status = cause.response.status_code
-        return f"the Hub answered {status}; " + (LOG_IN if status in (401, 403) else "try again later")
+        return http_reason(cause, "read")
     if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
         return f"{cause.strerror}; check the cache folder, HF_HOME, and its disk"
     return f"{type(cause).__name__}: the Hub cannot be reached; check the network, or give a local folder"
+
+
+def log_in(verb: str) -> str:
+    """The way out where an account may not `verb` (read, write to) a repository."""
+    return f"log in (hf auth login, or HF_TOKEN) with an account that may {verb} it"
+
+
+def http_reason(error: "HfHubHTTPError", verb: str) -> str:
+    """What the Hub answered, and the way out. The client's own text may hold signed addresses and is left out."""
+    status = error.response.status_code
+    return f"the Hub answered {status}; " + (log_in(verb) if status in (401, 403) else "try again later")
 
 
 def _listing(repo: str, commit: str, inside: str) -> str:
@@ -152,9 +163,9 @@ def _listing(repo: str, commit: str, inside: str) -> str:
         {os.path.dirname(file) or "its root" for file in files if os.path.basename(file) == ADAPTER_CONFIG}
     )
     if not here:
-        found = "found no such subfolder"
+        holds = "found no such subfolder"
     elif pickles:
-        found = f"found {pickles[0]}: pickles are refused, never unpickled; save it again as safetensors"
+        holds = f"found {pickles[0]}: pickles are refused, never unpickled; save it again as safetensors"
     else:
-        found = f"found {', '.join(here[:5])}"
-    return found + (f"; {ADAPTER_CONFIG} is in {', '.join(folders[:5])}" if folders and not pickles else "")
+        holds = f"found {', '.join(here[:5])}"
+    return holds + (f"; {ADAPTER_CONFIG} is in {', '.join(folders[:5])}" if folders and not pickles else "")

@@ -109,10 +109,9 @@ class Adapter:
 
     def head_matrix(self, module: str) -> LowRank:
         """[weight | bias] of a saved linear head as (rows, in + 1) (or (rows, in) without a bias), float32."""
-        weight = self.tensor(f"{module}.weight").float()
-        if f"{module}.bias" in self.saved:
-            weight = torch.cat([weight, self.tensor(f"{module}.bias").float()[:, None]], dim=1)
-        return LowRank(weight, torch.eye(weight.shape[1]))
+        bias = self.tensor(f"{module}.bias") if f"{module}.bias" in self.saved else None
+        matrix = join_bias(self.tensor(f"{module}.weight"), bias)
+        return LowRank(matrix, torch.eye(matrix.shape[1]))
 
     def _get(self, name: str) -> Tensor:
         """One finite tensor; the file is opened once, and replacing the folder does not change what is read."""
@@ -200,6 +199,12 @@ def merge_record(adapter: Adapter) -> dict:
             "merge again, or remove the file"
         )
     return record
+
+
+def join_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[weight | bias], (rows, in + 1), or the weight (rows, in) alone without a bias; float32."""
+    weight = weight.float()
+    return weight if bias is None else torch.cat([weight, bias.float()[:, None]], dim=1)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -22,6 +22,7 @@ from pm_hf.adapters.folder import Adapter, base_name, folded_tasks, open_adapter
 from pm_hf.adapters.layout import ADAPTER_WEIGHTS
 from pm_hf.errors import InputError
 from pm_hf.merging.lowrank import LowRank, compact_svd, row_slices
+from pm_hf.text import text_table
 
 UNTRAINED, NEAR_ZERO = 1e-6, 1e-4  # a norm below this; a root mean square entry below this share of the others' median
 
@@ -148,8 +149,8 @@ def _norm_warnings(adapter: Adapter, norms: Mapping[str, float | None]) -> list[
     trained = {m: size for m, size in rms.items() if m not in zero}
     times = {m: size / _usual(trained, m) for m, size in trained.items()}
     large = [f"{m} ({ratio:.0f} times)" for m, ratio in times.items() if ratio > EXPLODING]
-    found = [f"update close to zero, untrained: {_names(zero)}"] if zero else []
-    return found + ([f"update far larger than the others' median: {_names(large)}"] if large else [])
+    warnings = [f"update close to zero, untrained: {_names(zero)}"] if zero else []
+    return warnings + ([f"update far larger than the others' median: {_names(large)}"] if large else [])
 
 
 def _usual(sizes: Mapping[str, float], module: str) -> float:
@@ -189,8 +190,8 @@ def _relate(first: tuple[str, Adapter], second: tuple[str, Adapter]) -> dict[str
     shared = [module for module in left.layouts if module in right.layouts]
     for module in shared:
         if left.layouts[module].site != right.layouts[module].site:
-            found = [f"{a.layouts[module].kind} {_place(a, module)['shape']}" for a in (left, right)]
-            warnings.append(f"{module} is not the same in both, left out: {' and '.join(found)}")
+            kinds = [f"{a.layouts[module].kind} {_place(a, module)['shape']}" for a in (left, right)]
+            warnings.append(f"{module} is not the same in both, left out: {' and '.join(kinds)}")
             continue
         try:
             pairs[module] = _pair(left.read(module), right.read(module))
@@ -211,12 +212,12 @@ def _relate(first: tuple[str, Adapter], second: tuple[str, Adapter]) -> dict[str
 
 def _pair(left: Sequence[LowRank], right: Sequence[LowRank]) -> _Pair:
     inner, squares, angles = 0.0, [0.0, 0.0], [(torch.zeros(0), torch.zeros(0))]
-    for one, other in zip(left, right, strict=True):
-        (U, s, Vh), (X, t, Yh) = compact_svd(one), compact_svd(other)
+    for term, other in zip(left, right, strict=True):
+        (U, s, Vh), (X, t, Yh) = compact_svd(term), compact_svd(other)
         inner += float(((U.T @ X) * (Vh @ Yh.T) * torch.outer(s, t)).sum())
         squares = [total + float(values.square().sum()) for total, values in zip(squares, (s, t), strict=True)]
         angles.append((_angles(U, X), _angles(Vh.T, Yh.T)))
-    conflicts = sum(_sign_conflicts(one, other) for one, other in zip(left, right, strict=True))
+    conflicts = sum(_sign_conflicts(term, other) for term, other in zip(left, right, strict=True))
     entries = sum(prod(matrix.shape) for matrix in left)
     outputs, inputs = (torch.cat(side) for side in zip(*angles, strict=True))
     return _Pair(inner, (squares[0], squares[1]), conflicts, entries, outputs, inputs)
@@ -245,12 +246,12 @@ def _sign_conflicts(left: LowRank, right: LowRank) -> int:
 
 def _summary(pairs: Iterable[_Pair]) -> dict[str, float]:
     """Cosine and sign conflict of all modules that both adapters have, as one long vector; empty if there is none."""
-    found = list(pairs)
-    if not found:
+    shared = list(pairs)
+    if not shared:
         return {}
-    norms = [sqrt(sum(pair.squares[side] for pair in found)) for side in (0, 1)]
-    conflicts = sum(pair.conflicts for pair in found) / sum(pair.entries for pair in found)
-    return {"cosine": _ratio(sum(pair.inner for pair in found), norms[0] * norms[1]), "sign_conflict": conflicts}
+    norms = [sqrt(sum(pair.squares[side] for pair in shared)) for side in (0, 1)]
+    conflicts = sum(pair.conflicts for pair in shared) / sum(pair.entries for pair in shared)
+    return {"cosine": _ratio(sum(pair.inner for pair in shared), norms[0] * norms[1]), "sign_conflict": conflicts}
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -296,16 +297,12 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
         return []
     cells = [["module", *columns]]
     cells += [[name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return [
-        "  " + "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in cells
-    ]
+    return text_table(cells, indent="  ")
 
 
 def _cell(value: Any) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _warnings(found: Mapping[str, Any]) -> list[str]:
-    return [f"  warning: {text}" for text in found["warnings"]]
+def _warnings(described: Mapping[str, Any]) -> list[str]:
+    return [f"  warning: {text}" for text in described["warnings"]]

@@ -137,18 +137,18 @@ class Layout:
 
 def find_layouts(config: Mapping, shapes: Mapping[str, Shape], problems: list[str]) -> tuple[dict[str, Layout], list]:
     """({module: Layout}, names of the other tensors) from tensor names and shapes; problems are appended."""
-    found: dict[str, dict[str, Shape]] = {}
+    factors: dict[str, dict[str, Shape]] = {}
     others = []
     for name, shape in shapes.items():
         if match := FACTOR.match(name):
-            found.setdefault(match["module"], {})[match["tensor"]] = shape
+            factors.setdefault(match["module"], {})[match["tensor"]] = shape
         elif ".lora_" in name:
             problems.append(f"tensor {name} is not part of a plain LoRA")
         else:
             others.append(name)
-    if not found and not problems:
+    if not factors and not problems:
         problems.append("no lora_A / lora_B weights found")
-    layouts = {module: _layout(config, module, tensors, problems) for module, tensors in found.items()}
+    layouts = {module: _layout(config, module, tensors, problems) for module, tensors in factors.items()}
     return {module: layout for module, layout in layouts.items() if layout is not None}, others
 
 
@@ -175,8 +175,8 @@ def _layout(config: Mapping, module: str, tensors: Mapping[str, Shape], problems
     if adalora and wanted <= set(tensors):
         return _adalora(config, module, tensors, problems)
     if wanted - set(tensors):
-        there = min(tensors).removesuffix(".weight")
-        problems.append(f"{module} has lora_{there} only; the file is incomplete")
+        only = min(tensors).removesuffix(".weight")
+        problems.append(f"{module} has lora_{only} only; the file is incomplete")
         return None
     if more := set(tensors) - wanted - (set() if embedding else {"B.bias"}):
         problems.append(f"{module} has lora_{min(more)} beside {' and '.join(sorted(wanted))}; save it again with PEFT")
@@ -208,8 +208,8 @@ def _layout(config: Mapping, module: str, tensors: Mapping[str, Shape], problems
         problems.append(f"{module}: lora_A {A} and lora_B {B} are not the factors of a matrix")
     elif count == 0:
         overlap = "; give each module an entry of its own in rank_pattern" if config.get("rank_pattern") else ""
-        there = f"rank {A[0]}" if kind != "fused" else f"{A[0]} rows in lora_A, no multiple of it"
-        problems.append(f"{module}: {ADAPTER_CONFIG} says rank {rank}, the weights have {there}{overlap}")
+        stored = f"rank {A[0]}" if kind != "fused" else f"{A[0]} rows in lora_A, no multiple of it"
+        problems.append(f"{module}: {ADAPTER_CONFIG} says rank {rank}, the weights have {stored}{overlap}")
     return Layout(kind, scaling, A, B, count, "B.bias" in tensors) if count else None
 
 

@@ -16,18 +16,14 @@ from tqdm.auto import tqdm
 from pm_hf.adapters.download import adapter_folder
 from pm_hf.adapters.folder import CARD_FILE, Adapter, Update, cast_error, is_finite, open_adapter, write_adapter
 from pm_hf.adapters.layout import ADAPTER_FILES, MERGE_REPORT
-from pm_hf.adapters.plan import Curvatures, LearnedSource, Plan, make_plan, make_request, request_problems
+from pm_hf.adapters.plan import Curvatures, LearnedSource, Plan, Request, make_plan, make_request, request_problems
 from pm_hf.adapters.saved_modules import merge_saved, roots
 from pm_hf.environment import PeakMemory, versions
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import free_space_problem
+from pm_hf.files import free_space_problem, output_problems
 from pm_hf.merging.coefficient import Coefficient, Freedom, free_solution
 from pm_hf.merging.lowrank import LowRank, from_dense, weighted_sum
-from pm_hf.merging.methods import get_method
 from pm_hf.merging.methods.base import Matrix
-
-LONGEST_NAME = 200  # bytes; file systems take 255, and the temporary name is longer
-
 
 STORAGE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -112,13 +108,23 @@ def merge_adapters(
     """
     start = time.perf_counter()
     paths = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
-    request = make_request(method, curvature, coefficient, freedom, weights, options, learned)
+    request = make_request(
+        method,
+        options,
+        coefficient=coefficient,
+        weights=weights,
+        curvature=curvature,
+        freedom=freedom,
+        learned=learned,
+    )
     problems = request_problems(request, len(paths), into is not None)
-    raise_all(problems + _size_problems(method, max_rank, energy, dtype, freedom), "merge_adapters")
+    raise_all(problems + _size_problems(request, max_rank, energy, dtype), "merge_adapters")
     storage = dtype if isinstance(dtype, torch.dtype) else STORAGE_DTYPES[dtype or "float32"]
     size = _Size(max_rank if isinstance(max_rank, int) else None, energy, max_rank == "full", storage)
     if not dry_run:
-        _check_output(Path(output), overwrite)
+        problems = output_problems(Path(output), overwrite=overwrite, allowed=(*ADAPTER_FILES, CARD_FILE))
+        if problems:
+            raise InputError("; ".join(problems))
     with PeakMemory() as memory:
         opened = [open_adapter(adapter_folder(path)) for path in paths]
         running = None if into is None else open_adapter(adapter_folder(into))
@@ -126,7 +132,7 @@ def merge_adapters(
             _check_space(Path(output), [*opened, *([running] if running else [])], size)
         plan = make_plan(request, opened, running)
         saved, labels, heads = merge_saved(plan)
-        with _threads(None if get_method(method).dense or plan.free else 1):
+        with _threads(None if request.method.dense or plan.free else 1):
             updates, modules, rounding = _merge_modules(plan, size, keep=not dry_run)
         report = MergeReport(
             method,
@@ -266,45 +272,21 @@ def _joint(errors: Sequence[tuple[float, float]]) -> float:
     return lost / whole if whole else 0.0
 
 
-def _size_problems(method: str, max_rank: object, energy: float | None, dtype: object, freedom: str) -> list[str]:
-    problems = []
-    if get_method(method).factors and (max_rank is not None or energy is not None):
-        problems.append(f"{method} merges the factors, which max_rank= and energy= would replace; leave them out")
+def _size_problems(request: Request, max_rank: object, energy: float | None, dtype: object) -> list[str]:
+    problems, name = [], request.method.name
+    if request.method.factors and (max_rank is not None or energy is not None):
+        problems.append(f"{name} merges the factors, which max_rank= and energy= would replace; leave them out")
     if max_rank not in (None, "full") and not (isinstance(max_rank, int) and max_rank is not True and max_rank > 0):
         problems.append(f"max_rank must be at least 1, or 'full', found {max_rank!r}")
     if energy is not None and not 0 < energy <= 1:
         problems.append(f"energy must be in (0, 1], found {energy}")
     if energy is not None and max_rank == "full":
         problems.append("max_rank='full' keeps all, energy= does not; give one of them")
-    if energy is not None and freedom == "free":
+    if energy is not None and request.freedom == "free":
         problems.append("energy= cannot be used with freedom='free'; use max_rank=")
     if dtype is not None and dtype not in (*STORAGE_DTYPES, *STORAGE_DTYPES.values()):
         problems.append(f"dtype must be one of {', '.join(STORAGE_DTYPES)}, found {dtype!r}")
     return problems
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.exists() and not overwrite:
-        raise InputError(
-            f"output {output} exists; choose another folder, or overwrite=True (--overwrite) to replace it"
-        )
-    try:
-        output = output.resolve()
-        parent = next(folder for folder in output.parents if folder.exists())
-        strange = (
-            sorted(p.name for p in output.iterdir() if p.name not in (*ADAPTER_FILES, CARD_FILE))
-            if output.exists()
-            else []
-        )
-    except (OSError, ValueError, RuntimeError) as error:  # a file, a loop of links, a name that cannot be
-        raise InputError(f"output {output} cannot be written: {error}; choose another folder") from error
-    if not parent.is_dir() or not os.access(parent, os.W_OK) or len(os.fsencode(output.name)) > LONGEST_NAME:
-        raise InputError(
-            f"output {output} cannot be written: expected a name of at most {LONGEST_NAME} bytes in a folder that "
-            f"may be written to, found {parent}; choose another folder"
-        )
-    if strange:
-        raise InputError(f"output {output} is not an adapter folder alone, it holds {strange[:3]}; choose another")
 
 
 def _check_space(output: Path, adapters: Sequence[Adapter], size: _Size) -> None:

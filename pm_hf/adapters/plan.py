@@ -15,18 +15,11 @@ from pm_hf.adapters.folder import EMBEDDINGS, Adapter, base_name, folded_tasks, 
 from pm_hf.adapters.layout import MERGE_REPORT, Layout
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import read_json
-from pm_hf.merging.coefficient import (
-    Coefficient,
-    Freedom,
-    ZeroCurvatureError,
-    check_fits,
-    fixed_coefficient,
-    optimal_coefficient,
-)
+from pm_hf.merging.coefficient import Coefficient, Freedom, check_fits, fixed_coefficient
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank, add
 from pm_hf.merging.methods import get_method, read_options
-from pm_hf.merging.methods.base import Kernel, Matrix
+from pm_hf.merging.methods.base import Fold, Kernel, Matrix, Method
 
 Curvatures = str | os.PathLike | Curvature | None | Sequence[str | os.PathLike | Curvature]
 LearnedSource = str | os.PathLike | Mapping[str, Any]
@@ -34,15 +27,15 @@ LearnedSource = str | os.PathLike | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """The method and its settings as they were asked for."""
+    """The method and its settings as they were asked for; options: all of the method's, those not given at default."""
 
-    method: str
-    curvature: Curvatures
-    coefficient: float | None
-    freedom: Freedom
-    weights: Sequence[float] | None
+    method: Method
     options: dict[str, Any]
-    learned: LearnedSource | None
+    curvature: Curvatures = None
+    coefficient: float | None = None
+    freedom: Freedom = "global"
+    weights: Sequence[float] | None = None
+    learned: LearnedSource | None = None
 
 
 @dataclass(frozen=True)
@@ -119,26 +112,26 @@ class Plan:
         if not self.each:
             return ()
         pairs = list(zip(self.each, self.adapters, strict=True))
-        known = [sums.sum_of(module).float() if module in adapter.layouts else None for sums, adapter in pairs]
-        zero = torch.zeros_like(next(found for found in known if found is not None))
-        return tuple(zero if found is None else found for found in known)
+        own = [sums.sum_of(module).float() if module in adapter.layouts else None for sums, adapter in pairs]
+        zero = torch.zeros_like(next(tensor for tensor in own if tensor is not None))
+        return tuple(zero if tensor is None else tensor for tensor in own)
 
 
 def make_plan(request: Request, opened: list[Adapter], running: Adapter | None) -> Plan:
     """Check that the adapters belong together and decide weights, coefficient and state."""
     adapters = [*([running] if running else []), *opened]
     _check_same_base(adapters)
-    method = get_method(request.method)
+    method = request.method
     fold = running is not None or (len(opened) == 1 and method.fold and request.weights is None)
     plan = _plan_fold(request, opened[0], running) if fold else _plan_batch(request, opened)
     if plan.kernel is None or method.prepare is None:
         return plan
-    past = None if running is None else _state(running)
+    past = None if running is None else _saved_state(running)
     return replace(plan, state=method.prepare(plan.stream, past, **plan.options))
 
 
 def _plan_batch(request: Request, adapters: list[Adapter]) -> Plan:
-    method, count = get_method(request.method), len(adapters)
+    method, count = request.method, len(adapters)
     default = 1 / count if method.weight is None else method.weight
     weights = [default] * count if request.weights is None else list(request.weights)
     plan = Plan(
@@ -149,42 +142,45 @@ def _plan_batch(request: Request, adapters: list[Adapter]) -> Plan:
         sum(measured_tasks(adapter) for adapter in adapters),
         kernel=method.kernel,
         options=request.options,
-        each=curvature_per_adapter(request.method, request.curvature, adapters, fold=False),
+        each=curvature_per_adapter(method, request.curvature, adapters, fold=False),
     )
     return replace(plan, state=_learned(request, plan)) if method.learned else plan
 
 
 def _plan_fold(request: Request, task: Adapter, running: Adapter | None) -> Plan:
-    tasks = folded_tasks(task) if running is None else folded_tasks(running) + 1
-    adapters = [task] if running is None else [running, task]
-    past = measured_tasks(task) - 1 if running is None else measured_tasks(running)
-    method = get_method(request.method)
-    if method.kernel is not None:
-        alpha = request.options.get("coefficient", 1 / tasks) if request.coefficient is None else request.coefficient
-        weights = [1.0] if running is None else [1.0, 1.0]
-        absolute = [1.0] if running is None else [1 - alpha, alpha]
-        relative = running is not None and method.train_from == "merged"
-        return Plan(
-            adapters,
-            absolute if relative else weights,
-            absolute,
-            tasks,
-            past + 1,
-            kernel=None if running is None else method.kernel,
-            options=request.options,
-            each=()
-            if running is None
-            else curvature_per_adapter(request.method, request.curvature, adapters, fold=True),
-            relative=relative,
-            state={"tasks": tasks},
-        )
+    if running is None:
+        adapters, tasks, past = [task], folded_tasks(task), measured_tasks(task) - 1
+    else:
+        adapters, tasks, past = [running, task], folded_tasks(running) + 1, measured_tasks(running)
+    if request.method.coefficient is None:
+        return _plan_kernel_fold(request, adapters, tasks, past + 1)
     sums = _only_curvature(request.curvature)
-    found = _coefficient(request, task, running, sums, tasks)
-    weights = [found.used] if running is None else [1.0, found.used]
-    absolute = [1.0] if running is None else [1 - found.used, found.used]
-    solved = not math.isnan(found.numerator)  # neither given nor averaged
-    free = sums if request.freedom == "free" and solved else None
-    return Plan(adapters, weights, absolute, tasks, sums.tasks if sums else past + 1, found, free)
+    alpha = _coefficient(request, task, running, sums, tasks)
+    weights = [alpha.used] if running is None else [1.0, alpha.used]
+    absolute = [1.0] if running is None else [1 - alpha.used, alpha.used]
+    free = sums if request.freedom == "free" and alpha.source == "closed_form" else None
+    return Plan(adapters, weights, absolute, tasks, sums.tasks if sums else past + 1, alpha, free)
+
+
+def _plan_kernel_fold(request: Request, adapters: list[Adapter], tasks: int, measured: int) -> Plan:
+    """A fold by a kernel; the first task is taken as it is."""
+    method = request.method
+    if len(adapters) == 1:
+        return Plan(adapters, [1.0], [1.0], tasks, measured, options=request.options, state={"tasks": tasks})
+    alpha = request.options.get("coefficient", 1 / tasks) if request.coefficient is None else request.coefficient
+    absolute, relative = [1 - alpha, alpha], method.train_from == "merged"
+    return Plan(
+        adapters,
+        absolute if relative else [1.0, 1.0],
+        absolute,
+        tasks,
+        measured,
+        kernel=method.kernel,
+        options=request.options,
+        each=curvature_per_adapter(method, request.curvature, adapters, fold=True),
+        relative=relative,
+        state={"tasks": tasks},
+    )
 
 
 def _coefficient(
@@ -192,31 +188,18 @@ def _coefficient(
 ) -> Coefficient:
     if request.coefficient is not None:
         return fixed_coefficient(request.coefficient, tasks, "given")
-    if request.method == "average":
-        new = tasks if running is None else 1
-        return fixed_coefficient(new / (tasks + request.options["prior"]), tasks)
-    if request.method == "coma" and running is not None:
-        return fixed_coefficient(request.options["coefficient"], tasks)
-    if request.method != "pm" or (running is None and sums is None):
-        return fixed_coefficient(1.0, tasks)
-    if sums is None:
-        raise InputError("method 'pm' needs curvature= (the file saved with the task) or coefficient=")
-    expected = 1 if running is None else measured_tasks(running) + 1
-    if sums.tasks != expected and (running is None or request.options["unmeasured_past"] != "ignore"):
-        there = "no running merge" if running is None else f"the running merge {running.path}"
-        raise InputError(
-            f"the curvature covers {sums.tasks} task(s), but there is {there}; use the file saved with this task "
-            "(or the option unmeasured_past: ignore, if the past was never measured and shall have no weight)"
-        )
-    delta, merged = task_vector(task, running, sums)
-    try:
-        found = optimal_coefficient(delta, merged, sums, freedom="module" if request.freedom == "module" else "global")
-    except ZeroCurvatureError:
-        if request.options["on_zero_curvature"] != "average":
-            raise
-        return fixed_coefficient(1.0 if running is None else 1 / tasks, tasks, "zero curvature: averaged")
-    unmeasured = "the past was not measured, so it has no weight" if sums.tasks < expected else found.note
-    return replace(found, one_over_t=1 / tasks, note=unmeasured)
+    assert request.method.coefficient is not None
+    fold = Fold(
+        tasks,
+        first=running is None,
+        options=request.options,
+        curvature=sums,
+        measured=1 if running is None else measured_tasks(running) + 1,
+        into="no running merge" if running is None else f"the running merge {running.path}",
+        vectors=lambda curvature: task_vector(task, running, curvature),
+        freedom="module" if request.freedom == "module" else "global",
+    )
+    return request.method.coefficient(fold)
 
 
 def _only_curvature(curvature: Curvatures) -> Curvature | None:
@@ -226,7 +209,7 @@ def _only_curvature(curvature: Curvatures) -> Curvature | None:
     return load_curvature(given[0])
 
 
-def _state(adapter: Adapter) -> Mapping | None:
+def _saved_state(adapter: Adapter) -> Mapping | None:
     """What the method kept beside the running merge; None where another method folded last."""
     record = merge_record(adapter)
     state = record.get("state")
@@ -248,7 +231,7 @@ def _learned(request: Request, plan: Plan) -> dict[str, Any]:
         )
     if "digests" in content and content["digests"] != [adapter.digest() for adapter in plan.adapters]:
         raise InputError("the coefficients were learned with other adapters, or in another order; learn them again")
-    for key, here in (("method", request.method), ("options", request.options)):
+    for key, here in (("method", request.method.name), ("options", request.options)):
         if content.get(key, here) != here:
             raise InputError(
                 f"the coefficients were learned with {key} {content[key]!r}, the merge has {here!r}; merge with the "
@@ -257,18 +240,17 @@ def _learned(request: Request, plan: Plan) -> dict[str, Any]:
     names = {n for m in plan.modules for n in plan.layout(m).names(m, plan.has_bias(m))}
     if odd := sorted(names ^ set(matrices)):
         raise InputError(f"the learned coefficients do not fit the adapters: {len(odd)} modules, first {odd[0]}")
-    keys = ("coefficients", "masks") if request.method == "adarank" else ("coefficients",)
     count = len(plan.adapters)
-    short = [(n, k) for n, found in matrices.items() for k in keys if not _is_row(found, k, count)]
+    short = [(n, key) for n, row in matrices.items() for key in request.method.learned if not _is_row(row, key, count)]
     if short:
         name, key = short[0]
         raise InputError(f"the learned {key} of {name} are not {count} values, one an adapter")
     return dict(matrices)
 
 
-def _is_row(found: Any, key: str, count: int) -> bool:
-    """Whether found[key] has one finite number, or one mask of 0 and 1, for each adapter."""
-    values = found.get(key) if isinstance(found, Mapping) else None
+def _is_row(learned: Any, key: str, count: int) -> bool:
+    """Whether learned[key] has one finite number, or one mask of 0 and 1, for each adapter."""
+    values = learned.get(key) if isinstance(learned, Mapping) else None
     if not isinstance(values, list) or len(values) != count:
         return False
     if key == "masks":
@@ -278,38 +260,38 @@ def _is_row(found: Any, key: str, count: int) -> bool:
 
 def request_problems(request: Request, count: int, folding: bool) -> list[str]:
     """Everything about the arguments that makes no sense."""
-    chosen, problems = get_method(request.method), []
+    method, problems = request.method, list[str]()
     weights, coefficient = request.weights, request.coefficient
     if not count:
         problems.append("no adapter given")
     if folding and count != 1:
         problems.append(f"into= folds one adapter, found {count}; merge them one by one, or leave into out")
-    if folding and not chosen.fold:
-        problems.append(f"method {request.method!r} merges several adapters at once; leave into= out")
-    if not folding and count > 1 and not chosen.batch:
+    if folding and not method.fold:
+        problems.append(f"method {method.name!r} merges several adapters at once; leave into= out")
+    if not folding and count > 1 and not method.batch:
         problems.append(
-            f"method {request.method!r} folds one adapter into a running merge (into=), found {count} adapters"
+            f"method {method.name!r} folds one adapter into a running merge (into=), found {count} adapters"
         )
-    if weights is not None and (folding or len(weights) != count or not chosen.batch):
+    if weights is not None and (folding or len(weights) != count or not method.batch):
         problems.append(
             f"weights need one value for each adapter of a merge of several, found {len(weights)} for {count}"
         )
-    if coefficient is not None and (count > 1 or weights is not None or not chosen.fold):
+    if coefficient is not None and (count > 1 or weights is not None or not method.fold):
         problems.append("coefficient= belongs to folding one adapter; use weights= for several")
-    elif coefficient is not None and chosen.kernel is not None and "coefficient" not in chosen.options:
-        problems.append(f"method {request.method!r} has no coefficient; leave coefficient= out")
-    if count > 1 and request.curvature is not None and chosen.curvature in (None, "sums"):
+    elif coefficient is not None and method.kernel is not None and "coefficient" not in method.options:
+        problems.append(f"method {method.name!r} has no coefficient; leave coefficient= out")
+    if count > 1 and request.curvature is not None and (method.curvature is None or method.sums):
         problems.append("curvature= belongs to folding one adapter")
-    elif request.curvature is not None and chosen.curvature is None:
-        problems.append(f"method {request.method!r} uses no curvature; leave curvature= out")
+    elif request.curvature is not None and method.curvature is None:
+        problems.append(f"method {method.name!r} uses no curvature; leave curvature= out")
     if request.freedom != "global" and count > 1:
         problems.append("freedom= belongs to folding one adapter")
-    elif request.freedom != "global" and (request.method != "pm" or coefficient is not None):
+    elif request.freedom != "global" and (not method.sums or coefficient is not None):
         problems.append("freedom= belongs to method 'pm' with a curvature; leave it out")
-    if weights is not None and chosen.learned:
-        problems.append(f"weights= would contradict the coefficients that {request.method!r} has learned")
-    if request.learned is not None and not chosen.learned:
-        problems.append(f"learned= belongs to methods that learn coefficients, not to {request.method!r}")
+    if weights is not None and method.learned:
+        problems.append(f"weights= would contradict the coefficients that {method.name!r} has learned")
+    if request.learned is not None and not method.learned:
+        problems.append(f"learned= belongs to methods that learn coefficients, not to {method.name!r}")
     if coefficient is not None and not math.isfinite(coefficient):
         problems.append(f"coefficient must be finite, found {coefficient}")
     if weights is not None and not all(math.isfinite(weight) for weight in weights):
@@ -323,21 +305,24 @@ def request_problems(request: Request, count: int, folding: bool) -> list[str]:
 
 def make_request(
     method: str,
-    curvature: Curvatures,
-    coefficient: float | None,
-    freedom: Freedom,
-    weights: Sequence[float] | None,
-    options: Mapping[str, Any] | None,
-    learned: LearnedSource | None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    coefficient: float | None = None,
+    weights: Sequence[float] | None = None,
+    **more: Any,
 ) -> Request:
-    """The request with the method's options read and checked."""
-    chosen = read_options(method, options)
+    """The request with the method's options read and its numbers checked; more: the other fields of Request."""
+    read = read_options(method, options)
     try:
         alpha = None if coefficient is None else float(coefficient)
         shares = None if weights is None else [float(weight) for weight in weights]
     except (TypeError, ValueError) as error:
         raise InputError(f"coefficient and weights must be numbers, found {coefficient!r} and {weights!r}") from error
-    return Request(method, curvature, alpha, freedom, shares, chosen, learned)
+    if alpha is not None and "coefficient" in (options or {}) and read["coefficient"] != alpha:
+        raise InputError(
+            f"coefficient= is {alpha:g} and the option coefficient {read['coefficient']:g}; give one of them"
+        )
+    return Request(get_method(method), read, coefficient=alpha, weights=shares, **more)
 
 
 def _check_same_base(adapters: Sequence[Adapter]) -> None:
@@ -345,8 +330,9 @@ def _check_same_base(adapters: Sequence[Adapter]) -> None:
     if len(bases) > 1:
         raise InputError(f"adapters of different base models cannot be merged: {bases}")
     for key, what in (("revision", "revisions of the base model"), ("task_type", "task types")):
-        if len(found := {adapter.config[key] for adapter in adapters if adapter.config.get(key)}) > 1:
-            raise InputError(f"adapters of different {what} cannot be merged: {sorted(found)}")
+        values = {adapter.config[key] for adapter in adapters if adapter.config.get(key)}
+        if len(values) > 1:
+            raise InputError(f"adapters of different {what} cannot be merged: {sorted(values)}")
     fused = {tuple(sorted(adapter.config.get("target_parameters") or [])) for adapter in adapters}
     if len(fused) > 1:
         raise InputError(
@@ -418,20 +404,20 @@ def task_vector(
 
 
 def curvature_per_adapter(
-    method: str, given: Curvatures, adapters: Sequence[Adapter], fold: bool
+    method: Method, given: Curvatures, adapters: Sequence[Adapter], *, fold: bool
 ) -> tuple[Curvature, ...]:
     """The curvature of each adapter, where the method needs one each; InputError when one does not fit its adapter."""
-    kind = get_method(method).curvature
-    if kind not in ("fisher", "gram"):
+    kind = method.curvature
+    if kind is None or method.sums:
         return ()
     files = as_list(given)
     if None in files or len(files) != len(adapters):
-        there = sum(file is not None for file in files)
+        given_files = sum(file is not None for file in files)
         raise InputError(
-            f"method {method!r} needs a {kind} curvature file for each of {len(adapters)} adapters, in order "
-            f"(in a fold the running merge's first); found {there}; measure them with pm_hf.estimate_curvature"
+            f"method {method.name!r} needs a {kind} curvature file for each of {len(adapters)} adapters, in order "
+            f"(in a fold the running merge's first); found {given_files}; measure them with pm_hf.estimate_curvature"
         )
-    sums = tuple(found for file in files if (found := load_curvature(file)) is not None)
+    sums = tuple(curvature for file in files if (curvature := load_curvature(file)) is not None)
     problems = [
         f"the curvature of {a.path} is of kind {c.settings.kind}, expected {kind}"
         for a, c in zip(adapters, sums, strict=True)
@@ -443,7 +429,7 @@ def curvature_per_adapter(
         if (missing := sorted(set(a.layouts) - c.modules))
     ]
     problems += [f"{a.path} has LoRA biases, which no curvature covers" for a in adapters if a.config.get("lora_bias")]
-    raise_all(problems, f"method {method!r}")
+    raise_all(problems, f"method {method.name!r}")
     for adapter, own in list(zip(adapters, sums, strict=True))[-1 if fold else 0 :]:
         check_fits(task_vector(adapter, None, own)[0], own)  # the sums of a running merge have no Δ of it
     return sums

@@ -21,7 +21,7 @@ def merge_saved(plan: Plan) -> tuple[dict[str, Tensor], dict[str, list[str]], di
     heads = dict.fromkeys(head for adapter in plan.adapters for head in adapter.labels)
     every = {head: [label for adapter in plan.adapters for label in adapter.labels.get(head, [])] for head in heads}
     beside = {h for h in heads if any(len(set(a.labels.get(h, []))) < len(a.labels.get(h, [])) for a in plan.adapters)}
-    labels = {h: found if h in beside else list(dict.fromkeys(found)) for h, found in every.items()}
+    labels = {h: rows if h in beside else list(dict.fromkeys(rows)) for h, rows in every.items()}
     saved, how = {}, {}
     for name in dict.fromkeys(tensor for adapter in plan.adapters for tensor in adapter.saved):
         head = name.rpartition(".")[0]
@@ -45,8 +45,8 @@ def merge_saved(plan: Plan) -> tuple[dict[str, Tensor], dict[str, list[str]], di
         if copies and not all(torch.equal(value, values[0][0]) for value, _ in values):
             raise InputError(f"{name} is a weight of the base model and differs between the adapters: not one base")
         saved[name] = _blend(name, values, sum(plan.absolute_for(head)) if len(plan.adapters) > 1 else 1.0)
-        one = "a copy of the base" if copies else "from the only adapter that has it"
-        how[name] = "by coefficient" if len(values) > 1 and not copies else one
+        taken = "a copy of the base" if copies else "from the only adapter that has it"
+        how[name] = "by coefficient" if len(values) > 1 and not copies else taken
     if plan.free is not None:
         how |= _free_heads(plan, saved)
     return saved, labels, how

@@ -22,6 +22,10 @@ FREE_KEYS = (
 )
 
 
+# keys of `merge` that are options of its method too
+KEYS_AND_OPTIONS = ("on_zero_curvature", "coefficient")
+
+
 def load_config(
     source: str | Path | Mapping | RunConfig, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
 ) -> RunConfig:
@@ -42,6 +46,7 @@ def load_config(
     if not isinstance(method, str) or method not in PRESETS:
         problems.append(f"method: unknown {method!r}; valid: {', '.join(PRESETS)}")
         method = RunConfig.method  # so that the other problems are found too
+    _settle_options(raw, problems)
     if not _has_head(raw):
         fill_defaults(raw, {"head": {"kind": "none"}})
     fill_defaults(raw, preset_defaults(method, raw))
@@ -72,11 +77,38 @@ def _has_head(raw: Mapping) -> bool:
     return not isinstance(kind, str) or kind not in STREAM_KINDS or STREAM_KINDS[kind].has_head
 
 
+def _merge_and_options(raw: Mapping) -> tuple[dict, dict]:
+    """(the settings of the merge, its method's options), each {} where it is no mapping."""
+    merge: dict = raw["merge"] if isinstance(raw.get("merge"), dict) else {}
+    return merge, merge["options"] if isinstance(merge.get("options"), dict) else {}
+
+
+def _contradicted(merge: Mapping, options: Mapping) -> list[str]:
+    """Options of the merging method whose own key in `merge` has another value."""
+    both = [key for key in KEYS_AND_OPTIONS if merge.get(key) is not None and options.get(key) is not None]
+    return [key for key in both if as_number(merge[key]) != as_number(options[key])]
+
+
+def _settle_options(raw: dict, problems: list[str]) -> None:
+    """An option of the merging method that has a key of its own too is one setting: two answers are a problem."""
+    merge, options = _merge_and_options(raw)
+    problems += [
+        f"merge.{key} is {merge[key]!r} and merge.options.{key} {options[key]!r}: one setting; leave one out"
+        for key in _contradicted(merge, options)
+    ]
+    if merge.get("on_zero_curvature") is None and "on_zero_curvature" in options:
+        merge["on_zero_curvature"] = options["on_zero_curvature"]
+
+
 def _as_saved(raw: dict) -> None:
     """A run's own config.yaml, which has every setting, of before there were some: they mean what was done then."""
     head = raw.get("head")
     if isinstance(head, dict) and {"drift", "ridge", "strict"} <= head.keys() and "training" not in head:
         head |= {"training": "task"} | ({"means": "class"} if head.get("kind") == "lda" else {})
+    if {setting.name for setting in fields(RunConfig)} - {"stream"} <= raw.keys():
+        merge, options = _merge_and_options(raw)
+        for key in _contradicted(merge, options):
+            del options[key]  # it had no effect then
 
 
 def _read_source(source: str | Path | Mapping | RunConfig) -> tuple[dict, str]:
@@ -98,16 +130,16 @@ def _read_source(source: str | Path | Mapping | RunConfig) -> tuple[dict, str]:
 
 def differing_keys(finished: Mapping, now: Mapping, path: str = "") -> list[str]:
     """Settings that contradict those of the finished part of a run."""
-    found = []
+    differing = []
     for key in [*finished, *(key for key in now if key not in finished)]:
         name, old, new = f"{path}{key}", finished.get(key), now.get(key)
         if name in FREE_KEYS or old == new:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differing_keys(old, new, name + ".")
+            differing += differing_keys(old, new, name + ".")
         else:
-            found.append(f"{name}: {old!r} in the finished run, {new!r} now")
-    return found
+            differing.append(f"{name}: {old!r} in the finished run, {new!r} now")
+    return differing
 
 
 NULL_IS_A_VALUE = ("max_rank",)  # keys whose null is a value: no limit
@@ -191,9 +223,9 @@ def from_mapping(kind: type, raw: Any, path: str, problems: list[str]) -> Any:
     values = {}
     for name in known:
         if name in raw:
-            found = len(problems)
+            before = len(problems)
             value = _convert(hints[name], raw[name], _join(path, name), problems)
-            if len(problems) == found or is_dataclass(value):  # a group keeps what is right in it
+            if len(problems) == before or is_dataclass(value):  # a group keeps what is right in it
                 values[name] = value
     return kind(**values)
 

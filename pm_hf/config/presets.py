@@ -37,7 +37,7 @@ PRESETS = {
     | {"curvature": {"kind": "fisher", "normalisation": "trace"}},
     "pm_gram": _preset("pm", 0.5, "gram", "free", "linear"),
     "pm_gram_lda": _preset("pm", 0.5, "gram", "free", "lda"),
-    # chosen on held-out training rows, results/factorial
+    # chosen on held-out training rows, results/ablation
     "best": _preset("pm", 0.0, "fisher", "global", "lda")
     | {
         "head": {"kind": "lda", "training": "seen"},

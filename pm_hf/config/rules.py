@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pm_hf.config.kinds import STREAM_KINDS
 from pm_hf.config.schema import RunConfig, StreamSettings
 from pm_hf.errors import InputError
-from pm_hf.merging.methods import get_method, read_options
+from pm_hf.merging.methods import read_options
+from pm_hf.merging.methods.linear import PM, SEQUENTIAL
 
 # TrainingArguments that the learner decides itself
 MANAGED_ARGUMENTS = frozenset(
@@ -63,8 +64,8 @@ def _stream_problems(config: RunConfig) -> list[str]:
     stream, problems = config.stream, []
     splits = [n for n in ("tasks", "class_groups", "domain_column") if getattr(stream, n) is not None]
     if len(splits) != 1:
-        found = ", ".join(splits) or "none"
-        problems.append(f"stream: exactly one of tasks, class_groups and domain_column is needed, found {found}")
+        splits_given = ", ".join(splits) or "none"
+        problems.append(f"stream: exactly one of tasks, class_groups and domain_column is needed, found {splits_given}")
     share, given = stream.test_share, [source for source in [stream, *(stream.tasks or [])] if source.test]
     if share is not None and not 0 < share < 1:
         problems.append("stream.test_share: must be in (0, 1)")
@@ -87,28 +88,24 @@ def _stream_problems(config: RunConfig) -> list[str]:
 
 
 def _merge_problems(config: RunConfig) -> list[str]:
-    merge, problems = config.merge, []
-    if config.merge.method == "pm" and config.merge.coefficient is None and config.curvature.kind is None:
-        problems.append("curvature.kind: method pm needs fisher or gram, or merge.coefficient")
-    if config.merge.freedom in ("module", "free"):
-        if config.merge.coefficient is not None:
-            problems.append(f"merge.coefficient: freedom {config.merge.freedom} has no single coefficient")
-        if config.merge.method not in (None, "pm"):
-            problems.append(f"merge.freedom: {config.merge.freedom} belongs to merge.method pm")
-    chosen = get_method(merge.method or "pm")
-    if chosen.factors and merge.max_rank is not None:
-        problems.append(f"merge.max_rank: {merge.method} keeps the factors as they are; it must be null")
-    # a step from the running merge may lead to an optimum that was found from elsewhere; of all of it nothing is left
-    steps = ("merged", "last") if merge.method in (None, "pm", "average", "coma") else ("merged",)
-    starts = steps if chosen.train_from == "merged" else ("last", "base")
-    if merge.train_from not in (None, *starts):
-        problems.append(f"merge.train_from: the mathematics of {merge.method} needs {' or '.join(starts)}")
-    if config.head.training == "seen" and (merge.train_from or chosen.train_from) != "merged":
+    merge, method, problems = config.merge, config.merging_method, list[str]()
+    if method.sums and merge.coefficient is None and config.curvature.kind is None:
+        problems.append(f"curvature.kind: method {method.name} needs fisher or gram, or merge.coefficient")
+    if merge.freedom in ("module", "free"):
+        if merge.coefficient is not None:
+            problems.append(f"merge.coefficient: freedom {merge.freedom} has no single coefficient")
+        if not method.sums:
+            problems.append(f"merge.freedom: {merge.freedom} belongs to merge.method {PM.name}")
+    if method.factors and merge.max_rank is not None:
+        problems.append(f"merge.max_rank: {method.name} keeps the factors as they are; it must be null")
+    if merge.train_from not in (None, *method.starts):
+        problems.append(f"merge.train_from: the mathematics of {method.name} needs {' or '.join(method.starts)}")
+    if config.head.training == "seen" and (merge.train_from or method.train_from) != "merged":
         problems.append(
             "head.training: seen starts at the analytic rows of the running merge; the training has to start there too"
         )
     try:
-        read_options(merge.method or "pm", merge.options)
+        read_options(method.name, merge.options)
     except InputError as error:
         problems.append(f"merge.options: {error}")
     if merge.freedom == "free" and config.curvature.kind == "factored":
@@ -129,12 +126,15 @@ def _strategy_problems(config: RunConfig) -> list[str]:
         problems.append("strategy: joint and individual exclude each other")
     if (strategy.joint or strategy.individual) and (idle := [name for name in held if getattr(strategy, name)]):
         problems.append(f"strategy: with joint or individual no task has a past; leave out {', '.join(idle)}")
-    if strategy.olora_weight and (merge.method != "sequential" or merge.max_rank is not None):
+    method = config.merging_method
+    if strategy.olora_weight and (method is not SEQUENTIAL or merge.max_rank is not None):
         problems.append("strategy.olora_weight: needs merge.method sequential and merge.max_rank null, to keep every A")
     if strategy.ewc_weight and config.curvature.kind != "fisher":
         problems.append(f"strategy.ewc_weight: needs curvature.kind fisher, found {config.curvature.kind}")
-    if strategy.ewc_weight and merge.method == "cofima":
-        problems.append("strategy.ewc_weight: needs the sums over tasks; merge.method cofima keeps one task's Fisher")
+    if strategy.ewc_weight and not (method.curvature is None or method.sums):
+        problems.append(
+            f"strategy.ewc_weight: needs the sums over tasks; merge.method {method.name} keeps one task's Fisher"
+        )
     if (strategy.joint or strategy.individual) and (config.start_from or config.max_forgetting is not None):
         problems.append("strategy: joint and individual continue no adapter; leave out start_from and max_forgetting")
     if strategy.individual and config.head.kind == "lda":

@@ -5,8 +5,16 @@ from typing import Annotated, Any, Literal
 
 from pm_hf.config.kinds import STREAM_KINDS, StreamKind
 from pm_hf.merging.curvature import NORMALISATIONS, CurvatureSpec
-from pm_hf.merging.methods import get_method
+from pm_hf.merging.methods import METHODS, get_method
 from pm_hf.merging.methods.base import Method
+from pm_hf.merging.methods.linear import PM
+
+# by where their tasks may be trained from, in each group as in METHODS
+STREAM_METHODS = tuple(
+    method.name
+    for method in sorted(METHODS.values(), key=lambda m: ("merged" not in m.starts, "last" not in m.starts))
+    if method.in_streams
+)
 
 
 @dataclass
@@ -103,13 +111,13 @@ class CurvatureSettings:
 class MergeSettings:
     """The fold of a task into the running merge."""
 
-    method: Literal["pm", "average", "coma", "sequential", "cofima", "magmax", "opcm", "slao"] | None = None
+    method: Annotated[str, STREAM_METHODS] | None = None  # how a task is folded, see pm-hf methods
     train_from: Literal["merged", "last", "base"] | None = None  # where a task's training starts; default: the method's
     options: dict[str, Any] = field(default_factory=dict)  # settings of the merging method, see pm-hf methods
     freedom: Literal["global", "module", "free"] | None = None  # one coefficient, one a module, the whole matrix
     coefficient: float | None = None  # a coefficient of one's own instead of the computed one
     max_rank: int | None = 64  # rank kept; null: exact, the rank grows with every task
-    on_zero_curvature: Literal["error", "average"] = "error"
+    on_zero_curvature: Literal["error", "average"] = "error"  # pm: refuse, or 1/t; the same as in `options`
 
 
 @dataclass
@@ -169,7 +177,7 @@ class RunConfig:
     @property
     def merging_method(self) -> Method:
         """The row of the merging method."""
-        return get_method(self.merge.method or "pm")
+        return get_method(self.merge.method or PM.name)
 
     @property
     def analytic_head(self) -> bool:
@@ -195,7 +203,7 @@ class RunConfig:
     @property
     def sums_curvature(self) -> bool:
         """Whether the curvature of all tasks is added up; otherwise each task's stands alone."""
-        return self.measures_curvature and self.merging_method.curvature in (None, "sums")
+        return self.measures_curvature and (self.merging_method.curvature is None or self.merging_method.sums)
 
     @property
     def curvature_spec(self) -> CurvatureSpec:

@@ -49,27 +49,27 @@ class Pictures:
 
     def select(self, indices: Sequence[int]) -> "Pictures":
         """The pictures with these indices, in this order."""
-        kept = list(indices)
-        return Pictures(self.store[kept] if isinstance(self.store, np.ndarray) else self.store.select(kept))
+        rows = list(indices)
+        return Pictures(self.store[rows] if isinstance(self.store, np.ndarray) else self.store.select(rows))
 
     def joined(self, others: "Pictures") -> "Pictures":
         """These pictures, then the others; InputError where they are stored in different ways."""
-        left, right = self.store, others.store
-        if isinstance(left, Dataset) and isinstance(right, Dataset):
-            return Pictures(concatenate_datasets([left, right]))
-        if isinstance(left, np.ndarray) and isinstance(right, np.ndarray) and left.shape[1:] == right.shape[1:]:
-            return Pictures(np.concatenate([left, right]))
+        first, second = self.store, others.store
+        if isinstance(first, Dataset) and isinstance(second, Dataset):
+            return Pictures(concatenate_datasets([first, second]))
+        if isinstance(first, np.ndarray) and isinstance(second, np.ndarray) and first.shape[1:] == second.shape[1:]:
+            return Pictures(np.concatenate([first, second]))
         raise InputError("tasks whose pictures are joined must all be files, or all be arrays of the same shape")
 
     def digest(self) -> str:
         """Digest of the pixels, or of the files' bytes."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         if isinstance(self.store, np.ndarray):
-            found.update(repr(self.store.shape).encode() + np.ascontiguousarray(self.store).tobytes())
-            return found.hexdigest()
+            digest.update(repr(self.store.shape).encode() + np.ascontiguousarray(self.store).tobytes())
+            return digest.hexdigest()
         for file in self.store["image"]:
-            found.update(hashlib.sha256(file["bytes"] or Path(file["path"]).read_bytes()).digest())
-        return found.hexdigest()
+            digest.update(hashlib.sha256(file["bytes"] or Path(file["path"]).read_bytes()).digest())
+        return digest.hexdigest()
 
 
 def read_npz(path: Path, *, test: bool, domain: str | None) -> tuple[Pictures, list[str], list[str]]:

@@ -9,6 +9,7 @@ import torch
 from datasets import ClassLabel, Dataset
 from torch import Tensor
 
+from pm_hf.data.columns import as_text, check_columns, label_names
 from pm_hf.data.rows import Rows
 from pm_hf.errors import InputError, raise_all
 from pm_hf.models.language_model import IGNORED
@@ -38,15 +39,15 @@ def language_rows(
     if answers is not None and not prompt_template:
         raise InputError(f"{where}: answers belong to a prompt_template; the completions are the column's own text")
     if prompt_template:
-        columns = (text_column or "text", label_column or "label")
-        return _templated(data, where, *columns, prompt_template, answers, task)
+        text, label = text_column or "text", label_column or "label"
+        return _templated(data, where, text=text, label=label, template=prompt_template, words=answers, task=task)
     if text_column is None and "messages" in names:
         return _conversations(data, where)
     if (text_column is None and {"prompt", "completion"} <= set(names)) or label_column:
         return _pairs(data, where, text_column or "prompt", label_column or "completion")
     column = text_column or "text"
     texts = _column(data, where, column)
-    return Rows([""] * len(texts), [_text(value, where, row, column) for row, value in enumerate(texts)])
+    return Rows([""] * len(texts), [as_text(value, where, row, column) for row, value in enumerate(texts)])
 
 
 class _PromptEncoder(ABC):
@@ -127,12 +128,12 @@ class CausalEncoder(_PromptEncoder):
 
     def _example(self, prompt: Prompt, text: str) -> dict:
         before, after = self.prompt(prompt), self.completion(prompt, text)
-        kept, size = after[: self.max_length - 1], len(text.encode())
-        if len(kept) < len(after):
-            size = min(size, _bytes(self.tokenizer, text, kept))
-        left = self.fitted(before, len(kept))
-        self.cut += len(kept) < len(after) or len(left) < len(before)
-        return {"input_ids": left + kept, "labels": [IGNORED] * len(left) + kept, "bytes": size}
+        target, size = after[: self.max_length - 1], len(text.encode())
+        if len(target) < len(after):
+            size = min(size, _bytes(self.tokenizer, text, target))
+        source = self.fitted(before, len(target))
+        self.cut += len(target) < len(after) or len(source) < len(before)
+        return {"input_ids": source + target, "labels": [IGNORED] * len(source) + target, "bytes": size}
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -210,16 +211,16 @@ def _two_tokens(max_length: int) -> int:
     return max_length
 
 
-def _bytes(tokenizer: Any, text: str, kept: list[int]) -> int:
-    """UTF-8 bytes of the text that its first tokens `kept` stand for, at least 1."""
+def _bytes(tokenizer: Any, text: str, tokens: list[int]) -> int:
+    """UTF-8 bytes of the text that its first tokens `tokens` stand for, at least 1."""
     if tokenizer.is_fast:
-        ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"][: len(kept)]
+        ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"][: len(tokens)]
         return max(1, len(text[: ends[-1][1]].encode()) if ends else 0)
-    return max(1, len(tokenizer.decode(kept, skip_special_tokens=True).encode()))
+    return max(1, len(tokenizer.decode(tokens, skip_special_tokens=True).encode()))
 
 
 def _templated(
-    data: Dataset, where: str, text: str, label: str, template: str, words: Mapping | None, task: str
+    data: Dataset, where: str, *, text: str, label: str, template: str, words: Mapping | None, task: str
 ) -> Rows:
     try:
         asked = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
@@ -227,16 +228,16 @@ def _templated(
         raise InputError(f"prompt_template {template!r}: {error}; a brace of the text is written twice") from error
     fields = list(dict.fromkeys(text if name == "text" else name for name in asked if name != "task"))
     unknown = [name for name in fields if name not in data.column_names]
-    found = ", ".join(data.column_names)
-    problems = [f"prompt_template: no column for {{{name}}}; found {found}, text, task" for name in unknown]
-    problems += [f"missing column {label}; found {found}"] * (label not in data.column_names)
+    names = ", ".join(data.column_names)
+    problems = [f"prompt_template: no column for {{{name}}}; found {names}, text, task" for name in unknown]
+    problems += [f"missing column {label}; found {names}"] * (label not in data.column_names)
     raise_all(problems, where)
     answers = _worded(_answers(data, where, label), words, where)
     space = "" if template[-1:].isspace() else " "
-    columns = {name: _values(data, where, name) for name in fields}
+    values = {name: _values(data, where, name) for name in fields}
     prompts = []
     for row in range(len(answers)):
-        filled = {name: values[row] for name, values in columns.items()}
+        filled = {name: column[row] for name, column in values.items()}
         if filled and not any(filled.values()):
             raise InputError(f"{where}: column {', '.join(filled)} must hold text, row {row} holds none")
         prompts.append(template.format(**filled | {"task": task, "text": filled.get(text)}))
@@ -246,9 +247,9 @@ def _templated(
 def _values(data: Dataset, where: str, column: str) -> list[str]:
     """A column of the template as text, "" where it is empty; the names of a ClassLabel."""
     if isinstance(data.features[column], ClassLabel):
-        return _answers(data, where, column)
+        return label_names(data, column, where)
     values = enumerate(data[column])
-    return [_text("" if value is None else value, where, row, column, empty=True) for row, value in values]
+    return [as_text("" if value is None else value, where, row, column, empty=True) for row, value in values]
 
 
 def _worded(labels: list[str], words: Mapping | None, where: str) -> list[str]:
@@ -263,58 +264,44 @@ def _worded(labels: list[str], words: Mapping | None, where: str) -> list[str]:
 
 
 def _answers(data: Dataset, where: str, column: str) -> list[str]:
-    feature, values = data.features[column], list(data[column])
-    if isinstance(feature, ClassLabel):
-        hidden = [row for row, value in enumerate(values) if value is None or not 0 <= value < feature.num_classes]
-        if hidden:
-            raise InputError(f"{where}: column {column} holds no class in row {hidden[0]}; hidden labels?")
-        return [str(feature.int2str(value)) for value in values]
-    empty = [row for row, value in enumerate(values) if value is None or value == ""]
-    if empty:
-        raise InputError(f"{where}: column {column} is empty in row {empty[0]}")
-    return [_text(value, where, row, column) for row, value in enumerate(values)]
+    """The labels as text; the names of a ClassLabel."""
+    names = label_names(data, column, where)
+    if isinstance(data.features[column], ClassLabel):
+        return names
+    return [as_text(value, where, row, column) for row, value in enumerate(data[column])]
 
 
 def _conversations(data: Dataset, where: str) -> Rows:
     prompts: list[Prompt] = []
     answers = []
     for row, messages in enumerate(data["messages"]):
-        found = [at for at, message in enumerate(messages or []) if at and message["role"] == "assistant"]
-        if not found:
+        turns = [at for at, message in enumerate(messages or []) if at and message["role"] == "assistant"]
+        if not turns:
             raise InputError(f"{where}: the messages of row {row} have no assistant message after another one")
-        for at in found:
+        for at in turns:
             prompts.append(_chat(messages[:at], where, row, "messages"))
-            answers.append(_text(messages[at]["content"], where, row, "messages"))
+            answers.append(as_text(messages[at]["content"], where, row, "messages"))
     return Rows(prompts, answers)
 
 
 def _pairs(data: Dataset, where: str, prompt: str, completion: str) -> Rows:
     prompts, answers = _column(data, where, prompt), _column(data, where, completion)
     if isinstance(data.features[completion], ClassLabel):
-        answers = _answers(data, where, completion)
+        answers = label_names(data, completion, where)
     inputs: list[Prompt] = []
     texts = []
     for row, (before, after) in enumerate(zip(prompts, answers, strict=True)):
         chat = isinstance(before, list) and before
-        inputs.append(_chat(before, where, row, prompt) if chat else _text(before, where, row, prompt, empty=True))
+        inputs.append(_chat(before, where, row, prompt) if chat else as_text(before, where, row, prompt, empty=True))
         after = after[0]["content"] if isinstance(after, list) and len(after) == 1 else after
-        texts.append(_text(after, where, row, completion))
+        texts.append(as_text(after, where, row, completion))
     return Rows(inputs, texts)
 
 
 def _chat(messages: Sequence[Mapping], where: str, row: int, column: str) -> list[dict[str, str]]:
-    return [{"role": m["role"], "content": _text(m["content"], where, row, column, empty=True)} for m in messages]
+    return [{"role": m["role"], "content": as_text(m["content"], where, row, column, empty=True)} for m in messages]
 
 
 def _column(data: Dataset, where: str, name: str) -> list[Any]:
-    if name not in data.column_names:
-        raise InputError(f"{where}: missing column {name}; found {', '.join(data.column_names)}")
+    check_columns(data, [name], where)
     return list(data[name])
-
-
-def _text(value: Any, where: str, row: int, column: str = "text", *, empty: bool = False) -> str:
-    if isinstance(value, bool | int | float):
-        return str(value)
-    if not isinstance(value, str) or not (value or empty):
-        raise InputError(f"{where}: column {column} must hold text, row {row} holds {value!r}")
-    return value

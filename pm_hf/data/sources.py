@@ -3,11 +3,12 @@
 import tempfile
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, load_dataset
+from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from pm_hf.config.kinds import STREAM_KINDS
 from pm_hf.config.schema import Source
+from pm_hf.data.columns import check_columns, label_names
 from pm_hf.data.images import picture_column, read_folder, read_npz
 from pm_hf.data.language import language_rows
 from pm_hf.data.rows import Rows
@@ -28,9 +29,10 @@ def read_rows(
         return _pictures(source, folder, test=test, extra=extra)
     data, where = _load(source, folder, test=test)
     if holds == "prompts":
-        _require(data, [extra] if extra else [], where)
+        check_columns(data, [extra] if extra else [], where)
         rows = language_rows(
-            *(data, where),
+            data,
+            where,
             text_column=source.text_column,
             label_column=source.label_column,
             prompt_template=source.prompt_template,
@@ -43,11 +45,11 @@ def read_rows(
 
 def _texts(data: Dataset, where: str, source: Source, extra: str | None) -> tuple[Rows, list[str]]:
     text, label = source.text_column or "text", source.label_column or "label"
-    _require(data, [text, label] + ([extra] if extra else []), where)
+    check_columns(data, [text, label] + ([extra] if extra else []), where)
     texts = list(data[text])
-    bad = next((i for i, value in enumerate(texts) if not isinstance(value, str)), None)
-    if bad is not None:
-        raise InputError(f"{where}: column {text} must hold text, row {bad} holds {texts[bad]!r}")
+    odd = next((row for row, value in enumerate(texts) if not isinstance(value, str)), None)
+    if odd is not None:
+        raise InputError(f"{where}: column {text} must hold text, row {odd} holds {texts[odd]!r}")
     return Rows(texts, label_names(data, label, where)), label_names(data, extra, where) if extra else []
 
 
@@ -67,15 +69,9 @@ def _pictures(source: Source, folder: str | None, *, test: bool, extra: str | No
             raise InputError(f"folder {path} does not exist; set data_dir=FOLDER if it lies elsewhere")
     data, where = _load(source, folder, test=test)
     image, label = source.image_column or "image", source.label_column or "label"
-    _require(data, [image, label] + ([extra] if extra else []), where)
+    check_columns(data, [image, label] + ([extra] if extra else []), where)
     rows = Rows(picture_column(data, image, where), label_names(data, label, where))
     return rows, label_names(data, extra, where) if extra else []
-
-
-def _require(data: Dataset, columns: list[str], where: str) -> None:
-    lost = [column for column in columns if column not in data.column_names]
-    if lost:
-        raise InputError(f"{where}: missing column {', '.join(lost)}; found {', '.join(data.column_names)}")
 
 
 def _load(source: Source, folder: str | None, *, test: bool) -> tuple[Dataset, str]:
@@ -109,22 +105,6 @@ def _load(source: Source, folder: str | None, *, test: bool) -> tuple[Dataset, s
     except (OSError, ValueError, DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise InputError(f"{path} cannot be read as {LOADERS[suffix]}: {' '.join(str(cause).split())[:300]}") from error
-
-
-def label_names(data: Dataset, column: str, where: str) -> list[str]:
-    """A column as names, those of a ClassLabel included; InputError for an empty or hidden one."""
-    feature, values = data.features[column], list(data[column])
-    empty = next((i for i, value in enumerate(values) if value is None or value == ""), None)
-    if empty is not None:
-        raise InputError(f"{where}: column {column} is empty in row {empty}")
-    if isinstance(feature, ClassLabel):
-        hidden = next((i for i, value in enumerate(values) if not 0 <= value < feature.num_classes), None)
-        if hidden is not None:
-            raise InputError(
-                f"{where}: column {column} holds no class in row {hidden} ({values[hidden]}); hidden labels?"
-            )
-        return [feature.int2str(value) for value in values]
-    return [str(value) for value in values]
 
 
 def path_of(name: str, folder: str | None) -> Path:

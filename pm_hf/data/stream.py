@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 from torch import Tensor
 
@@ -16,9 +15,6 @@ from pm_hf.data.rows import Encoder, Examples, Rows
 from pm_hf.data.sources import path_of, read_rows
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import read_json
-
-STEP_FILE = "step.json"  # in a finished task's folder: what became of it
-
 
 MOST_ANSWERS = 200  # a language task with more different completions has free answers, none to choose among
 
@@ -52,8 +48,8 @@ class Task:
     @cached_property
     def _digests(self) -> tuple[str, str]:  # pictures are read for it, once
         named = json.dumps([self.name, self.labels]).encode()
-        found = [rows.content() if len(rows) else b"" for rows in (self.train, self.test, self.replayed, self.eval)]
-        whole, tested = (hashlib.sha256(b"".join(parts)) for parts in ((named, *found), (named, found[1])))
+        contents = [rows.content() if len(rows) else b"" for rows in (self.train, self.test, self.replayed, self.eval)]
+        whole, tested = (hashlib.sha256(b"".join(parts)) for parts in ((named, *contents), (named, contents[1])))
         return whole.hexdigest()[:16], tested.hexdigest()[:16]
 
 
@@ -80,22 +76,17 @@ class TaskStream:
         return self.scored or self.tasks[: index + 1]
 
 
-def task_folder(config: RunConfig, index: int, name: str) -> Path:
-    """Folder of one task in the run's output folder."""
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
-    return Path(config.output_dir).expanduser() / f"task-{index:02d}-{safe}"
-
-
-def load_stream(config: RunConfig) -> TaskStream:
+def load_stream(config: RunConfig, finished_labels: Mapping[str, Sequence[str]] | None = None) -> TaskStream:
     """Read and check all data before any training; one InputError with everything that is wrong.
 
     A task of `stream.tasks` with a test file and no training rows is read as one that is finished in output_dir, which
-    is not checked here.
+    is not checked here. finished_labels: {name of a finished task: labels of its head}, of which such tasks have
+    theirs; without, they have those of their test rows.
     """
-    return replace(_load_tasks(config), held_out=_held_out_texts(config))
+    return replace(_load_tasks(config, finished_labels or {}), held_out=_held_out_texts(config))
 
 
-def _load_tasks(config: RunConfig) -> TaskStream:
+def _load_tasks(config: RunConfig, finished_labels: Mapping[str, Sequence[str]]) -> TaskStream:
     stream, folder = config.stream, config.data_dir
     if stream.tasks is not None:
         parts = _in_order(_tasks_of_list(config), stream.order)
@@ -106,8 +97,8 @@ def _load_tasks(config: RunConfig) -> TaskStream:
         left = sorted(set(data[0][0].labels) - {label for _, train, _ in parts for label in train.labels})
         if left:
             note = f"{len(left)} labels are in no class group, their rows are not used: {', '.join(left[:5])}"
-            return replace(make_stream(config, parts), notes=(note,))
-    return make_stream(config, parts)
+            return replace(make_stream(config, parts, finished_labels), notes=(note,))
+    return make_stream(config, parts, finished_labels)
 
 
 def _in_order(parts: Sequence[tuple[str, Rows, Rows]], order: Sequence[str] | None) -> list[tuple[str, Rows, Rows]]:
@@ -125,13 +116,15 @@ def _in_order(parts: Sequence[tuple[str, Rows, Rows]], order: Sequence[str] | No
     return [by_name[name] for name in order]
 
 
-def make_stream(config: RunConfig, parts: Sequence[tuple[str, Rows, Rows]]) -> TaskStream:
-    """A checked stream of (name, training rows, test rows)."""
+def make_stream(
+    config: RunConfig, parts: Sequence[tuple[str, Rows, Rows]], finished_labels: Mapping[str, Sequence[str]]
+) -> TaskStream:
+    """A checked stream of (name, training rows, test rows); finished_labels as in `load_stream`."""
     stream, scenario = config.stream, config.stream.scenario or "class_incremental"
     language = not config.kind.has_head
     if stream.tasks is not None and not stream.shared_labels and scenario == "class_incremental" and not language:
         parts = [(name, _qualify_labels(name, train), _qualify_labels(name, test)) for name, train, test in parts]
-    left = _labels_without_rows(config, parts)
+    left = _labels_without_rows(config, parts, finished_labels)
     raise_all(_stream_problems(scenario, parts, language, left) + _strategy_problems(config, left), "stream")
     own = [left[name] if name in left else _task_labels(language, train, test) for name, train, test in parts]
     everything = tuple(sorted({label for labels in own for label in labels}))
@@ -177,15 +170,15 @@ def _closed_answers(train: Rows, test: Rows) -> tuple[str, ...]:
 
 def _with_replay(tasks: Sequence[Task], per_class: int, seed: int) -> list[Task]:
     """Each task with `per_class` training rows of every earlier class (answer), and a head that has them all."""
-    found: list[Task] = []
+    replaying: list[Task] = []
     stored, labels = Rows([], []), tuple[str, ...]()
     for task in tasks:
         labels = tuple(dict.fromkeys([*labels, *task.labels]))
-        found.append(replace(task, labels=labels, replayed=stored))
+        replaying.append(replace(task, labels=labels, replayed=stored))
         free = not task.labels  # free text: so many rows of the task
         kept = _limit_rows(task.train, per_class, f"{seed}/{task.name}/replay") if free else None
         stored = stored.with_rows(kept or _limit_per_class(task.train, per_class, seed, task.name))
-    return found
+    return replaying
 
 
 def _join_tasks(tasks: Sequence[Task], labels: tuple[str, ...]) -> Task:
@@ -255,16 +248,17 @@ def _leaves_out_training(source: Source) -> bool:
     return bool(source.test) and not source.train and source.dataset is None
 
 
-def _labels_without_rows(config: RunConfig, parts: Sequence[tuple[str, Rows, Rows]]) -> dict[str, tuple[str, ...]]:
-    """{task without training rows: its labels}: those of its step.json, of its test rows where there is none."""
-    found, tests, language = {}, {name: test for name, _, test in parts}, not config.kind.has_head
-    settings = {task.name: task for task in config.stream.tasks or []}
-    for index, task in enumerate(settings[name] for name, _, _ in parts if name in settings):
+def _labels_without_rows(
+    config: RunConfig, parts: Sequence[tuple[str, Rows, Rows]], finished_labels: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    """{task without training rows: its labels}: as the run finished it, or else those of its test rows."""
+    labels, tests, language = {}, {name: test for name, _, test in parts}, not config.kind.has_head
+    for task in config.stream.tasks or []:
         if _leaves_out_training(_task_source(config.stream, task)):
-            step, test = task_folder(config, index, task.name) / STEP_FILE, tests[task.name]
+            test = tests[task.name]
             derived = _task_labels(language, test, test) if len(test) else ()
-            found[task.name] = tuple(read_json(step)["labels"]) if step.is_file() else derived
-    return found
+            labels[task.name] = tuple(finished_labels.get(task.name, derived))
+    return labels
 
 
 def _strategy_problems(config: RunConfig, left: Collection[str]) -> list[str]:
@@ -284,13 +278,13 @@ def _task_source(stream: StreamSettings, task: TaskSettings) -> Source:
 
 
 def _held_out_texts(config: RunConfig) -> tuple[Task, ...]:
-    stream, found = config.stream, []
+    stream, texts = config.stream, []
     for text in stream.held_out or []:
         rows, _ = read_rows(stream.kind, _task_source(stream, text), config.data_dir, test=True, task=text.name)
-        found.append(
+        texts.append(
             Task(text.name, (), Rows([], []), _limit_rows(rows, stream.test_rows, f"{config.seed}/{text.name}"))
         )
-    return tuple(found)
+    return tuple(texts)
 
 
 def _tasks_by_class(

@@ -21,7 +21,7 @@ HEAD_FORMAT = "pm_hf.head.v1"
 class HeadStatistics:
     """What the analytic head keeps of every class seen: no examples, and one d×d matrix for all of them.
 
-    labels: C names in row order; a class with several means (`added(…, apart=True)`) has as many rows of its name.
+    labels: C names in row order; a class with several means (see `added`) has as many rows of its name.
     counts (C,), means (C, d), scatter (d, d) = Σ_x (x − μ_c)(x − μ_c)ᵀ, float64.
     covariance, center, temperature: set once the head is frozen (strict mode), None before.
     """
@@ -39,14 +39,19 @@ class HeadStatistics:
         means, scatter = self.means @ drift.T, drift @ self.scatter @ drift.T
         return replace(self, means=means, scatter=scatter)
 
-    def added(self, features: Tensor, targets: Tensor, labels: list[str], *, apart: bool = False) -> "HeadStatistics":
-        """Pool in one task's features (n, d); targets (n,) index `labels`. A known class is pooled by counts, or with
-        `apart` gets a further mean of its own, the classes being mixtures of one Gaussian a task (Σ shared by all)."""
+    def added(
+        self, features: Tensor, targets: Tensor, labels: list[str], *, one_mean_per_task: bool = False
+    ) -> "HeadStatistics":
+        """Pool in one task's features (n, d); targets (n,) index `labels`.
+
+        A known class is pooled by counts, or with `one_mean_per_task` gets a further mean of its own, the classes being
+        mixtures of one Gaussian a task (Σ shared by all).
+        """
         features = features.double()
         d = features.shape[1]
-        known = list(self.labels)
-        present = [(i, label) for i, label in enumerate(labels) if label not in known or bool((targets == i).any())]
-        names = [*known, *(label for _, label in present if apart or label not in known)]
+        before = list(self.labels)
+        present = [(i, label) for i, label in enumerate(labels) if label not in before or bool((targets == i).any())]
+        names = [*before, *(label for _, label in present if one_mean_per_task or label not in before)]
         counts, means = torch.zeros(len(names), dtype=torch.float64), torch.zeros(len(names), d, dtype=torch.float64)
         scatter = self.scatter.clone() if len(self.labels) else torch.zeros(d, d, dtype=torch.float64)
         counts[: len(self.labels)] = self.counts
@@ -56,7 +61,7 @@ class HeadStatistics:
             rows = features[targets == index]
             if not len(rows):
                 raise InputError(f"class {label!r} has no training row; the analytic head needs at least one")
-            at, mean = len(known) + place if apart else names.index(label), rows.mean(0)
+            at, mean = len(before) + place if one_mean_per_task else names.index(label), rows.mean(0)
             gap, old = mean - means[at], counts[at].clone()
             total = old + len(rows)
             scatter += (rows - mean).T @ (rows - mean) + torch.outer(gap, gap) * (old * len(rows) / total)
@@ -164,7 +169,7 @@ def merge_temperature(statistics: HeadStatistics, features: Tensor, truth: Seque
 
 
 def held_out_temperature(
-    known: HeadStatistics, features: Tensor, truth: Sequence[str], *, apart: bool = False, folds: int = 5
+    known: HeadStatistics, features: Tensor, truth: Sequence[str], *, one_mean_per_task: bool = False, folds: int = 5
 ) -> float:
     """Temperature of the untempered head of `known` and a new task, on rows that the head was not made of.
 
@@ -181,11 +186,11 @@ def held_out_temperature(
     scores, answers = [], []
     for fold in range(folds):
         held = turn == fold
-        part = known.added(features[~held], targets[~held], labels, apart=apart)
+        part = known.added(features[~held], targets[~held], labels, one_mean_per_task=one_mean_per_task)
         if held.any() and float(part.scatter.trace()) > 0:
-            found = _class_scores(part, features[held], [truth[row] for row in held.nonzero()[:, 0].tolist()])
-            scores.append(found[0])
-            answers.append(found[1])
+            logits, classes = _class_scores(part, features[held], [truth[row] for row in held.nonzero()[:, 0].tolist()])
+            scores.append(logits)
+            answers.append(classes)
     return fit_temperature(torch.cat(scores), torch.cat(answers)) if scores else 1.0
 
 

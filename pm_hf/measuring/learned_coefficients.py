@@ -27,6 +27,8 @@ from pm_hf.files import write_json
 from pm_hf.merging.lowrank import LowRank, compact_svd
 from pm_hf.merging.methods import METHODS, read_options
 from pm_hf.merging.methods.base import Matrix, row_blocks, smallest_kept
+from pm_hf.merging.methods.linear import AVERAGE
+from pm_hf.models.contexts import evaluating, seeded
 
 Batch = Mapping[str, Any]
 
@@ -120,12 +122,13 @@ def learn_coefficients(
         name: [make_terms(matrix, layer.get_parameter("weight"), method, chosen) for matrix in plan.matrices(name)]
         for name, layer in find_layers(model, plan).items()
     }
-    every = [term for found in terms.values() for term in found]
-    coefficients = Coefficients(every, len(paths), start, shared=per == "task", masks=method == "adarank")
+    every = [term for of_layer in terms.values() for term in of_layer]
+    masks = "masks" in METHODS[method].learned
+    coefficients = Coefficients(every, len(paths), start, shared=per == "task", masks=masks)
     saved, labels, _ = merge_saved(plan)
     device = next(model.parameters()).device
     sources = [_endless(loader, device) for loader in _loaders(dataloader)]
-    with _seeded(seed, device), merged_model(model, saved, labels, terms, coefficients) as waiting:
+    with seeded(seed), torch.enable_grad(), merged_model(model, saved, labels, terms, coefficients) as waiting:
         objective = _objective(model, sources, predict or _logits, waiting)
         history = _minimise(objective, coefficients.parameters(), steps, learning_rate)
     used = {"per": per, "steps": steps, "learning_rate": learning_rate, "start": start, "seed": seed}
@@ -156,7 +159,7 @@ def _open(paths: Sequence[str | os.PathLike]) -> Plan:
     """The adapters, checked to belong together, with the weights that their heads have in the merge."""
     if not paths:
         raise InputError("learn_coefficients: no adapter given")
-    mean = make_request("average", None, None, "global", [1 / len(paths)] * len(paths), None, None)
+    mean = make_request(AVERAGE.name, weights=[1 / len(paths)] * len(paths))
     return make_plan(mean, [open_adapter(adapter_folder(path)) for path in paths], None)
 
 
@@ -249,14 +252,6 @@ def _entropy(logits: Tensor, batch: Batch) -> Tensor:
     return entropy[mask != 0].mean()
 
 
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """A random state of its own, gradients on."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-        torch.manual_seed(seed)
-        yield
-
-
 TEMPERATURE, MASK_START = 10.0, 0.1  # T and the first m of AdaRank; m > 0 keeps a singular value
 
 
@@ -308,23 +303,24 @@ class Coefficients:
         return {term.name: self._values(term) for term in self.terms}
 
     def _values(self, term: Terms) -> dict[str, list]:
-        found = {"coefficients": self.scales[self.row[term.name]].tolist()}
+        values = {"coefficients": self.scales[self.row[term.name]].tolist()}
         if self.logits:
-            kept, owner = (self.logits[term.name] > 0).int().cpu(), term.owner.cpu()
-            found["masks"] = [kept[owner == i].tolist() for i in range(self.count)]
-        return found
+            mask, owner = (self.logits[term.name] > 0).int().cpu(), term.owner.cpu()
+            values["masks"] = [mask[owner == i].tolist() for i in range(self.count)]
+        return values
 
 
 def find_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """{module that the adapters adapt: the model's layer}; InputError for what it lacks or what is not linear."""
-    there = dict(model.named_modules(remove_duplicate=False))
-    problems = [found for name in plan.modules if (found := _misfit(name, there.get(name), plan.layout(name)))]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    misfits = [_misfit(name, modules.get(name), plan.layout(name)) for name in plan.modules]
+    problems = [misfit for misfit in misfits if misfit]
     if problems:
         raise InputError(
             f"{len(problems)} of {len(plan.modules)} adapted modules do not fit the model ({type(model).__name__}), "
             f"first: {problems[0]}"
         )
-    return {name: there[name] for name in plan.modules}
+    return {name: modules[name] for name in plan.modules}
 
 
 def make_terms(matrix: Matrix, like: Tensor, method: str, options: Mapping[str, Any]) -> Terms:
@@ -334,10 +330,10 @@ def make_terms(matrix: Matrix, like: Tensor, method: str, options: Mapping[str, 
     share `density` of the entries.
     """
     owner = torch.arange(len(matrix.terms))
-    if method == "adamerging++":
+    if METHODS[method].dense:
         tensors = [torch.stack([_trimmed(term, options["density"]) for term in matrix.terms])]
     else:
-        factors = [_singular(term) if method == "adarank" else term for term in matrix.terms]
+        factors = [_singular(term) if "masks" in METHODS[method].learned else term for term in matrix.terms]
         owner = owner.repeat_interleave(torch.tensor([term.rank for term in factors]))
         tensors = [torch.cat([term.A for term in factors]), torch.cat([term.B for term in factors], dim=1)]
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -357,19 +353,19 @@ def merged_model(
     The second of a layer's terms is its LoRA bias, (out, 1). Yields the names of the layers that have not run yet.
     Afterwards, also after an error, the model is as it was, bit for bit. InputError where `saved` does not fit.
     """
-    modes = {module: module.training for module in model.modules()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     targets = {name: _target(model, name, value, labels) for name, value in saved.items()}
     before = [(target, target.data) for target in targets.values()]
     waiting, handles = set(terms), []
     try:
-        model.eval().requires_grad_(False)
+        model.requires_grad_(False)
         for name, target in targets.items():
             target.data = saved[name].to(target)
-        for name, own in terms.items():
-            hook = _hook(name, own, coefficients, waiting)
+        for name, of_layer in terms.items():
+            hook = _hook(name, of_layer, coefficients, waiting)
             handles.append(model.get_submodule(name).register_forward_hook(hook))
-        yield waiting
+        with evaluating(model):
+            yield waiting
     finally:
         for handle in handles:
             handle.remove()
@@ -377,8 +373,6 @@ def merged_model(
             target.data = data
         for parameter in trainable:
             parameter.requires_grad_()
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _hook(name: str, terms: Sequence[Terms], coefficients: Coefficients, waiting: set[str]) -> Callable:

@@ -35,6 +35,17 @@ def task_forgetting(R: ScoreMatrix) -> list[float]:
     return [max(_at(R, t, i) for t in range(i, end)) - _at(R, end, i) for i in range(end)]
 
 
+def final_losses(R: ScoreMatrix) -> list[float | None]:
+    """For each task: the best score it had before the end minus its score at the end, as far as R has scores (more
+    being better); None for a task without a score before the end, or at it."""
+    losses: list[float | None] = []
+    for i in range(len(R[-1])):
+        *before, last = [row[i] for row in R]
+        scores = [score for score in before if score is not None]
+        losses.append(max(scores) - last if scores and last is not None else None)
+    return losses
+
+
 def summary(R: ScoreMatrix, *, lower_is_better: bool = False) -> dict[str, float | None]:
     """ACC, AAA, BWT and forgetting of a matrix. Forgetting is positive where a task became worse."""
     better = [[-x if lower_is_better and x is not None else x for x in row] for row in R]

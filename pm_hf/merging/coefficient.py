@@ -13,6 +13,7 @@ from pm_hf.merging.curvature import PROBES, Curvature, delta_probe, row_chunks, 
 from pm_hf.merging.lowrank import LowRank, add, from_dense
 
 Freedom = Literal["global", "module", "free"]
+Source = Literal["closed_form", "given", "average", "line_search"]
 
 
 FIT_TOLERANCE = 0.02  # change of ‖Δ‖ or uᵀΔv, over ‖Δ‖, that half-precision storage may cause; more: another adapter
@@ -38,6 +39,7 @@ class Coefficient:
     raw: numerator / (past + current), float64, unbounded; used: raw clamped to [0, 1].
     past, current: Δᵀ(ΣH of earlier tasks)Δ and ΔᵀH_tΔ, the two parts of the denominator.
     one_over_t: what plain averaging would use. modules: the same for each module when `freedom="module"`.
+    note: for humans. source: what decided α: the closed form, a number that was given, averaging, or a line search.
     """
 
     raw: float
@@ -48,6 +50,7 @@ class Coefficient:
     one_over_t: float
     modules: dict[str, "Coefficient"] | None = None
     note: str | None = None
+    source: Source = "closed_form"
 
     def for_module(self, name: str) -> float:
         """The factor that this module's Δ gets."""
@@ -99,19 +102,19 @@ def free_solution(
     if curvature.settings.kind == "factored":
         raise InputError("the factored curvature has no free solution; use freedom global or module, or kind fisher")
     solve = _weighted_mean if curvature.settings.kind == "fisher" else _gram_optimum
-    found = solve(name, delta, past, curvature)
+    optimum = solve(name, delta, past, curvature)
     full = min(*delta.shape)
-    if isinstance(found, LowRank):
+    if isinstance(optimum, LowRank):
         limit = min(max_rank or full, full)
-        return (found, 0.0) if found.rank <= limit else found.compress(limit)
+        return (optimum, 0.0) if optimum.rank <= limit else optimum.compress(limit)
     rank = max_rank or max(1, delta.rank + past.rank)
-    return from_dense(found, rank if rank < full else None)
+    return from_dense(optimum, rank if rank < full else None)
 
 
-def fixed_coefficient(value: float, tasks: int, note: str | None = None) -> Coefficient:
+def fixed_coefficient(value: float, tasks: int, note: str | None = None, *, source: Source = "given") -> Coefficient:
     """An α that no curvature decided, recorded like a computed one."""
     nan = math.nan
-    return Coefficient(value, value, nan, nan, nan, 1 / tasks, note=note)
+    return Coefficient(value, value, nan, nan, nan, 1 / tasks, note=note, source=source)
 
 
 def check_fits(delta: Mapping[str, LowRank], curvature: Curvature) -> None:
@@ -130,16 +133,16 @@ def check_fits(delta: Mapping[str, LowRank], curvature: Curvature) -> None:
     norms, gaps, turns = [], [], []
     for name, d in delta.items():
         if not curvature.fits(name, d.shape):
-            found = shape_of(curvature.M or curvature.S, name)
+            measured = shape_of(curvature.M or curvature.S, name)
             raise InputError(
-                f"the curvature does not fit the adapter: {name} is {d.shape} in it, {found} in the curvature"
+                f"the curvature does not fit the adapter: {name} is {d.shape} in it, {measured} in the curvature"
             )
         norms.append(d.norm())
         gaps.append(norms[-1] - curvature.delta_norm[name])
         if curvature.probe:
             turns.append(math.dist(delta_probe(name, d), curvature.probe[name]) / PROBES**0.5)
     ours, theirs = math.hypot(*norms), math.hypot(*curvature.delta_norm.values())
-    gap, turn = (math.hypot(*found) / (max(ours, theirs) or 1.0) for found in (gaps, turns))  # module by module
+    gap, turn = (math.hypot(*shares) / (max(ours, theirs) or 1.0) for shares in (gaps, turns))  # module by module
     if max(gap, turn) > FIT_TOLERANCE:
         raise InputError(
             f"the curvature was measured with another task adapter (‖Δ‖ {theirs:.6g} there, {ours:.6g} here; fixed "

@@ -21,10 +21,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pm_hf.errors import InputError
+from pm_hf.files import WriteError, save_tensors
 from pm_hf.merging.lowrank import LowRank, row_slices
 
 CurvatureKind = Literal["fisher", "gram", "factored"]
@@ -166,21 +166,15 @@ class Curvature:
         nothing is left behind then, and the old file is as it was.
         """
         path = Path(path)
-        tensors = {f"S.{name}": tensor.contiguous() for name, tensor in self.S.items()}
-        tensors |= {f"M.{name}": tensor.contiguous() for name, tensor in self.M.items()}
+        tensors = {f"S.{name}": tensor for name, tensor in self.S.items()}
+        tensors |= {f"M.{name}": tensor for name, tensor in self.M.items()}
         header = {"settings": asdict(self.settings), "owner": self.owner, "examples": self.examples}
         header |= {"current": self.current, "delta_norm": self.delta_norm, "probe": self.probe, "past": self.past}
-        temporary = path.with_name(path.name + ".tmp")
         try:
-            save_file(tensors, temporary, metadata={"format": CURVATURE_FORMAT, "curvature": json.dumps(header)})
-            with open(temporary, "rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(temporary, path)
-        except (SafetensorError, OSError) as error:
+            save_tensors(tensors, path, {"format": CURVATURE_FORMAT, "curvature": json.dumps(header)})
+        except WriteError as error:
             needed = sum(tensor.nbytes for tensor in tensors.values())
-            raise OSError(f"curvature file {path} ({needed / 1e6:.0f} MB) cannot be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+            raise OSError(f"curvature file {path} ({needed / 1e6:.0f} MB) cannot be written: {error.reason}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Curvature":
@@ -194,8 +188,8 @@ class Curvature:
             raise InputError(f"curvature file {path} does not exist; estimate it with pm_hf.estimate_curvature")
         metadata, stored = _read_header(path)
         if metadata.get("format") != CURVATURE_FORMAT:
-            found = metadata.get("format")
-            raise InputError(f"{path} is not a curvature file: expected format {CURVATURE_FORMAT}, found {found}")
+            stated = metadata.get("format")
+            raise InputError(f"{path} is not a curvature file: expected format {CURVATURE_FORMAT}, found {stated}")
         S, M = (
             FileTensors(path, p, metadata, {n[2:]: s for n, s in stored.items() if n.startswith(p)})
             for p in ("S.", "M.")
@@ -260,8 +254,8 @@ def delta_probe(module: str, delta: LowRank) -> list[float]:
     on every machine and with every version of torch. E(uᵀΔv)² = ‖Δ‖².
     """
     U, V = _noise(f"rows of {module}", delta.shape[0]), _noise(f"columns of {module}", delta.shape[1])
-    found: list[float] = ((U @ delta.B.double()) * (V @ delta.A.double().T)).sum(1).tolist()
-    return found
+    probes: list[float] = ((U @ delta.B.double()) * (V @ delta.A.double().T)).sum(1).tolist()
+    return probes
 
 
 def shrink(gram: Tensor, rho: float) -> Tensor:
@@ -379,9 +373,9 @@ def _inconsistency(loaded: Curvature, stored: Mapping[str, tuple[tuple[int, ...]
         return f"tensor {foreign[0]} is none of its sums, or not in {' or '.join(STORED_DTYPES)}"
     named: dict[str, Any] = {"past": loaded.past} if factored else {"M": loaded.M}
     named |= {"delta_norm": loaded.delta_norm, "probe": loaded.probe or modules}
-    for key, found in named.items():
-        if set(found) != modules:
-            return f"{key} and current name different modules, first {min(set(found) ^ modules)}"
+    for key, of_modules in named.items():
+        if set(of_modules) != modules:
+            return f"{key} and current name different modules, first {min(set(of_modules) ^ modules)}"
     numbers = {"current": loaded.current, "past": loaded.past, "delta_norm": loaded.delta_norm}
     for key, values in numbers.items():
         if odd := [name for name, value in values.items() if not isinstance(value, int | float)]:

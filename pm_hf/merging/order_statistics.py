@@ -18,9 +18,9 @@ HIGH_BINS, LOW_BINS = 1 << 16, 1 << LOW_BITS
 def kth_largest(blocks: Callable[[], Iterable[Tensor]], count: int) -> float:
     """The `count`-th largest |x| (from 1) in float32 of all numbers in the blocks, which are asked for twice."""
     high = sum((count_bits(block) for block in blocks()), torch.zeros(HIGH_BINS, dtype=torch.int64))
-    within, left = descend(high, count)
+    within, place = descend(high, count)
     low = sum((count_bits(block, within) for block in blocks()), torch.zeros(LOW_BINS, dtype=torch.int64))
-    return magnitude(within, descend(low, left)[0])
+    return magnitude(within, descend(low, place)[0])
 
 
 def count_bits(block: Tensor, within: int | None = None) -> Tensor:

@@ -1,9 +1,9 @@
-"""Temporary states of a model, each restored on any exception."""
+"""Temporary states of a model, each restored on any exception, and the rule that keeps 4-bit layers differentiable."""
 
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import transformers
@@ -15,29 +15,41 @@ from pm_hf.models.sharded import transformer_of
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def gradients_put_aside(model: nn.Module) -> Iterator[None]:
+    """The trainable parameters have no gradient where the block begins, and afterwards the one that they had."""
+    gradients = {parameter: parameter.grad for parameter in model.parameters() if parameter.requires_grad}
+    for parameter in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers from `seed` inside the block; the global state is left as it was."""
-    with torch.random.fork_rng():
+    """Random numbers from `seed` inside the block; the global state is left as it was, that of every GPU too."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the report of newly initialised weights (they are in the adapter) and what PEFT says of its own doing."""
-    level = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity(logging.ERROR)
-    transformers.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False.*Conv1D", category=UserWarning)
-            yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """torch.autocast to `dtype` on a device, nothing where it is None."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 @contextmanager
@@ -60,19 +72,16 @@ def scaled_adapter(layers: list[LoraLayer], adapter: str, factor: float) -> Iter
 @contextmanager
 def without_lora(model: nn.Module) -> Iterator[None]:
     """The model without any LoRA product and in eval mode, saved modules as they are; restored on any exception."""
-    modes = {module: module.training for module in model.modules()}
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    before = [layer._disable_adapters for layer in layers]
-    model.eval()
+    disabled = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
             layer._disable_adapters = True
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for layer, off in zip(layers, before, strict=True):
-            layer._disable_adapters = off
-        for module, mode in modes.items():
-            module.training = mode
+        for layer, before in zip(layers, disabled, strict=True):
+            layer._disable_adapters = before
 
 
 @contextmanager
@@ -92,9 +101,26 @@ def logits_only_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-PACKING_FLAG = (
-    "support_avx512bf16_for_cpu"  # attribute of its 4-bit layers, true where they would lay their weights out anew
-)
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the report of newly initialised weights (they are in the adapter) and what PEFT says of its own doing."""
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(logging.ERROR)
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False.*Conv1D", category=UserWarning)
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+# attribute of bitsandbytes' 4-bit layers, true where they would lay their weights out anew
+PACKING_FLAG = "support_avx512bf16_for_cpu"
 
 
 def keep_differentiable(model: nn.Module) -> None:
@@ -112,20 +138,3 @@ def keep_differentiable(model: nn.Module) -> None:
                     "no gradient passes them any more; load the base again and evaluate it after this"
                 )
             setattr(layer, PACKING_FLAG, False)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients left behind."""
-    modes = {module: module.training for module in model.modules()}
-    gradients = {parameter: parameter.grad for parameter in model.parameters() if parameter.requires_grad}
-    model.eval()
-    for parameter in gradients:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient

@@ -1,4 +1,4 @@
-"""Prompts and completions: reading them from a data set, and making token batches of them."""
+"""What a language model predicts: its logits at the target tokens of a batch, and how many there are."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -39,8 +39,8 @@ def target_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor
 
 def target_mask(labels: Tensor, *, shifted: bool) -> Tensor:
     """(N, T) bool: where the logits predict a target token, labels[t + 1] where `shifted`, else labels[t]."""
-    known = labels != IGNORED
-    return torch.cat([known[:, 1:], known.new_zeros(len(known), 1)], dim=1) if shifted else known
+    targets = labels != IGNORED
+    return torch.cat([targets[:, 1:], targets.new_zeros(len(targets), 1)], dim=1) if shifted else targets
 
 
 def target_count(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -6,12 +6,11 @@ import torch
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
-from pm_hf.adapters.folder import Adapter
-from pm_hf.adapters.layout import PEFT_PREFIX
+from pm_hf.adapters.folder import Adapter, join_bias
 from pm_hf.errors import InputError
 from pm_hf.merging.curvature import CurvatureKind
 from pm_hf.merging.lowrank import LowRank, add
-from pm_hf.models.sharded import without_saved_wrapper
+from pm_hf.models.sharded import plain_name
 
 
 def curvature_bytes(model: nn.Module, adapter: str, kind: CurvatureKind) -> int:
@@ -26,31 +25,34 @@ def curvature_bytes(model: nn.Module, adapter: str, kind: CurvatureKind) -> int:
 
 def adapted_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
     """{module name as in the adapter's file: layer} of the layers that carry `adapter`."""
-    found = {
-        name.removeprefix("base_model.model."): module
+    layers = {
+        plain_name(name): module
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and adapter in module.scaling
     }
-    if not found:
+    if not layers:
         raise InputError(f"the model has no LoRA adapter {adapter!r}")
-    odd = [name for name, layer in found.items() if not _is_plain(layer, adapter)]
+    odd = [name for name, layer in layers.items() if not _is_plain(layer, adapter)]
     if odd:
         raise InputError(
-            f"curvature is measured on Linear layers without lora_bias, {odd[0]} is {type(found[odd[0]]).__name__}"
+            f"curvature is measured on Linear layers without lora_bias, {odd[0]} is {type(layers[odd[0]]).__name__}"
         )
-    idle = [name for name, layer in found.items() if adapter not in layer.active_adapters or layer.disable_adapters]
+    idle = [name for name, layer in layers.items() if adapter not in layer.active_adapters or layer.disable_adapters]
     if idle:
         raise InputError(f"adapter {adapter!r} is not active in {len(idle)} layers, first {idle[0]}; activate it first")
-    return found
+    return layers
 
 
 def _is_plain(layer: LoraLayer, adapter: str) -> bool:
     """Whether s·BA, (out, in), is all that the adapter adds to a layer that maps vectors to vectors."""
-    linear = adapter in layer.lora_A and isinstance(
-        layer.lora_A[adapter], nn.Linear
-    )  # embeddings keep theirs elsewhere
-    linear = linear and not isinstance(layer, ParamWrapper)
-    return linear and not layer.lora_bias.get(adapter)
+    if adapter not in layer.lora_A or isinstance(layer, ParamWrapper):  # embeddings keep theirs elsewhere
+        return False
+    return isinstance(layer.lora_A[adapter], nn.Linear) and not layer.lora_bias.get(adapter)
+
+
+def lora_factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """(B (out, r), A (r, in)) of one adapter of a layer, float32, with their graph."""
+    return layer.lora_B[adapter].weight.float(), layer.lora_A[adapter].weight.float()
 
 
 def layer_product(layer: LoraLayer, adapters: Iterable[str]) -> LowRank:
@@ -58,17 +60,15 @@ def layer_product(layer: LoraLayer, adapters: Iterable[str]) -> LowRank:
     products = []
     for name in adapters:
         if name in layer.scaling:
-            A, B = (factor[name].weight.detach().float().cpu() for factor in (layer.lora_A, layer.lora_B))
+            B, A = (factor.detach().cpu() for factor in lora_factors(layer, name))
             products.append(LowRank(B * layer.scaling[name], A))
     return add(*products)
 
 
 def head_matrix(linear: nn.Linear) -> LowRank:
     """[weight | bias] of a Linear, (rows, in + 1), or the weight alone without a bias; float32, detached."""
-    weight = linear.weight.detach().float().cpu()
-    if linear.bias is not None:
-        weight = torch.cat([weight, linear.bias.detach().float().cpu()[:, None]], dim=1)
-    return LowRank(weight, torch.eye(weight.shape[1]))
+    matrix = join_bias(linear.weight, linear.bias).detach().cpu()
+    return LowRank(matrix, torch.eye(matrix.shape[1]))
 
 
 def trainable_lora_adapters(model: torch.nn.Module) -> list[str]:
@@ -121,7 +121,7 @@ class LoraDelta:
 
     def __call__(self) -> Tensor:
         """The product now."""
-        A, B = (factors[self.adapter].weight.float() for factors in (self.layer.lora_A, self.layer.lora_B))
+        B, A = lora_factors(self.layer, self.adapter)
         return self.scaling * (B @ A)
 
 
@@ -133,8 +133,7 @@ class HeadDelta:
 
     def __call__(self) -> Tensor:
         """The difference now."""
-        weight, bias = self.linear.weight.float(), self.linear.bias
-        now = weight if bias is None else torch.cat([weight, bias.float()[:, None]], dim=1)
+        now = join_bias(self.linear.weight, self.linear.bias)
         self.before = self.before.to(now.device)
         return now - self.before
 
@@ -142,6 +141,6 @@ class HeadDelta:
 def find_head(model: nn.Module, name: str) -> nn.Linear:
     """The Linear that `name` stands for, its trained copy where PEFT wrapped it."""
     for full, module in model.named_modules():
-        if isinstance(module, nn.Linear) and without_saved_wrapper(full.removeprefix(PEFT_PREFIX)) == name:
+        if isinstance(module, nn.Linear) and plain_name(full) == name:
             return module
     raise InputError(f"the model has no linear head {name!r}")

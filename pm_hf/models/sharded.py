@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations import unset_hf_deepspeed_config
 
+from pm_hf.adapters.layout import PEFT_PREFIX
+
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and of FSDP's activation checkpointing
+
+
+SAVED_WRAPPER = "modules_to_save"  # module of PEFT that holds a copy of the wrapped one for each adapter
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -24,14 +29,14 @@ def load_whole() -> None:
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """{name without wrappers: whole value on the CPU} of the trainable parameters; a call for all processes at once."""
-    return {inner_name(name): gather_whole(value) for name, value in model.named_parameters() if value.requires_grad}
+    """{plain name: whole value on the CPU} of the trainable parameters; a call for all processes at once."""
+    return {plain_name(name): gather_whole(value) for name, value in model.named_parameters() if value.requires_grad}
 
 
 @torch.no_grad()
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy `trained_weights` into a model that is not sharded; RuntimeError where the names or shapes differ."""
-    expected = {inner_name(name): value for name, value in model.named_parameters() if value.requires_grad}
+    expected = {plain_name(name): value for name, value in model.named_parameters() if value.requires_grad}
     odd = [name for name in expected if name not in weights or weights[name].shape != expected[name].shape]
     if odd or len(weights) != len(expected):
         raise RuntimeError(f"the gathered weights do not fit the model, first {(odd or sorted(weights))[0]}")
@@ -59,11 +64,16 @@ def assign_whole(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
-def inner_name(name: str) -> str:
-    """A parameter's name without what DDP, torch.compile and checkpointing put into it."""
+def plain_name(name: str) -> str:
+    """Name of a parameter or module in the base model, as an adapter's file has it behind PEFT's prefix: without what
+    DDP, torch.compile, activation checkpointing and PEFT (its prefix, `modules_to_save.<adapter>`) put into it."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
+    parts = name.removeprefix("module.").removeprefix(PEFT_PREFIX).split(".")
+    if SAVED_WRAPPER in parts:
+        at = parts.index(SAVED_WRAPPER)
+        parts = parts[:at] + parts[at + 2 :]
+    return ".".join(parts)
 
 
 def shard_on_cpu(accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
@@ -89,12 +99,3 @@ def transformer_of(model: Any) -> Any:
     """The transformers model inside a PeftModel, DistributedDataParallel or a compiled module."""
     model = unwrapped(model)
     return unwrapped(model.get_base_model()) if hasattr(model, "get_base_model") else model
-
-
-def without_saved_wrapper(name: str) -> str:
-    """Name without PEFT's `modules_to_save.<adapter>` part."""
-    parts = name.split(".")
-    if "modules_to_save" in parts:
-        at = parts.index("modules_to_save")
-        parts = parts[:at] + parts[at + 2 :]
-    return ".".join(parts)

@@ -18,7 +18,7 @@ from pm_hf.errors import InputError
 from pm_hf.files import read_json
 from pm_hf.models.contexts import quiet, seeded
 from pm_hf.models.loading import TEXT_KIND, head_name, load_base
-from pm_hf.models.sharded import inner_name, without_saved_wrapper
+from pm_hf.models.sharded import SAVED_WRAPPER, plain_name
 
 MERGED_ADAPTER, TASK_ADAPTER = "merged", "task"
 
@@ -40,25 +40,25 @@ def build_task_model(
     task: int,
     *,
     kind: str = TEXT_KIND,
-    published: Adapter | None = None,
+    head_from: Adapter | None = None,
     continue_head: bool = False,
 ) -> TaskModel:
     """Base + frozen `merged` (without its head) + trainable `task`, both active, and a fresh head of the task's rows.
 
-    kind: a key of STREAM_KINDS; language models have no head. published: the running merge, by default `merged`. What
-    the checkpoint lacks (the head's other layers) is frozen at its value, or at the seeded one; with `continue_head`
-    the rows of labels that it knows start from its rows (a head shared by all tasks). Trainable are the task's LoRA
-    factors and the head's last Linear, nothing else: checked before it is returned.
+    kind: a key of STREAM_KINDS; language models have no head. head_from: whose head goes on, by default `merged`'s.
+    What the checkpoint lacks (the head's other layers) is frozen at its value, or at the seeded one; with
+    `continue_head` the rows of labels that it knows start from its rows (a head shared by all tasks). Trainable are the
+    task's LoRA factors and the head's last Linear, nothing else: checked before it is returned.
     """
     if lora.r < 1:
         raise InputError(f"lora.r must be at least 1, found {lora.r}")
-    published = published or merged
+    head_from = head_from or merged
     base, saved_modules = load_base(settings, labels, seed, kind)
     head = head_name(base) if STREAM_KINDS[kind].has_head else None
     base_name = base.config.name_or_path
     with seeded(seed + 7919 * (task + 1)):
         if head is not None:
-            _fresh_rows(base, head, labels, published if continue_head else None)
+            _fresh_rows(base, head, labels, head_from if continue_head else None)
         config = LoraConfig(
             r=lora.r,
             lora_alpha=lora.alpha,
@@ -78,7 +78,7 @@ def build_task_model(
         raise InputError(f"lora.target_modules: {odd[0]} is not a linear layer; only linear layers are supported")
     if merged is not None:
         _add_merged(model, merged)
-    _restore_shared(model, published, head)
+    _restore_shared(model, head_from, head)
     _activate(model, merged is not None)
     expected = _freeze(model, head)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -90,7 +90,7 @@ def build_task_model(
 def task_tensors(model: PeftModel, kind: str = TEXT_KIND) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
     """(LoRA factors, saved modules, PEFT configuration) of the task adapter, detached, names as in the file."""
     state = get_peft_model_state_dict(model, adapter_name=TASK_ADAPTER, save_embedding_layers=False)
-    plain = {inner_name(name).removeprefix(PEFT_PREFIX): value.detach().cpu().clone() for name, value in state.items()}
+    plain = {plain_name(name): value.detach().cpu().clone() for name, value in state.items()}
     config = model.peft_config[TASK_ADAPTER].to_dict() | {
         "task_type": STREAM_KINDS[kind].task_type,
         "inference_mode": True,
@@ -121,25 +121,25 @@ def _add_merged(model: PeftModel, merged: Adapter) -> None:
         )
 
 
-def _fresh_rows(base: PreTrainedModel, head: str, labels: Sequence[str], known: Adapter | None) -> None:
-    """Draw the head's rows anew; those of labels that `known` has continue from there."""
+def _fresh_rows(base: PreTrainedModel, head: str, labels: Sequence[str], running: Adapter | None) -> None:
+    """Draw the head's rows anew; those of labels that the running merge has continue from there."""
     linear = base.get_submodule(head)
     linear.reset_parameters()
     linear.weight.data.normal_(0, getattr(base.config, "initializer_range", 0.02))
     if linear.bias is not None:
         linear.bias.data.zero_()
-    rows = {} if known is None else {label: row for row, label in enumerate(known.labels.get(head, []))}
+    rows = {} if running is None else {label: row for row, label in enumerate(running.labels.get(head, []))}
     for index, label in enumerate(labels):
-        if known is not None and label in rows:
+        if running is not None and label in rows:
             for name, parameter in linear.named_parameters():
-                parameter.data[index] = known.tensor(f"{head}.{name}")[rows[label]]
+                parameter.data[index] = running.tensor(f"{head}.{name}")[rows[label]]
 
 
 def _restore_shared(model: PeftModel, merged: Adapter | None, head: str | None) -> None:
     """Parameters that the checkpoint lacks, other than the rows of `head`, continue from the running merge."""
     values = {} if merged is None else {n: merged.tensor(n) for n in merged.saved if n.rpartition(".")[0] != head}
     for full, parameter in model.named_parameters():
-        if "modules_to_save" in full and (name := without_saved_wrapper(full.removeprefix(PEFT_PREFIX))) in values:
+        if SAVED_WRAPPER in full and (name := plain_name(full)) in values:
             parameter.data.copy_(values[name])
 
 
@@ -157,10 +157,7 @@ def _freeze(model: PeftModel, head: str | None) -> set[str]:
     expected = set()
     for full, parameter in model.named_parameters():
         factor = re.search(rf"\.lora_[AB]\.{TASK_ADAPTER}\.weight$", full) is not None
-        row = (
-            f".modules_to_save.{TASK_ADAPTER}" in full
-            and without_saved_wrapper(full.removeprefix(PEFT_PREFIX)).rpartition(".")[0] == head
-        )
+        row = f".{SAVED_WRAPPER}.{TASK_ADAPTER}" in full and plain_name(full).rpartition(".")[0] == head
         if factor or row:
             parameter.data = parameter.data.float()
         parameter.requires_grad_(factor or row)

@@ -1,15 +1,16 @@
 """A run's report: report.json, the table, the plot."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from pm_hf.config.kinds import STREAM_KINDS
-from pm_hf.reports.release import ReleasedRun, on_hub, redact_paths
-from pm_hf.runs.records import CLASS_INCREMENTAL, TASK_INCREMENTAL
+from pm_hf.reports.release import ReleasedRun, on_hub, redact
+from pm_hf.runs.records import CLASS_INCREMENTAL, TASK_INCREMENTAL, Report
+from pm_hf.text import format_metric, format_number
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -55,14 +56,10 @@ def loading_imports(kind: str = "text-classification", *, on_hub: bool = False) 
 
 
 MANY = 12  # tasks from which on the table has no column for every step
-
-
 METRICS = {
     CLASS_INCREMENTAL: ("accuracy", "among all classes seen"),
     TASK_INCREMENTAL: ("accuracy", "inside the task's own classes"),
 }
-
-
 AVERAGES = {
     "ACC": "mean over all tasks at the end",
     "AAA": "mean over the steps of the mean over the tasks seen",
@@ -105,34 +102,35 @@ def results(run: ReleasedRun) -> list["EvalResult"]:
     report, kind = run.report, run.config.kind.pipeline
     source = run.config.stream.dataset
     given: dict[str, Any] = {"task_type": kind, "dataset_type": source if source and on_hub(source) else "other"}
-    tasks, found = report["tasks"], []
+    tasks, evaluations = report.tasks, []
     more: dict[str, Any]
     for index, task in enumerate(tasks):
-        for name, matrix in report["matrices"].items():
+        for name, matrix in report.matrices.items():
             metric, about = METRICS.get(name, (name, None))
             value = matrix[-1][index]
             more = {"dataset_config": task, "dataset_split": "test", "metric_name": about and f"{metric} {about}"}
             if value is not None:
-                found.append(EvalResult(dataset_name=task, metric_type=metric, metric_value=value, **given, **more))
-    metric = METRICS.get(report["metric"], (report["metric"], ""))[0]
+                result = EvalResult(dataset_name=task, metric_type=metric, metric_value=value, **given, **more)
+                evaluations.append(result)
+    metric = METRICS.get(report.metric, (report.metric, ""))[0]
     for key, about in AVERAGES.items():
-        value = report["metrics"].get(key)
+        value = report.metrics.get(key)
         more = {"dataset_config": "all", "dataset_split": "test", "metric_name": f"{key}: {about}"}
         if value is not None:
             name = f"all {len(tasks)} tasks"
-            found.append(EvalResult(dataset_name=name, metric_type=metric, metric_value=value, **given, **more))
-    return found
+            evaluations.append(EvalResult(dataset_name=name, metric_type=metric, metric_value=value, **given, **more))
+    return evaluations
 
 
 def _intro(run: ReleasedRun, repo: str) -> str:
-    report, count = run.report, len(run.report["tasks"])
+    report, count = run.report, len(run.report.tasks)
     gguf = run.config.model.gguf_file
     packed = f" It was trained on `{gguf}`, whose weights differ a little from this base model's." if gguf else ""
     learned = "together" if run.config.strategy.joint else "one after the other"
     return (
         f"# {repo.rpartition('/')[2]}\n\n"
         f"A LoRA adapter for [`{run.base}`](https://huggingface.co/{run.base}): {count} tasks, learned {learned} and "
-        f"kept in one adapter by the method `{report['method']}` of pm_hf. It needs transformers and peft, not pm_hf."
+        f"kept in one adapter by the method `{report.method}` of pm_hf. It needs transformers and peft, not pm_hf."
         f"{packed}"
     )
 
@@ -146,34 +144,29 @@ def _loading(run: ReleasedRun, repo: str) -> str:
 
 def _results(run: ReleasedRun) -> str:
     report = run.report
-    metric = report["metric"].replace("_", " ")
-    name = "accuracy among all classes seen" if report["metric"] == CLASS_INCREMENTAL else metric
+    name = "accuracy among all classes seen" if report.metric == CLASS_INCREMENTAL else format_metric(report.metric)
     lines = [f"## Results\n\nOn test rows: {name}.\n", *_matrix(report), ""]
-    metrics = report["metrics"]
+    metrics = report.metrics
     lines.append("| mean over tasks | |\n| --- | ---: |")
-    lines += [f"| {key}: {about} | {_number(metrics.get(key))} |" for key, about in AVERAGES.items()]
-    if inside := metrics.get("task_incremental"):
-        lines.append(f"| ACC inside each task's own classes | {_number(inside['ACC'])} |")
-    known = [(i, c) for i, c in enumerate(report["coefficients"]) if c]
-    if known and report.get("freedom") != "free":
-        lines += ["", *_rows(["merge of task", "coefficient", "1/t"], _coefficients(known))]
-    notes = redact_paths(report.get("notes", []), run.known)
+    lines += [f"| {key}: {about} | {format_number(metrics.get(key))} |" for key, about in AVERAGES.items()]
+    if inside := metrics.get(TASK_INCREMENTAL):
+        lines.append(f"| ACC inside each task's own classes | {format_number(inside['ACC'])} |")
+    alphas = [[str(place), c.used, c.one_over_t] for place, c in enumerate(report.coefficients, 1) if c is not None]
+    if alphas and report.freedom != "free":
+        lines += ["", *_rows(["merge of task", "coefficient", "1/t"], alphas)]
+    notes = redact(report.notes, run.local_paths)
     return "\n".join([*lines, *[f"\n- {_cell(note)}" for note in notes]])
 
 
-def _matrix(report: Mapping[str, Any]) -> list[str]:
+def _matrix(report: Report) -> list[str]:
     """Score on each task after each task, or of many tasks only the first and the last score."""
-    scores, tasks = report["matrices"][report["metric"]], report["tasks"]
+    scores, tasks = report.scores, report.titles
     steps = len(scores)
     if steps == 1 or len(tasks) <= MANY:
         header = ["task", *(f"after {step}" for step in range(1, steps + 1))] if steps > 1 else ["task", "at the end"]
         return _rows(header, ([name, *(row[i] for row in scores)] for i, name in enumerate(tasks)))
     header = ["task", "after learning it", "at the end"]
     return _rows(header, ([name, scores[i][i], scores[-1][i]] for i, name in enumerate(tasks)))
-
-
-def _coefficients(known: Sequence[tuple[int, Mapping]]) -> Iterable[list]:
-    return ([str(index + 1), value["used"], value["one_over_t"]] for index, value in known)
 
 
 def _plots(run: ReleasedRun) -> str:
@@ -184,12 +177,12 @@ def _plots(run: ReleasedRun) -> str:
 
 def _making(run: ReleasedRun) -> str:
     report = run.report
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     settings = yaml.safe_dump(run.settings(), sort_keys=False, allow_unicode=True).strip()
     return (
         f"## How it was made\n\n"
-        f"Method `{report['method']}`, seed {report['seed']}, {report['scenario'].replace('_', '-')}, "
-        f"{report['seconds']:.0f} s. Versions: {versions}.\n\n"
+        f"Method `{report.method}`, seed {report.seed}, {report.scenario.replace('_', '-')}, "
+        f"{report.seconds or 0:.0f} s. Versions: {versions}.\n\n"
         f"<details><summary>All settings</summary>\n\n```yaml\n{settings}\n```\n\n</details>"
     )
 
@@ -209,14 +202,10 @@ def _task_adapters(run: ReleasedRun, repo: str) -> str:
 def _rows(header: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
     """A Markdown table; numbers with three decimals, None as a dash."""
     lines = [" | ".join(header), " | ".join(["---", *["---:"] * (len(header) - 1)])]
-    lines += [" | ".join(_cell(x) if isinstance(x, str) else _number(x) for x in row) for row in rows]
+    lines += [" | ".join(_cell(x) if isinstance(x, str) else format_number(x) for x in row) for row in rows]
     return [f"| {line} |" for line in lines]
 
 
 def _cell(text: str) -> str:
     """Text that neither ends a table's cell nor starts markup."""
     return re.sub(r"([\\|<>\[\]*_])", r"\\\1", " ".join(text.split())) if not text.startswith("`") else text
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"

@@ -9,30 +9,32 @@ from pathlib import Path
 import numpy as np
 
 from pm_hf.runs.records import CLASS_INCREMENTAL, Report
+from pm_hf.text import format_metric
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 340, 64, 16, 16, 52  # pixels
 
 
-COLOURS = 8  # classes c0 … c7 of the style
+# of the series c0 … c7, on a light and on a dark ground
+LIGHT = ("#0b5cad", "#b3450b", "#1c7a3e", "#8a2ba0", "#8a6100", "#c2185b", "#00727a", "#4a4f57")
+DARK = ("#6db3f8", "#ff9d5c", "#66d08c", "#d998ec", "#e6bb4a", "#ff86b3", "#4fd0d8", "#b9c0c8")
+SOFT = "#5b6470"  # of what is not a series
 
 
-STYLE = """
-.chart{--ink:#1a1d21;--soft:#5b6470;--rule:#d5dae0;--c0:#0b5cad;--c1:#b3450b;--c2:#1c7a3e;--c3:#8a2ba0;--c4:#8a6100;
---c5:#c2185b;--c6:#00727a;--c7:#4a4f57;font:13px system-ui,sans-serif;max-width:100%;height:auto}
-@media (prefers-color-scheme:dark){.chart{--ink:#e8eaed;--soft:#a8b0ba;--rule:#3a4149;--c0:#6db3f8;--c1:#ff9d5c;
---c2:#66d08c;--c3:#d998ec;--c4:#e6bb4a;--c5:#ff86b3;--c6:#4fd0d8;--c7:#b9c0c8}}
-.chart text{fill:var(--ink)}.chart .tick{fill:var(--soft)}.chart .rule{stroke:var(--rule);stroke-width:1}
-.chart .mark{stroke:var(--soft);stroke-width:1;stroke-dasharray:2 3}
-.chart path{fill:none;stroke-width:2}.chart .dot{stroke-width:1.5}
-""" + "".join(f".chart .c{i}{{stroke:var(--c{i});--own:var(--c{i})}}" for i in range(COLOURS))
+def _variables(colours: Sequence[str]) -> str:
+    return ";".join(f"--c{i}:{colour}" for i, colour in enumerate(colours))
 
 
-STYLE += ".chart .full{fill:var(--own)}.chart .open{fill:none}"
-
-
+STYLE = (
+    f".chart{{--ink:#1a1d21;--soft:{SOFT};--rule:#d5dae0;{_variables(LIGHT)};"
+    "font:13px system-ui,sans-serif;max-width:100%;height:auto}\n"
+    f"@media (prefers-color-scheme:dark){{.chart{{--ink:#e8eaed;--soft:#a8b0ba;--rule:#3a4149;{_variables(DARK)}}}}}\n"
+    ".chart text{fill:var(--ink)}.chart .tick{fill:var(--soft)}.chart .rule{stroke:var(--rule);stroke-width:1}\n"
+    ".chart .mark{stroke:var(--soft);stroke-width:1;stroke-dasharray:2 3}\n"
+    ".chart path{fill:none;stroke-width:2}.chart .dot{stroke-width:1.5}\n"
+    + "".join(f".chart .c{i}{{stroke:var(--c{i});--own:var(--c{i})}}" for i in range(len(LIGHT)))
+    + ".chart .full{fill:var(--own)}.chart .open{fill:none}"
+)
 SHAPES = "circle", "square", "up", "down", "diamond", "cross"
-
-
 DASHES = "", "6 3", "2 2", "8 3 2 3"
 
 
@@ -122,37 +124,37 @@ def _place(chart: Chart, x: float, y: float) -> tuple[float, float]:
 def _axes(chart: Chart) -> list[str]:
     (left, right), (low, high) = chart.ranges
     whole = all(x == int(x) for x, _ in chart.points)
-    found = []
+    parts = []
     for y in ticks(low, high):
         _, down = _place(chart, left, y)
-        found.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down}" y2="{down}"/>')
-        found.append(f'<text class="tick" x="{LEFT - 8}" y="{down + 4}" text-anchor="end">{y:g}</text>')
+        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down}" y2="{down}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{down + 4}" text-anchor="end">{y:g}</text>')
     for x in ticks(left, right, 10):
         if whole and x != int(x):
             continue
         across, _ = _place(chart, x, low)
-        found.append(f'<text class="tick" x="{across}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:g}</text>')
+        parts.append(f'<text class="tick" x="{across}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:g}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    found.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 14}" text-anchor="middle">{escape(chart.x)}</text>')
-    found.append(
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 14}" text-anchor="middle">{escape(chart.x)}</text>')
+    parts.append(
         f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(chart.y)}</text>'
     )
-    return found
+    return parts
 
 
 def _marks(chart: Chart) -> list[str]:
-    found = []
+    parts = []
     for x, name in chart.marks.items():
         across, _ = _place(chart, x, 0)
         line = f'<line class="mark" x1="{across}" x2="{across}" y1="{TOP}" y2="{HEIGHT - BOTTOM}">'
-        found.append(f"{line}<title>{escape(name)}</title></line>")
-    return found
+        parts.append(f"{line}<title>{escape(name)}</title></line>")
+    return parts
 
 
 def _drawn(chart: Chart, series: Series, place: int) -> list[str]:
-    colour = (place if series.colour is None else series.colour) % COLOURS
+    colour = (place if series.colour is None else series.colour) % len(LIGHT)
     shape = (place if series.shape is None else series.shape) % len(SHAPES)
-    found, path, pen = [], [], "M"
+    markers, path, pen = [], [], "M"
     for x, y in zip(series.x, series.y, strict=True):
         if y is None:
             pen = "M"
@@ -161,10 +163,10 @@ def _drawn(chart: Chart, series: Series, place: int) -> list[str]:
         path.append(f"{pen}{across} {down}")
         pen = "L"
         hint = f"<title>{escape(series.name)}: {y:.4g} at {x:g}</title>" if series.line else ""
-        found += [marker(across, down, SHAPES[shape], colour, hint)] * series.dots
+        markers += [marker(across, down, SHAPES[shape], colour, hint)] * series.dots
     dash = f' stroke-dasharray="{DASHES[series.dash]}"' if series.dash else ""
     line = [f'<path class="c{colour}"{dash} d="{" ".join(path)}"/>'] if series.line and path else []
-    return line + found
+    return line + markers
 
 
 def marker(x: float, y: float, shape: str, colour: int, inside: str = "", size: float = 4) -> str:
@@ -184,22 +186,19 @@ def marker(x: float, y: float, shape: str, colour: int, inside: str = "", size: 
 
 
 def _legend(chart: Chart, columns: int) -> list[str]:
-    found, width = [], (WIDTH - LEFT) / columns
+    parts, width = [], (WIDTH - LEFT) / columns
     for place, series in enumerate(chart.series):
         x, y = LEFT + width * (place % columns), HEIGHT + 22 * (place // columns) + 6
-        colour = (place if series.colour is None else series.colour) % COLOURS
+        colour = (place if series.colour is None else series.colour) % len(LIGHT)
         shape = SHAPES[(place if series.shape is None else series.shape) % len(SHAPES)]
         dash = f' stroke-dasharray="{DASHES[series.dash]}"' if series.dash else ""
         line = f'<path class="c{colour}"{dash} d="M{x} {y}L{x + 28} {y}"/>' if series.line else ""
-        found.append(line + marker(x + 14, y, shape, colour) * series.dots)
-        found.append(f'<text x="{x + 36}" y="{y + 4}">{escape(series.name)}</text>')
-    return found
+        parts.append(line + marker(x + 14, y, shape, colour) * series.dots)
+        parts.append(f'<text x="{x + 36}" y="{y + 4}">{escape(series.name)}</text>')
+    return parts
 
 
 PNG_MARKERS, PNG_LINES = "os^vDX", ("-", "--", ":", "-.")
-
-
-PNG_COLOURS = ("#0b5cad", "#b3450b", "#1c7a3e", "#8a2ba0", "#8a6100", "#c2185b", "#00727a", "#4a4f57")
 
 
 def write_chart(chart: Chart, path: Path) -> None:
@@ -214,7 +213,7 @@ def write_chart(chart: Chart, path: Path) -> None:
             series.x,
             values,
             label=series.name,
-            color=PNG_COLOURS[(place if series.colour is None else series.colour) % len(PNG_COLOURS)],
+            color=LIGHT[(place if series.colour is None else series.colour) % len(LIGHT)],
             marker=PNG_MARKERS[(place if series.shape is None else series.shape) % len(PNG_MARKERS)]
             if series.dots
             else "",
@@ -222,7 +221,7 @@ def write_chart(chart: Chart, path: Path) -> None:
             markersize=5 if series.line else 3,
         )
     for x in chart.marks:
-        axes.axvline(x, color="#5b6470", linewidth=0.8, linestyle=":")
+        axes.axvline(x, color=SOFT, linewidth=0.8, linestyle=":")
     across, up = chart.ranges
     axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y, xlim=across, ylim=up)
     axes.grid(axis="y", alpha=0.3)
@@ -268,7 +267,7 @@ def plot_means(reports: list[Report], path: Path) -> None:
         means = [sum(x or 0 for x in row[: t + 1]) / (t + 1) for t, row in enumerate(report.scores)]
         steps = range(1, len(means) + 1)
         axes.plot(steps, means, marker=marker, label=f"{report.method} ({means[-1]:.3f})")
-    name = "accuracy" if reports[0].metric == CLASS_INCREMENTAL else reports[0].metric.replace("_", " ")
+    name = format_metric(reports[0].metric)
     axes.set(xlabel="tasks learned", ylabel=f"mean {name} on the tasks seen")
     if reports[0].metric == CLASS_INCREMENTAL:
         axes.set(ylim=(0, 1.02))

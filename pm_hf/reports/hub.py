@@ -8,24 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pm_hf.adapters.download import TOKEN, errors_only
+from pm_hf.adapters.download import TOKEN, errors_only, http_reason, log_in
 from pm_hf.adapters.layout import ADAPTER_FILES, ADAPTER_WEIGHTS
 from pm_hf.errors import InputError, raise_all
 from pm_hf.reports.card import model_card
 from pm_hf.reports.release import ReleasedRun, read_finished_run, valid_id
-from pm_hf.runs.records import REPORT_FILE
+from pm_hf.runs.paths import REPORT_FILE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-
-CARD_FILE, TASK_FOLDERS, PLOTS_FOLDER = "README.md", "tasks/", "plots/"
-
-
+CARD_FILE, TASK_FOLDERS, PLOTS_INSIDE = "README.md", "tasks/", "plots/"
 UNRELATED = (".gitattributes", CARD_FILE, "LICENSE")  # what a repository may hold before the first push
-
-
-LOG_IN = "log in (hf auth login, or HF_TOKEN) with an account that may write to it"
 
 
 class PushError(OSError):
@@ -56,14 +49,15 @@ def build_upload(run: str | os.PathLike, repo: str, *, base_model_id: str | None
     """
     if repo.count("/") != 1 or not valid_id(repo):
         raise InputError(f"repository {TOKEN.sub('…', repo)}: expected owner/name, as on the Hub")
-    found = read_finished_run(run, base_model_id)
-    card = model_card(found, repo)
-    files = {CARD_FILE: card.encode(), REPORT_FILE: _json(found.clean_report()), **_adapter(found, found.merged, "")}
-    for task in found.tasks:
-        files |= _adapter(found, task / "adapter", f"{TASK_FOLDERS}{task.name}/")
-    files |= {f"{PLOTS_FOLDER}{path.name}": path for path in found.plots}
-    raise_all(_private(files, found.known), f"run {run} cannot be published")
-    return Upload(repo, found.base, card, files)
+    released = read_finished_run(run, base_model_id)
+    card = model_card(released, repo)
+    files: dict[str, Path | bytes] = {CARD_FILE: card.encode(), REPORT_FILE: _json(released.clean_report())}
+    files |= _adapter(released, released.paths.merged, "")
+    for task in released.tasks:
+        files |= _adapter(released, task.adapter, f"{TASK_FOLDERS}{task.name}/")
+    files |= {f"{PLOTS_INSIDE}{path.name}": path for path in released.plots}
+    raise_all(_private(files, released.local_paths), f"run {run} cannot be published")
+    return Upload(repo, released.base, card, files)
 
 
 def push(run: str | os.PathLike, repo: str, *, base_model_id: str | None = None, public: bool = False) -> str:
@@ -80,14 +74,14 @@ def push(run: str | os.PathLike, repo: str, *, base_model_id: str | None = None,
     upload = build_upload(run, repo, base_model_id=base_model_id)
     api, subject = HfApi(), f"run {run} cannot be pushed to {repo}"
     if get_token() is None:
-        raise InputError(f"{subject}: not logged in; {LOG_IN}")
+        raise InputError(f"{subject}: not logged in; {log_in('write to')}")
     with _failures(InputError, subject), errors_only():
-        there = _existing_files(api, upload, public)
+        existing = _existing_files(api, upload, public)
         _check_card(upload.card)
-        if there is None:
+        if existing is None:
             api.create_repo(repo, private=not public, exist_ok=True)
     operations: list = [CommitOperationAdd(name, file) for name, file in upload.files.items()]
-    operations += [CommitOperationDelete(name) for name in _stale(there or (), upload)]
+    operations += [CommitOperationDelete(name) for name in _stale(existing or (), upload)]
     stopped = f"the upload to {repo} stopped, push again: what has arrived is kept"
     with _failures(PushError, stopped), errors_only():
         api.create_commit(repo, operations, commit_message="Upload adapters, card and report with pm-hf push")
@@ -95,19 +89,19 @@ def push(run: str | os.PathLike, repo: str, *, base_model_id: str | None = None,
 
 
 def _adapter(run: ReleasedRun, folder: Path, inside: str) -> dict[str, Path | bytes]:
-    found = run.adapter_files(folder).items()
-    return {inside + name: file if isinstance(file, Path) else _json(file) for name, file in found}
+    files = run.adapter_files(folder).items()
+    return {inside + name: file if isinstance(file, Path) else _json(file) for name, file in files}
 
 
-def _private(files: Mapping[str, Path | bytes], known: Iterable[str]) -> list[str]:
+def _private(files: Mapping[str, Path | bytes], local_paths: Iterable[str]) -> list[str]:
     """Texts that still name a local path of the run, or hold the token: pictures and labels are not rewritten."""
     from huggingface_hub import get_token
 
-    secrets = [secret.encode() for secret in (*known, get_token()) if secret]
+    secrets = [secret.encode() for secret in (*local_paths, get_token()) if secret]
     texts = {name: file for name, file in files.items() if not name.endswith((ADAPTER_WEIGHTS, ".png"))}
     contents = {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in texts.items()}
-    found = [name for name, content in contents.items() if any(secret in content for secret in secrets)]
-    return [f"{name} names a local path or holds a token; remove it" for name in found]
+    telling = [name for name, content in contents.items() if any(secret in content for secret in secrets)]
+    return [f"{name} names a local path or holds a token; remove it" for name in telling]
 
 
 def _json(value: object) -> bytes:
@@ -154,7 +148,7 @@ def _check_card(card: str) -> None:
 
 def _stale(there: Iterable[str], upload: Upload) -> list[str]:
     """Files of an earlier push that this one does not have."""
-    ours = (name for name in there if name in ADAPTER_FILES or name.startswith((TASK_FOLDERS, PLOTS_FOLDER)))
+    ours = (name for name in there if name in ADAPTER_FILES or name.startswith((TASK_FOLDERS, PLOTS_INSIDE)))
     return sorted(name for name in ours if name not in upload.files)
 
 
@@ -179,6 +173,5 @@ def _upload_error(error: Exception) -> str:
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it"
     if isinstance(cause, errors.HfHubHTTPError):
-        status = cause.response.status_code
-        return f"the Hub answered {status}; " + (LOG_IN if status in (401, 403) else "try again later")
+        return http_reason(cause, "write to")
     return f"{type(cause).__name__}: the Hub cannot be reached, or answers nonsense; check the network"

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from pm_hf.files import write_text
+from pm_hf.merging.coefficient import Coefficient
 from pm_hf.reports.charts import STYLE, Chart, svg
+from pm_hf.reports.release import redact
 from pm_hf.reports.run_charts import COSTS, charts, line_chart_names, metric_name
-from pm_hf.runs.records import LOWER_IS_BETTER, SavedRun, ScoreRows, read_runs
-
-PAGE_FILE, PLOTS_FOLDER = "report.html", "plots"
-
+from pm_hf.runs.paths import RunPaths
+from pm_hf.runs.records import LOWER_IS_BETTER, MergeLine, Report, ScoreRows, read_runs
+from pm_hf.text import NO_VALUE, format_number
 
 LONGEST = 300  # characters shown of a setting
-
-
 PAGE_STYLE = """
 :root{color-scheme:light dark;--back:#fff;--text:#1a1d21;--faint:#5b6470;--line:#d5dae0;--band:#f4f6f8;--best:#7db4ee;
 --link:#0b5cad}
@@ -54,21 +53,19 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
     SVG, and with matplotlib (the extra `plots`) as PNG too, then the matrices as both. Raises InputError for what is no
     run and for runs without a common metric.
     """
-    found = read_runs(runs)
-    only = found[0].path if len(found) == 1 and found[0].path.is_dir() else Path("report")
-    folder = Path(output).expanduser() if output is not None else only
-    (folder / PLOTS_FOLDER).mkdir(parents=True, exist_ok=True)
-    drawn = charts(found)
+    reports = read_runs(runs)
+    only = reports[0].folder if len(reports) == 1 and reports[0].folder.is_dir() else Path("report")
+    paths = RunPaths(output if output is not None else only)
+    paths.plots.mkdir(parents=True, exist_ok=True)
+    drawn = charts(reports)
     for chart in drawn:
-        write_text(folder / PLOTS_FOLDER / f"{chart.name}.svg", svg(chart, chart.name, alone=True) + "\n")
-    notes = (
-        [] if _draw(found, drawn, folder / PLOTS_FOLDER) else ["no PNG: matplotlib is not installed (the extra plots)"]
-    )
-    write_text(folder / PAGE_FILE, page(found))
-    return folder / PAGE_FILE, notes
+        write_text(paths.plots / f"{chart.name}.svg", svg(chart, chart.name, alone=True) + "\n")
+    written = _draw(reports, drawn, paths.plots)
+    write_text(paths.page, page(reports, drawn))
+    return paths.page, [] if written else ["no PNG: matplotlib is not installed (the extra plots)"]
 
 
-def _draw(runs: list[SavedRun], drawn: list[Chart], folder: Path) -> bool:
+def _draw(runs: list[Report], drawn: list[Chart], folder: Path) -> bool:
     if importlib.util.find_spec("matplotlib") is None:
         return False
     from pm_hf.reports.charts import write_chart, write_matrix
@@ -83,9 +80,9 @@ def _draw(runs: list[SavedRun], drawn: list[Chart], folder: Path) -> bool:
     return True
 
 
-def page(runs: list[SavedRun]) -> str:
-    """The whole page; nothing in it refers to another file or host."""
-    drawn = {chart.name: _figure(chart) for chart in charts(runs)}
+def page(runs: list[Report], drawn_charts: Sequence[Chart]) -> str:
+    """The whole page, of the charts of the runs; nothing in it refers to another file or host."""
+    drawn = {chart.name: _figure(chart) for chart in drawn_charts}
     sections = {
         "Summary": _summary(runs) + drawn["score-after-each-task"],
         "Score matrices": _scale(runs) + f'<div class="runs">{"".join(_matrices(run, runs) for run in runs)}</div>\n',
@@ -137,17 +134,17 @@ def _share(value: float | None, low: float, high: float, lower: bool) -> float |
 
 
 def _ends(matrices: Iterable[ScoreRows]) -> tuple[float, float]:
-    known = [score for R in matrices for row in R for score in row if score is not None]
-    return min(known), max(known)
+    scores = [score for R in matrices for row in R for score in row if score is not None]
+    return min(scores), max(scores)
 
 
-def _summary(runs: list[SavedRun]) -> str:
+def _summary(runs: list[Report]) -> str:
     inside = any("task_incremental" in run.metrics for run in runs)
     header = ["run", "ACC", "AAA", "BWT", "forgetting", *["ACC inside own classes"] * inside, "seconds", "peak MiB"]
     rows = []
     for run in runs:
         own = run.metrics.get("task_incremental") or {}
-        peaks = [step["process_peak_memory_mb"] for step in run.steps if "process_peak_memory_mb" in step]
+        peaks = [record.process_peak_memory_mb or 0.0 for record in run.records if record is not None]
         cells = [cell(run.metrics.get(key)) for key in ("ACC", "AAA", "BWT", "forgetting")]
         cells += [cell(own.get("ACC"))] * inside
         rows.append([run.label, *cells, cell(run.seconds, digits=1), cell(max(peaks, default=None), digits=0)])
@@ -159,7 +156,7 @@ def _summary(runs: list[SavedRun]) -> str:
     return table(caption, header, rows)
 
 
-def _scale(runs: list[SavedRun]) -> str:
+def _scale(runs: list[Report]) -> str:
     low, high = _ends(run.scores for run in runs)
     worst, best = (high, low) if runs[0].lower_is_better else (low, high)
     return (
@@ -168,7 +165,7 @@ def _scale(runs: list[SavedRun]) -> str:
     )
 
 
-def _matrices(run: SavedRun, runs: list[SavedRun]) -> str:
+def _matrices(run: Report, runs: list[Report]) -> str:
     others = [name for name in run.matrices if name != run.metric]
     shown = _matrix(run, run.metric, _ends(other.scores for other in runs))
     more = "".join(_matrix(run, name, _ends([run.matrices[name]])) for name in others if any(run.matrices[name][-1]))
@@ -177,10 +174,10 @@ def _matrices(run: SavedRun, runs: list[SavedRun]) -> str:
     return f"<div><h3>{escape(run.label)}</h3>\n{shown}{more}</div>\n"
 
 
-def _matrix(run: SavedRun, metric: str, ends: tuple[float, float]) -> str:
+def _matrix(run: Report, metric: str, ends: tuple[float, float]) -> str:
     R, lower = run.matrices[metric], metric in LOWER_IS_BETTER
     rows = []
-    for i, task in enumerate(run.tasks):
+    for i, task in enumerate(run.titles):
         scores = [row[i] for row in R]
         rows.append([f"{i + 1} {task}", *(cell(score, _share(score, *ends, lower)) for score in scores)])
     after = "all were learned at once" if run.joint else "each task was learned (column)"
@@ -188,25 +185,25 @@ def _matrix(run: SavedRun, metric: str, ends: tuple[float, float]) -> str:
     return table(caption, ["task", *(["all"] if run.joint else [str(t + 1) for t in range(len(R))])], rows)
 
 
-def _at_the_end(runs: list[SavedRun]) -> str:
-    tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
-    last = [dict(zip(run.tasks, run.scores[-1], strict=True)) for run in runs]
-    lost = [dict(zip(run.tasks, run.forgetting, strict=True)) for run in runs]
+def _at_the_end(runs: list[Report]) -> str:
+    tasks = list(dict.fromkeys(task for run in runs for task in run.titles))
+    last = [dict(zip(run.titles, run.scores[-1], strict=True)) for run in runs]
+    lost = [dict(zip(run.titles, run.forgetting, strict=True)) for run in runs]
     low, high = _ends([[list(scores.values())] for scores in last])
     header = ["task", *(run.label for run in runs)]
     ends = [
         [task, *(cell(s.get(task), _share(s.get(task), low, high, runs[0].lower_is_better)) for s in last)]
         for task in tasks
     ]
-    falls = [[task, *(cell(one.get(task)) for one in lost)] for task in tasks]
+    falls = [[task, *(cell(of_run.get(task)) for of_run in lost)] for task in tasks]
     name = metric_name(runs[0].metric)
-    found = table(f"{name.capitalize()} on each task at the end", header, ends)
-    if any(value is not None for one in lost for value in one.values()):
-        found += table(f"Forgetting of each task: {name} lost since its best score, positive is worse", header, falls)
-    return found
+    tables = table(f"{name.capitalize()} on each task at the end", header, ends)
+    if any(value is not None for of_run in lost for value in of_run.values()):
+        tables += table(f"Forgetting of each task: {name} lost since its best score, positive is worse", header, falls)
+    return tables
 
 
-def _coefficients(runs: list[SavedRun]) -> str:
+def _coefficients(runs: list[Report]) -> str:
     if not any(c for run in runs for c in run.coefficients):
         return ""
     free = [run.label for run in runs if run.freedom == "free"]
@@ -214,36 +211,37 @@ def _coefficients(runs: list[SavedRun]) -> str:
     longest = max(runs, key=lambda run: len(run.coefficients))
     rows = []
     for t in range(len(longest.coefficients)):
-        known = [run.coefficients[t] if t < len(run.coefficients) else None for run in runs]
-        rows.append([f"{t + 1} {longest.learned[t]}", cell(1 / (t + 1)), *(cell(_used(one)) for one in known)])
+        alphas = [run.coefficients[t] if t < len(run.coefficients) else None for run in runs]
+        rows.append([f"{t + 1} {longest.learned[t]}", cell(1 / (t + 1)), *(cell(_used(alpha)) for alpha in alphas)])
     header = ["task", "1/t", *(run.label for run in runs)]
     return table(f"Coefficient with which each task was merged, and 1/t{unused}", header, rows)
 
 
-def _used(coefficient: Mapping | None) -> str:
-    if coefficient is None:
+def _used(alpha: Coefficient | None) -> str:
+    if alpha is None:
         return NO_VALUE
-    raw, used = coefficient["raw"], coefficient["used"]
+    raw, used = alpha.raw, alpha.used
     return f"{used:.3f}" if f"{raw:.3f}" == f"{used:.3f}" else f"{used:.3f} (raw {raw:.3f})"
 
 
-def _training(run: SavedRun, loss: str) -> str:
-    if not any(run.steps):
+def _training(run: Report, loss: str) -> str:
+    if not any(run.records):
         return ""
     header = ["task", "loss", "steps", "factors", "truncation", "seconds", "ms a step", "peak MiB", "curvature MiB"]
     rows = []
-    for place, (task, step) in enumerate(zip(run.learned, run.steps, strict=True), start=1):
-        factors = ", ".join(f"{count} × {factor}" for factor, count in (step.get("factors") or {}).items())
-        size = step.get("curvature_bytes")
+    for place, (task, record) in enumerate(zip(run.learned, run.records, strict=True), start=1):
+        training = None if record is None else record.training
+        factors = {} if training is None else training.factors
+        error = None if record is None else record.merge_error
         cells = [
-            cell(step.get("training_loss"), digits=4),
-            cell(step.get("optimizer_steps"), digits=0),
-            cell(factors or NO_VALUE),
-            cell(NO_VALUE if step.get("merge_error") is None else f"{step['merge_error']:.2g}"),
-            cell(step.get("seconds"), digits=1),
-            cell(_times(step.get("step_seconds"), 1000), digits=1),
-            cell(step.get("process_peak_memory_mb"), digits=0),
-            cell(_times(size, 2**-20), digits=2),
+            cell(None if training is None else training.training_loss, digits=4),
+            cell(None if training is None else training.optimizer_steps, digits=0),
+            cell(", ".join(f"{count} × {factor}" for factor, count in factors.items()) or NO_VALUE),
+            cell(NO_VALUE if error is None else f"{error:.2g}"),
+            cell(None if record is None else record.seconds, digits=1),
+            cell(_times(None if training is None else training.step_seconds, 1000), digits=1),
+            cell(None if record is None else record.process_peak_memory_mb, digits=0),
+            cell(_times(None if record is None else record.curvature_bytes, 2**-20), digits=2),
         ]
         rows.append([f"{place} {task}", *cells])
     caption = (
@@ -256,8 +254,8 @@ def _times(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
-def _held_out(runs: list[SavedRun]) -> str:
-    found = ""
+def _held_out(runs: list[Report]) -> str:
+    tables = ""
     for run in (run for run in runs if run.held_out):
         names = [(text, metric) for text, scores in run.held_out[0].items() for metric in scores]
         rows = []
@@ -265,23 +263,23 @@ def _held_out(runs: list[SavedRun]) -> str:
             values = [step.get(text, {}).get(metric) for step in run.held_out]
             rows.append([f"{text}: {metric_name(metric)}", *(cell(value) for value in values)])
         header = ["text", *(str(t + 1) for t in range(len(run.held_out)))]
-        found += table(f"{run.label}: texts that are never trained on, after each task", header, rows)
-    return found
+        tables += table(f"{run.label}: texts that are never trained on, after each task", header, rows)
+    return tables
 
 
-def _notes(runs: list[SavedRun]) -> str:
+def _notes(runs: list[Report]) -> str:
     listed = [f"<li>{escape(run.label)}: {escape(note)}</li>" for run in runs for note in run.notes]
     return f"<ul>{''.join(listed)}</ul>\n" if listed else ""
 
 
-def _settings(runs: list[SavedRun]) -> str:
-    flat = [_flat(run.config) for run in runs]
-    keys = list(dict.fromkeys(key for one in flat for key in one))
+def _settings(runs: list[Report]) -> str:
+    flat = [_flat(redact(run.config, None)) for run in runs]
+    keys = list(dict.fromkeys(key for settings in flat for key in settings))
     if not keys:
         return ""
     header = ["setting", *(run.label for run in runs)]
-    rows = {key: [key, *(cell(one.get(key, NO_VALUE)) for one in flat)] for key in keys}
-    differing = [row for key, row in rows.items() if len({one.get(key) for one in flat}) > 1]
+    rows = {key: [key, *(cell(settings.get(key, NO_VALUE)) for settings in flat)] for key in keys}
+    differing = [row for key, row in rows.items() if len({settings.get(key) for settings in flat}) > 1]
     first = table("Settings that differ", header, differing, "text") if differing else ""
     every = table("All settings", header, rows.values(), "text")
     return f"{first}<details><summary>All settings</summary>{every}</details>\n"
@@ -295,45 +293,47 @@ def _flat(value: Any, name: str = "") -> dict[str, str]:
     return {name: text if len(text) <= LONGEST else text[:LONGEST] + " …"} if name else {}
 
 
-def _versions(runs: list[SavedRun]) -> str:
-    places = [
-        {key: str(run.steps[-1][key]) for key in ("device", "threads", "processes") if key in run.steps[-1]}
-        for run in runs
-    ]
-    found = [place | run.versions for place, run in zip(places, runs, strict=True)]
-    keys = list(dict.fromkeys(key for one in found for key in one))
-    rows = [[key, *(cell(one.get(key, NO_VALUE)) for one in found)] for key in keys]
+def _versions(runs: list[Report]) -> str:
+    made_with = []
+    for run in runs:
+        last = run.records[-1].conditions if run.records and run.records[-1] is not None else {}
+        places = {key: str(last[key]) for key in ("device", "threads", "processes") if key in last}
+        made_with.append(places | run.versions)
+    keys = list(dict.fromkeys(key for of_run in made_with for key in of_run))
+    rows = [[key, *(cell(of_run.get(key, NO_VALUE)) for of_run in made_with)] for key in keys]
     return table("What the runs were made with", ["", *(run.label for run in runs)], rows, "text") if keys else ""
 
 
 COMPARED_COEFFICIENTS = {"chosen": "chosen", "one_over_t": "1/t", "best_loss": "best loss"}
 
 
-def merge_lines(runs: Sequence[SavedRun], drawn: Mapping[str, str]) -> str:
+def merge_lines(runs: Sequence[Report], drawn: Mapping[str, str]) -> str:
     """The section's body for the runs that have a coefficient.json; drawn: {name of a chart: its figure}."""
     return "".join(
-        _lines_of_run(run, place, len(runs), drawn) for place, run in enumerate(runs, 1) if run.line.get("tasks")
+        _lines_of_run(run, run.line, place, len(runs), drawn)
+        for place, run in enumerate(runs, 1)
+        if run.line is not None and run.line.tasks
     )
 
 
-def _lines_of_run(run: SavedRun, place: int, runs: int, drawn: Mapping[str, str]) -> str:
-    tasks = run.line["tasks"]
+def _lines_of_run(run: Report, line: MergeLine, place: int, runs: int, drawn: Mapping[str, str]) -> str:
     details = "".join(
-        _line_points(run, task, [drawn[name] for name in line_chart_names(task, place, runs)]) for task in tasks
+        _line_points(run, line, task, [drawn[name] for name in line_chart_names(task, place, runs)])
+        for task in line.tasks
     )
-    return f"<h3>{escape(run.label)}</h3>\n{_line_regrets(run)}{details}{_line_notes(run)}"
+    return f"<h3>{escape(run.label)}</h3>\n{_line_regrets(run, line)}{details}{_line_notes(line)}"
 
 
-def _line_regrets(run: SavedRun) -> str:
-    unit, name = run.line["regret_unit"], metric_name(run.metric)
+def _line_regrets(run: Report, line: MergeLine) -> str:
+    unit, name = line.regret_unit, metric_name(run.metric)
     header = ["task", "chosen", "1/t", "best for loss", f"best for {name}"]
     header += [f"{what}: {which}" for which in COMPARED_COEFFICIENTS.values() for what in (unit, "nats")]
-    rows = [_line_row(f"{task['t']} {task['task']}", task, task["regret"]) for task in run.line["tasks"]]
+    rows = [_line_row(f"{task['t']} {task['task']}", task, task["regret"]) for task in line.tasks]
     caption = (
         f"{run.label}: coefficient chosen, 1/t and the best ones on the merge line, on test rows of all tasks seen; "
         f"what is lost to the best: {name} in {unit}, mean loss of a task in nats"
     )
-    return table(caption, header, [*rows, _line_row("mean", {}, run.line["mean_regret"])])
+    return table(caption, header, [*rows, _line_row("mean", {}, line.mean_regret)])
 
 
 def _line_row(title: str, task: Mapping, regret: Mapping) -> list[str]:
@@ -346,7 +346,7 @@ def _line_row(title: str, task: Mapping, regret: Mapping) -> list[str]:
     return [title, *alphas, *lost]
 
 
-def _line_points(run: SavedRun, task: Mapping, figures: Sequence[str]) -> str:
+def _line_points(run: Report, line: MergeLine, task: Mapping, figures: Sequence[str]) -> str:
     """One task's charts, and its points for each task seen."""
     names = [f"{place} {name}" for place, name in enumerate(task["seen"], start=1)]
     header = ["α", "predicted", "loss, sum", *(f"loss, {name}" for name in names)]
@@ -357,21 +357,18 @@ def _line_points(run: SavedRun, task: Mapping, figures: Sequence[str]) -> str:
         numbers = [cell(NO_VALUE if predicted is None else f"{predicted:.3g}")]
         numbers += [cell(loss, digits=4) for loss in (point["loss_sum"], *point["losses"])]
         rows.append([f"{point['coefficient']:.3f}", *numbers, *(cell(score) for score in point["scores"])])
-    unit = run.line["predicted_unit"]
+    unit = line.predicted_unit
     about = f"; predicted: what the closed form minimises, change from α = 0, in {unit}" if unit else ""
     caption = f"{run.label}: along the merge line of task {task['t']}, {task['task']}{about}"
     title = f"Task {task['t']}, {escape(task['task'])}"
     return f"<details><summary>{title}</summary>{''.join(figures)}{table(caption, header, rows)}</details>\n"
 
 
-def _line_notes(run: SavedRun) -> str:
-    notes = [*run.line["notes"], *(f"{task['task']}: {note}" for task in run.line["tasks"] for note in task["notes"])]
-    notes += [f"{task['task']} left out: {task['reason']}" for task in run.line["skipped"]]
+def _line_notes(line: MergeLine) -> str:
+    notes = [*line.notes, *(f"{task['task']}: {note}" for task in line.tasks for note in task["notes"])]
+    notes += [f"{task['task']} left out: {task['reason']}" for task in line.skipped]
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return f"<ul>{listed}</ul>\n" if listed else ""
-
-
-NO_VALUE = "–"
 
 
 LONG_CELL = 24  # characters of a name that gets a wide column
@@ -391,7 +388,7 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], ki
 
 def cell(value: Any, share: float | None = None, digits: int = 3) -> str:
     """One cell; share: how good the value is, from 0 to 1, as a colour behind the number."""
-    text = value if isinstance(value, str) else _number(value, digits)
+    text = value if isinstance(value, str) else format_number(value, digits)
     colour = "" if share is None else f' class="heat" style="--v:{share:.3f}"'
     return f"<td{colour}>{escape(text)}</td>"
 
@@ -399,7 +396,3 @@ def cell(value: Any, share: float | None = None, digits: int = 3) -> str:
 def _row_head(text: str) -> str:
     long = ' class="long"' if len(text) > LONG_CELL else ""
     return f'<th scope="row"{long}>{escape(text)}</th>'
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return NO_VALUE if value is None else f"{value:.{digits}f}"

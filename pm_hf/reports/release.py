@@ -14,34 +14,13 @@ from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import read_json, same_folder
-from pm_hf.runs.records import REPORT_FILE
-
-CONFIG_FILE, STEP_FILE = "config.yaml", "step.json"
-
-
-REQUIRED_KEYS = (
-    "method",
-    "seed",
-    "scenario",
-    "tasks",
-    "metric",
-    "matrices",
-    "coefficients",
-    "seconds",
-    "metrics",
-    "versions",
-)
-
+from pm_hf.runs.paths import TASK_PREFIX, RunPaths, TaskPaths
+from pm_hf.runs.records import Report
 
 LOCAL_PATH = re.compile(r"""(?<![\w/.:])~?/[^\s/,;:'"]+/[^\s,;:'"]+""")
-
-
+SECRET_KEY = re.compile(r"(^|_)(token|password|secret|key)$")
 PLOT_SUFFIXES = (".png", ".svg")
-
-
 FILE_SETTINGS = ("train", "test")  # settings that name a file or a folder of rows
-
-
 LOCAL_SETTINGS = ("output_dir", "data_dir", "max_forgetting")  # settings that mean nothing elsewhere
 
 
@@ -49,30 +28,25 @@ LOCAL_SETTINGS = ("output_dir", "data_dir", "max_forgetting")  # settings that m
 class ReleasedRun:
     """A finished run. base: id of its base model on the Hub; head: its head in labels.json, None without one."""
 
-    folder: Path
+    paths: RunPaths
     config: RunConfig
-    report: Mapping[str, Any]
+    report: Report
     base: str
     revision: str | None  # of the base model
     head: str | None
-    tasks: list[Path]
+    tasks: list[TaskPaths]
     plots: list[Path]
 
     @property
-    def merged(self) -> Path:
-        """The adapter to publish."""
-        return self.folder / "merged"
-
-    @property
-    def known(self) -> list[str]:
+    def local_paths(self) -> list[str]:
         """Local paths that this run knows of."""
         named = (self.config.output_dir, self.config.data_dir, self.config.model.base, self.config.start_from)
         paths = [Path(name).expanduser() for name in named if name and not name.startswith("package:")]
-        return [str(path) for path in (self.folder.resolve(), *paths) if path.is_absolute()]
+        return [str(path) for path in (self.paths.folder.resolve(), *paths) if path.is_absolute()]
 
     def clean_report(self) -> Any:
         """The content of report.json for others."""
-        return redact_paths(self.report, self.known)
+        return redact(read_json(self.paths.report), self.local_paths)
 
     def adapter_files(self, folder: Path) -> dict[str, Any]:
         """{name: path of the file, or JSON content to be written instead} of an adapter folder."""
@@ -81,29 +55,29 @@ class ReleasedRun:
         }
         config = read_json(folder / ADAPTER_CONFIG)
         named = {"base_model_name_or_path": self.base, "revision": self.revision}
-        files[ADAPTER_CONFIG] = redact_paths(config, self.known) | named
+        files[ADAPTER_CONFIG] = redact(config, self.local_paths) | named
         if (folder / MERGE_REPORT).is_file():
             merge = read_json(folder / MERGE_REPORT)
-            files[MERGE_REPORT] = redact_paths(
-                merge | {"inputs": [_place(path) for path in merge["inputs"]]}, self.known
+            files[MERGE_REPORT] = redact(
+                merge | {"inputs": [_place(path) for path in merge["inputs"]]}, self.local_paths
             )
         return files
 
     def settings(self) -> dict[str, Any]:
         """The run's settings for others: those that are not null, file names without their folders."""
-        found = self.config.to_dict()
+        settings = self.config.to_dict()
         for key in LOCAL_SETTINGS:
-            del found[key]
-        found["model"] |= {"base": self.base, "revision": self.revision}
-        stream = found["stream"]
+            del settings[key]
+        settings["model"] |= {"base": self.base, "revision": self.revision}
+        stream = settings["stream"]
         for place in (stream, *(stream["tasks"] or []), *(stream["held_out"] or [])):
             place |= {key: Path(place[key]).name for key in FILE_SETTINGS if place[key]}
             if place["dataset"] and not on_hub(place["dataset"]):
                 place["dataset"] = Path(place["dataset"]).name
         if isinstance(stream["class_groups"], str):
             stream["class_groups"] = Path(stream["class_groups"]).name
-        found["start_from"] = Path(found["start_from"]).name if found["start_from"] else None
-        return redact_paths(_without_nulls(found), self.known)
+        settings["start_from"] = Path(settings["start_from"]).name if settings["start_from"] else None
+        return redact(_without_nulls(settings), self.local_paths)
 
 
 def read_finished_run(run: str | os.PathLike, base_model_id: str | None = None) -> ReleasedRun:
@@ -112,16 +86,14 @@ def read_finished_run(run: str | os.PathLike, base_model_id: str | None = None) 
     base_model_id: the base model's id on the Hub; by default model.base, which then must be one. InputError lists
     what is wrong.
     """
-    folder = Path(run).expanduser()
-    for name in (REPORT_FILE, CONFIG_FILE):
-        if not (folder / name).is_file():
-            raise InputError(f"run {folder} has no {name}; expected the output_dir of a finished pm-hf train")
-    report, config = read_json(folder / REPORT_FILE), load_config(folder / CONFIG_FILE)
-    lacking = [key for key in REQUIRED_KEYS if not isinstance(report, dict) or key not in report]
-    if lacking:
-        raise InputError(f"{folder / REPORT_FILE} is no report of a run: it lacks {', '.join(lacking)}")
-    tasks = sorted(path for path in folder.glob("task-*") if path.is_dir())
-    problems = _unfinished(config, report, tasks) or _unreleased(config, folder, tasks)
+    paths = RunPaths(os.fspath(run))
+    for file in (paths.report, paths.config):
+        if not file.is_file():
+            raise InputError(
+                f"run {paths.folder} has no {file.name}; expected the output_dir of a finished pm-hf train"
+            )
+    report, config, tasks = Report.load(paths.folder), load_config(paths.config), paths.tasks()
+    problems = _unfinished(config, report, tasks) or _unreleased(config, paths, tasks)
     base = base_model_id if base_model_id is not None else config.model.base
     if base_model_id is not None and not valid_id(base):
         problems.append(f"--base_model_id {base} is no id on the Hub; expected owner/name")
@@ -132,11 +104,11 @@ def read_finished_run(run: str | os.PathLike, base_model_id: str | None = None) 
             f"how {config.model.gguf_file} is loaded depends on the version of transformers; give the id of the model "
             "that it was made from: --base_model_id ID"
         )
-    raise_all(problems, f"run {folder} cannot be published")
-    merged, *_ = [open_adapter(path) for path in (folder / "merged", *(task / "adapter" for task in tasks))]
-    plots = [path for path in (*folder.glob("*"), *folder.glob("plots/*")) if path.suffix in PLOT_SUFFIXES]
+    raise_all(problems, f"run {paths.folder} cannot be published")
+    merged, *_ = [open_adapter(path) for path in (paths.merged, *(task.adapter for task in tasks))]
+    plots = [path for path in (*paths.folder.glob("*"), *paths.plots.glob("*")) if path.suffix in PLOT_SUFFIXES]
     return ReleasedRun(
-        folder=folder,
+        paths=paths,
         config=config,
         report=report,
         base=base,
@@ -164,42 +136,53 @@ def on_hub(name: str) -> bool:
     return valid_id(name) and not Path(name).exists()
 
 
-def redact_paths(value: Any, known: Sequence[str] = ()) -> Any:
-    """JSON content with every local path cut to its last name, and without tokens; keys stay as they are."""
+def redact(value: Any, local_paths: Sequence[str] | None = ()) -> Any:
+    """JSON content as others may see it: without tokens, and without what a key such as `hub_token` holds.
+
+    local_paths: paths of this machine that are known. Every path is cut to its last name, unless this is None.
+    Keys stay as they are.
+    """
     if isinstance(value, Mapping):
-        return {key: redact_paths(item, known) for key, item in value.items()}
+        return {
+            key: "(hidden)" if isinstance(item, str) and SECRET_KEY.search(str(key)) else redact(item, local_paths)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [redact_paths(item, known) for item in value]
+        return [redact(item, local_paths) for item in value]
     if not isinstance(value, str):
         return value
-    for path in sorted(known, key=len, reverse=True):
+    value = TOKEN.sub("…", value)
+    if local_paths is None:
+        return value
+    for path in sorted(local_paths, key=len, reverse=True):
         value = value.replace(path, Path(path).name)
-    value = LOCAL_PATH.sub(lambda found: Path(found[0]).name, TOKEN.sub("…", value))
+    value = LOCAL_PATH.sub(lambda path: Path(path[0]).name, value)
     return Path(value).name if value.startswith("~/") else value
 
 
-def _unfinished(config: RunConfig, report: Mapping, tasks: Sequence[Path]) -> list[str]:
-    begun = [task.name for task in tasks if not (task / STEP_FILE).is_file()]
+def _unfinished(config: RunConfig, report: Report, tasks: Sequence[TaskPaths]) -> list[str]:
+    begun = [task.name for task in tasks if not task.finished]
     if begun:
         return [f"{begun[0]} is not finished; continue the run with pm-hf train first"]
-    stream, expected = config.stream, len(report["coefficients"])
+    stream, expected = config.stream, len(report.coefficients)
     if not config.strategy.joint:
         groups = len(stream.class_groups) if isinstance(stream.class_groups, dict) else stream.class_groups
         planned = len(stream.tasks) if stream.tasks else groups
         expected = planned if isinstance(planned, int) else expected
-    found = min(len(tasks), len(report["coefficients"]))
-    if len(tasks) != len(report["coefficients"]) or found != expected:
-        return [f"{found} of {max(expected, len(tasks))} tasks are in its report; continue it with pm-hf train first"]
+    reported = min(len(tasks), len(report.coefficients))
+    if len(tasks) != len(report.coefficients) or reported != expected:
+        count = max(expected, len(tasks))
+        return [f"{reported} of {count} tasks are in its report; continue it with pm-hf train first"]
     return []
 
 
-def _unreleased(config: RunConfig, folder: Path, tasks: Sequence[Path]) -> list[str]:
-    merged = folder / "merged"
-    if config.strategy.individual:
+def _unreleased(config: RunConfig, paths: RunPaths, tasks: Sequence[TaskPaths]) -> list[str]:
+    merged = paths.merged
+    if not config.merges:
         return ["strategy.individual keeps one adapter for each task and merges none; there is nothing to load"]
     if not tasks or not merged.is_dir():
         return [f"there is no merged adapter {merged}"]
-    if not same_folder(tasks[-1] / "merged", merged):
+    if not same_folder(tasks[-1].merged, merged):
         return [f"{merged} is not the adapter that its report is about (max_forgetting kept an older one)"]
     return []
 
@@ -207,7 +190,7 @@ def _unreleased(config: RunConfig, folder: Path, tasks: Sequence[Path]) -> list[
 def _place(path: str) -> str:
     """`task-00-name/adapter` of an adapter of the run, else the folder's name."""
     parts = Path(path).parts
-    return "/".join(parts[-2:]) if len(parts) > 1 and parts[-2].startswith("task-") else Path(path).name
+    return "/".join(parts[-2:]) if len(parts) > 1 and parts[-2].startswith(TASK_PREFIX) else Path(path).name
 
 
 def _without_nulls(value: Any) -> Any:

@@ -5,18 +5,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 
 from pm_hf.reports.charts import Chart, Series
-from pm_hf.runs.records import BITS_PER_BYTE, CLASS_INCREMENTAL, TASK_INCREMENTAL, SavedRun
+from pm_hf.runs.records import TASK_INCREMENTAL, Report, TaskRecord
+from pm_hf.text import format_metric
 
 DOTS = 600  # loss points drawn of a run
-
-
-METRIC_TITLES = {
-    CLASS_INCREMENTAL: "accuracy",
-    TASK_INCREMENTAL: "accuracy inside the task's own classes",
-    BITS_PER_BYTE: "bits per byte",
-}
-
-
 FACTORS: tuple[tuple[str, int, Callable[[float], bool]], ...] = (  # (name, shape and colour, belongs)
     ("1", 0, lambda factor: factor == 1),
     ("above 1", 2, lambda factor: factor > 1),
@@ -24,34 +16,45 @@ FACTORS: tuple[tuple[str, int, Callable[[float], bool]], ...] = (  # (name, shap
 )
 
 
-COSTS = (
-    ("time-of-each-task", "seconds", "Time of each task", "seconds"),
-    ("peak-memory-of-the-process", "process_peak_memory_mb", "Peak memory of the process up to each task", "MiB"),
-    ("truncation-error-of-each-merge", "merge_error", "Truncation error of each merge", "relative error"),
+Cost = Callable[[TaskRecord], float | None]
+COSTS: tuple[tuple[str, Cost, str, str], ...] = (  # (name, what of a record, title, unit)
+    ("time-of-each-task", lambda record: record.seconds, "Time of each task", "seconds"),
+    (
+        "peak-memory-of-the-process",
+        lambda record: record.process_peak_memory_mb,
+        "Peak memory of the process up to each task",
+        "MiB",
+    ),
+    (
+        "truncation-error-of-each-merge",
+        lambda record: record.merge_error,
+        "Truncation error of each merge",
+        "relative error",
+    ),
 )
 
 
-def charts(runs: list[SavedRun]) -> list[Chart]:
+def charts(runs: list[Report]) -> list[Chart]:
     """Every chart that the runs have the numbers for; a run has one colour and one shape in all of them."""
     name = metric_name(runs[0].metric)
     mean, lost = f"mean {name}", f"{name} lost"
     means = [_means(run, place) for place, run in enumerate(runs)]
     forgotten = _of_runs(runs, [run.forgetting for run in runs], line=False)
     about = "A positive number is what was lost since the task's best score."
-    found = [
+    drawn = [
         Chart("score-after-each-task", "Mean score on the tasks seen", "tasks learned", mean, means),
         Chart("forgetting", "Forgetting of each task", "task", lost, forgotten, about),
         _coefficient_chart(runs),
         *(_loss_chart(run, place) for place, run in enumerate(runs, start=1)),
     ]
-    for file, key, title, unit in COSTS:
-        values = [[step.get(key) for step in run.steps] for run in runs]
-        found.append(Chart(file, title, "task", unit, _of_runs(runs, values)))
-    found += [chart for place, run in enumerate(runs, start=1) for chart in line_charts(run, place, len(runs))]
-    return [chart for chart in found if chart.points]
+    for file, cost, title, unit in COSTS:
+        values = [[None if record is None else cost(record) for record in run.records] for run in runs]
+        drawn.append(Chart(file, title, "task", unit, _of_runs(runs, values)))
+    drawn += [chart for place, run in enumerate(runs, start=1) for chart in line_charts(run, place, len(runs))]
+    return [chart for chart in drawn if chart.points]
 
 
-def _of_runs(runs: list[SavedRun], values: list[list[float | None]], *, line: bool = True) -> list[Series]:
+def _of_runs(runs: list[Report], values: list[list[float | None]], *, line: bool = True) -> list[Series]:
     """One series a run, for the runs that have a value."""
     return [
         Series(run.label, _count(len(y)), y, line=line, colour=place, shape=place)
@@ -60,7 +63,7 @@ def _of_runs(runs: list[SavedRun], values: list[list[float | None]], *, line: bo
     ]
 
 
-def _means(run: SavedRun, place: int) -> Series:
+def _means(run: Report, place: int) -> Series:
     """The mean after each task; of a joint training, which has one, a level to compare with."""
     last = run.means[-1]
     name = run.label if last is None else f"{run.label} ({last:.3f})"
@@ -70,17 +73,17 @@ def _means(run: SavedRun, place: int) -> Series:
     return Series(name, _count(len(run.means)), run.means, colour=place, shape=place)
 
 
-def _coefficient_chart(runs: list[SavedRun]) -> Chart:
-    used = [[None if c is None or run.joint else c["used"] for c in run.coefficients] for run in runs]
+def _coefficient_chart(runs: list[Report]) -> Chart:
+    used = [[None if alpha is None or run.joint else alpha.used for alpha in run.coefficients] for run in runs]
     series = _of_runs(runs, used)
     if series:
-        longest = max(len(one.x) for one in series)
+        longest = max(len(of_run.x) for of_run in series)
         inverse = [1 / t for t in _count(longest)]
         series.append(Series("1/t", _count(longest), inverse, colour=7, shape=5, dash=1))
     return Chart("coefficients", "Coefficient of each task, and 1/t", "task", "coefficient", series)
 
 
-def _loss_chart(run: SavedRun, place: int) -> Chart:
+def _loss_chart(run: Report, place: int) -> Chart:
     points, ends = _loss_points(run)
     series = []
     for name, shape, belongs in FACTORS:
@@ -97,9 +100,10 @@ def _loss_chart(run: SavedRun, place: int) -> Chart:
     return Chart(f"loss-{place}", title, "optimizer step", "training loss", series, about, ends)
 
 
-def line_charts(run: SavedRun, place: int, runs: int) -> list[Chart]:
+def line_charts(run: Report, place: int, runs: int) -> list[Chart]:
     """Of each task in coefficient.json: change of the loss and score along its merge line."""
-    return [chart for task in run.line.get("tasks", []) for chart in _line_charts(run, task, place, runs)]
+    tasks = [] if run.line is None else run.line.tasks
+    return [chart for task in tasks for chart in _line_charts(run, task, place, runs)]
 
 
 def line_chart_names(task: Mapping, place: int, runs: int) -> tuple[str, str]:
@@ -108,7 +112,7 @@ def line_chart_names(task: Mapping, place: int, runs: int) -> tuple[str, str]:
     return name, f"{name}-score"
 
 
-def _line_charts(run: SavedRun, task: Mapping, place: int, runs: int) -> tuple[Chart, Chart]:
+def _line_charts(run: Report, task: Mapping, place: int, runs: int) -> tuple[Chart, Chart]:
     points, score = task["points"], metric_name(run.metric)
     x = [point["coefficient"] for point in points]
     start = next(point for point in points if point["coefficient"] == 0)["losses"]
@@ -130,18 +134,17 @@ def _line_charts(run: SavedRun, task: Mapping, place: int, runs: int) -> tuple[C
 
 def _curves(x: list[float], values: list[list[float]], joined: Callable[[Iterable[float]], float]) -> list[Series]:
     """What `joined` makes of the values (points, tasks): of all tasks, of the earlier ones, of the last one."""
-    found = [Series("all tasks seen", x, [joined(row) for row in values], colour=0, shape=0)]
+    curves = [Series("all tasks seen", x, [joined(row) for row in values], colour=0, shape=0)]
     if len(values[0]) > 1:
-        found.append(Series("earlier tasks", x, [joined(row[:-1]) for row in values], colour=1, shape=1))
-        found.append(Series("this task", x, [row[-1] for row in values], colour=2, shape=2))
-    return found
+        curves.append(Series("earlier tasks", x, [joined(row[:-1]) for row in values], colour=1, shape=1))
+        curves.append(Series("this task", x, [row[-1] for row in values], colour=2, shape=2))
+    return curves
 
 
 def _predicted(x: list[float], values: list[float | None], measured: Sequence[float | None]) -> list[Series]:
     """The prediction, drawn as large as the measured curve where the two are more than three times apart."""
-    heights = [
-        max(known) - min(known) for known in ([y for y in ys if y is not None] for ys in (measured, values)) if known
-    ]
+    curves = ([y for y in ys if y is not None] for ys in (measured, values))
+    heights = [max(curve) - min(curve) for curve in curves if curve]
     if len(heights) < 2 or not all(heights):
         return []
     ratio = heights[0] / heights[1]
@@ -160,16 +163,16 @@ def _compared(task: Mapping, best: str, values: Mapping[float, float]) -> list[S
 
 def _marks(series: Sequence[Series]) -> dict[float, str]:
     """Upright lines at the single points."""
-    return {one.x[0]: one.name for one in series if len(one.x) == 1}
+    return {point.x[0]: point.name for point in series if len(point.x) == 1}
 
 
-def _loss_points(run: SavedRun) -> tuple[list[list[float]], dict[float, str]]:
+def _loss_points(run: Report) -> tuple[list[list[float]], dict[float, str]]:
     """([step of the stream, loss, factor, the task's first step], {last step of a task: its name}), thinned out."""
     points, ends, begun = [], {}, 0
-    for name, step in zip(run.learned, run.steps, strict=True):
-        logged = [(at, loss, factor) for at, loss, factor in step.get("log", []) if loss is not None]
-        points += [[begun + at, loss, factor, begun] for at, loss, factor in logged]
-        begun += step.get("optimizer_steps", 0)
+    for name, record in zip(run.learned, run.records, strict=True):
+        log = record.training.log if record is not None and record.training is not None else []
+        points += [[begun + at, loss, factor, begun] for at, loss, factor in log if loss is not None]
+        begun += 0 if record is None else record.optimizer_steps
         ends[float(begun)] = f"end of {name}"
     return points[:: math.ceil(len(points) / DOTS) or 1], dict(list(ends.items())[:-1])
 
@@ -194,4 +197,4 @@ def _count(count: int) -> list[float]:
 
 def metric_name(metric: str) -> str:
     """How a metric is called on the page."""
-    return METRIC_TITLES.get(metric, metric.replace("_", " "))
+    return "accuracy inside the task's own classes" if metric == TASK_INCREMENTAL else format_metric(metric)

@@ -1,31 +1,23 @@
-"""The folder of one run: what is finished, what is published, what is no longer needed."""
+"""The folder of one run: what is finished, which merge is the newest, what is no longer needed."""
 
 import shutil
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 from pm_hf.config.loading import config_text, differing_keys, load_config, save_config
 from pm_hf.config.schema import RunConfig
-from pm_hf.data.stream import STEP_FILE, Task, TaskStream, task_folder
+from pm_hf.data.stream import Task, TaskStream
+from pm_hf.distributed import log_line
 from pm_hf.environment import changed_conditions, conditions
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import LOCK, copy_folder, make_folder, read_json, remove_leftovers, same_folder, write_json
-from pm_hf.measuring.metrics import task_forgetting
-from pm_hf.runs.records import CLASS_INCREMENTAL, Report, primary_metric
-from pm_hf.runs.start import CHANGE_FOLDER, CURVATURE_FILE, OPTIMUM_FOLDER, STATISTICS_FILE, StreamState
-
-ROWS_FILE = "rows.json"  # rows of the task that is being trained, and under which conditions
-
-
-CONFIG_FILE = "config.yaml"
-
-
-METRIC_NAMES = {CLASS_INCREMENTAL: "accuracy"}  # how a metric is called in a message
+from pm_hf.runs.paths import CONFIG_FILE, RunPaths, TaskPaths
+from pm_hf.runs.records import Report, ScoreRows, TaskRecord, primary_metric
+from pm_hf.runs.start import StreamState
+from pm_hf.text import format_metric
 
 
 class ForgettingError(RuntimeError):
-    """An old task lost more than `max_forgetting`; the published adapter is still the previous one."""
+    """An old task lost more than `max_forgetting`; `merged/` is still the previous adapter."""
 
     def __init__(self, message: str, report: Report) -> None:
         super().__init__(message)
@@ -37,38 +29,39 @@ class RunFolder:
 
     def __init__(self, config: RunConfig, stream: TaskStream, start: StreamState | None) -> None:
         self.config, self.stream, self.start = config, stream, start
-        self.path = Path(config.output_dir).expanduser()
+        self.paths = RunPaths(config.output_dir)
+        self.path = self.paths.folder
 
-    def task(self, index: int) -> Path:
-        """Folder of one task."""
-        return task_folder(self.config, index, self.stream.tasks[index].name)
+    def task(self, index: int) -> TaskPaths:
+        """Files of one task."""
+        return self.paths.task(index, self.stream.tasks[index].name)
 
-    def step(self, index: int) -> dict:
+    def record(self, index: int) -> TaskRecord:
         """What step.json says of a finished task."""
-        return read_json(self.task(index) / STEP_FILE)
+        return TaskRecord.load(self.task(index).step)
 
     def state(self, index: int) -> StreamState:
         """What the task before `index` left."""
         if index == 0:
             return self.start or StreamState()
-        folder = self.task(index - 1)
-        curvature, statistics, optimum = (folder / name for name in (CURVATURE_FILE, STATISTICS_FILE, OPTIMUM_FOLDER))
+        last = self.task(index - 1)
         return StreamState(
-            folder / "merged",
-            curvature if curvature.is_file() else None,
-            statistics if statistics.is_file() else None,
-            optimum if optimum.is_dir() else folder / "adapter",
+            last.merged,
+            last.curvature if last.curvature.is_file() else None,
+            last.statistics if last.statistics.is_file() else None,
+            last.optimum if last.optimum.is_dir() else last.adapter,
         )
 
     def finished(self) -> int:
         """Number of finished tasks in the folder; InputError when they contradict the config, or where the training
         rows of a task are left out that is not finished."""
         done = self._finished()
-        left = [task.name for task in self.stream.tasks[done:] if not len(task.train)]
-        if left:
+        without_rows = [task.name for task in self.stream.tasks[done:] if not len(task.train)]
+        if without_rows:
             raise InputError(
-                f"stream.tasks: {', '.join(left)} leave out train, which only finished tasks may, and {self.path} has "
-                f"{done} finished tasks; name the training files, or the output_dir in which they are finished"
+                f"stream.tasks: {', '.join(without_rows)} leave out train, which only finished tasks may, and "
+                f"{self.path} has {done} finished tasks; name the training files, or the output_dir in which they are "
+                "finished"
             )
         for index in range(done):
             self.tidy(index)
@@ -76,15 +69,15 @@ class RunFolder:
 
     def data_problem(self, index: int) -> str | None:
         """What contradicts a finished task in its data; training rows that are left out are not compared."""
-        task, step = self.stream.tasks[index], self.step(index)
+        task, record = self.stream.tasks[index], self.record(index)
         if len(task.train):
-            return None if step["fingerprint"] == task.fingerprint() else "its labels or rows differ"
-        if "test_fingerprint" not in step:
+            return None if record.fingerprint == task.fingerprint() else "its labels or rows differ"
+        if record.test_fingerprint is None:
             return "an older version finished it, whose training rows cannot be left out"
-        return None if step["test_fingerprint"] == task.test_fingerprint() else "its labels or test rows differ"
+        return None if record.test_fingerprint == task.test_fingerprint() else "its labels or test rows differ"
 
     def _finished(self) -> int:
-        path = self.path / CONFIG_FILE
+        path = self.paths.config
         if not path.is_file():
             if self.path.exists() and not self.path.is_dir():
                 raise InputError(f"output_dir {self.path} is a file, expected a folder")
@@ -96,101 +89,101 @@ class RunFolder:
                 )
             return 0
         done = 0
-        while done < len(self.stream.tasks) and (self.task(done) / STEP_FILE).is_file():
+        while done < len(self.stream.tasks) and self.task(done).finished:
             done += 1
-        started = [*self.path.glob(f"task-*/{STEP_FILE}"), *self.path.glob("task-*/checkpoints/checkpoint-*")]
+        tasks = self.paths.tasks()
+        started = any(task.finished or task.has_checkpoints for task in tasks)
         if not started and path.read_text(encoding="utf-8") != config_text(load_config(path)):
             raise InputError(f"{path} is a file of yours; choose another output_dir, the run writes its settings there")
         problems = differing_keys(load_config(path).to_dict(), self.config.to_dict()) if started else []
         for index in range(done):
             if problem := self.data_problem(index):
                 problems.append(f"task {index} ({self.stream.tasks[index].name}): {problem}")
-        steps = len(list(self.path.glob(f"task-*/{STEP_FILE}")))
-        if steps > done:
-            problems.append(f"the folder has {steps} finished tasks, the config fits the first {done}")
+        finished = sum(task.finished for task in tasks)
+        if finished > done:
+            problems.append(f"the folder has {finished} finished tasks, the config fits the first {done}")
         raise_all(problems, f"output_dir {self.path} holds another run; use its config or another output_dir")
         return done
 
     def begin_run(self) -> int:
-        """Write the settings and publish what is finished; the number of finished tasks."""
+        """Write the settings and promote what is finished; the number of finished tasks."""
         done = self.finished()  # again: another process may have held the folder until now
-        save_config(self.config, self.path / CONFIG_FILE)
-        self.publish(done)
+        save_config(self.config, self.paths.config)
+        self.promote(done)
         return done
 
     def check_shared(self) -> None:
         """InputError in a process that does not see what process 0 has written."""
-        if not (self.path / CONFIG_FILE).is_file():
+        if not self.paths.config.is_file():
             raise InputError(
                 f"output_dir {self.path} is not one folder for all processes; use a file system that they share"
             )
 
     def begin_task(self, index: int) -> list[str]:
         """A folder for the task, with its checkpoints if there are any; what is to be said where they are continued."""
-        task, folder = self.stream.tasks[index], self.task(index)
-        make_folder(folder)
-        for stale in ("adapter", "merged", OPTIMUM_FOLDER):
-            shutil.rmtree(folder / stale, ignore_errors=True)
-        remove_leftovers(folder)
-        return _note_conditions(folder, task, self.step(index - 1) if index else None)
+        task, paths = self.stream.tasks[index], self.task(index)
+        make_folder(paths.folder)
+        for stale in (paths.adapter, paths.merged, paths.optimum):
+            shutil.rmtree(stale, ignore_errors=True)
+        remove_leftovers(paths.folder)
+        return _note_conditions(paths, task, self.record(index - 1).conditions if index else {})
 
-    def finish_task(self, index: int, step: Mapping) -> None:
+    def finish_task(self, index: int, record: TaskRecord) -> None:
         """Write step.json, which makes the task a finished one."""
-        write_json(self.task(index) / STEP_FILE, step)
+        record.save(self.task(index).step)
         self.tidy(index)
 
     def tidy(self, index: int) -> None:
         """Remove what a finished task no longer needs: checkpoints, and what only the task after it needed."""
-        folder = self.task(index)
-        for name in ("checkpoints", ROWS_FILE):
-            path = folder / name
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        # with a gate the published adapter may be the previous one, and its curvature goes with it
+        finished = self.task(index)
+        shutil.rmtree(finished.checkpoints, ignore_errors=True)
+        finished.rows.unlink(missing_ok=True)
+        # with a gate the promoted adapter may be the previous one, and its curvature goes with it
         last = index - 2 if self.config.max_forgetting is not None else index - 1
-        for older in range(last + 1):
-            (self.task(older) / CURVATURE_FILE).unlink(missing_ok=True)
-            shutil.rmtree(self.task(older) / OPTIMUM_FOLDER, ignore_errors=True)
-            shutil.rmtree(self.task(older) / CHANGE_FOLDER, ignore_errors=True)
+        for older in map(self.task, range(last + 1)):
+            older.curvature.unlink(missing_ok=True)
+            shutil.rmtree(older.optimum, ignore_errors=True)
+            shutil.rmtree(older.change, ignore_errors=True)
 
-    def publish(self, done: int) -> None:
+    def promote(self, done: int) -> None:
         """Copy the newest merge to `merged/` unless an old task fell further than allowed; write report.json."""
         if not done:
             return
         report = self.report(done)
         report.save()
         limit = self.config.max_forgetting
-        drops = {} if limit is None else dict(zip(report.tasks, task_forgetting(report.signed), strict=False))
-        fallen = {name: drop for name, drop in drops.items() if limit is not None and drop > limit}
+        drops = {} if limit is None else dict(zip(report.tasks, report.forgetting, strict=False))
+        fallen = {name: drop for name, drop in drops.items() if limit is not None and drop is not None and drop > limit}
         if fallen:
             listed = ", ".join(f"{name} by {drop:.3f}" for name, drop in fallen.items())
             raise ForgettingError(
                 f"forgot more than max_forgetting {limit} after task {report.tasks[done - 1]}: {listed}; "
-                f"{self.path / 'merged'} is still the previous adapter",
+                f"{self.paths.merged} is still the previous adapter",
                 report,
             )
-        newest = self.task(done - 1) / "merged"
+        newest = self.task(done - 1).merged
         remove_leftovers(self.path)
-        if not self.config.strategy.individual and not same_folder(newest, self.path / "merged"):
-            copy_folder(newest, self.path / "merged")
+        if self.config.merges and not same_folder(newest, self.paths.merged):
+            copy_folder(newest, self.paths.merged)
 
     def report(self, done: int) -> Report:
         """Report on the first `done` tasks, from their step.json."""
-        steps = [self.step(index) for index in range(done)]
+        records = [self.record(index) for index in range(done)]
         notes = list(self.stream.notes)
-        notes += [f"task {step['task']}: {note}" for step in steps for note in step.get("notes", [])]
+        notes += [f"task {record.task}: {note}" for record in records for note in record.notes]
         notes += [
-            f"task {step['task']}: {step['coefficient']['note']}"
-            for step in steps
-            if step["coefficient"] and step["coefficient"]["note"] not in (None, "given")
+            f"task {record.task}: {record.coefficient.note}"
+            for record in records
+            if record.coefficient and record.coefficient.note and record.coefficient.source != "given"
         ]
-        width = max(len(step["scores"][next(iter(step["scores"]))]) for step in steps)
-        names = list(dict.fromkeys(name for step in steps for name in step["scores"]))
+        width = max(len(next(iter(record.scores.values()))) for record in records)
+        names = list(dict.fromkeys(name for record in records for name in record.scores))
 
-        def matrix(name: str) -> list[list[float | None]]:
-            found = [step["scores"].get(name, []) for step in steps]
-            return [[*row, *[None] * (width - len(row))] for row in found]
+        def matrix(name: str) -> ScoreRows:
+            rows = [record.scores.get(name, []) for record in records]
+            return [[*row, *[None] * (width - len(row))] for row in rows]
 
-        scored = self.stream.seen(done - 1)
+        scored, numbered = self.stream.seen(done - 1), isinstance(self.config.stream.class_groups, int)
         return Report(
             folder=self.path,
             method=self.config.method,
@@ -200,40 +193,46 @@ class RunFolder:
             metric=primary_metric(names, [task.own for task in scored]),
             matrices={name: matrix(name) for name in names},
             test_rows=[len(task.test) for task in scored],
-            coefficients=[step["coefficient"] for step in steps],
-            merge_errors=[step["merge_error"] for step in steps],
-            seconds=sum(step["seconds"] for step in steps),
-            freedom=steps[-1]["freedom"],
-            train_from=steps[-1]["train_from"],
-            held_out=[step["held_out"] for step in steps if step["held_out"]],
+            coefficients=[record.coefficient for record in records],
+            merge_errors=[record.merge_error or 0.0 for record in records],
+            seconds=sum(record.seconds or 0.0 for record in records),
+            freedom=records[-1].freedom,
+            train_from=records[-1].train_from,
+            held_out=[record.held_out for record in records if record.held_out],
             notes=notes,
+            classes={task.name: list(task.own) for task in scored} if numbered else {},
         )
 
 
-def log_finished_task(index: int, total: int, step: Mapping, metric: str) -> None:
+def finished_labels(config: RunConfig) -> dict[str, list[str]]:
+    """{name of a finished task in output_dir: labels of its head}."""
+    finished = [task.step for task in RunPaths(config.output_dir).tasks() if task.finished]
+    return {record.task: record.labels for record in map(TaskRecord.load, finished)}
+
+
+def log_finished_task(index: int, total: int, record: TaskRecord, metric: str) -> None:
     """One line on stderr for a finished task."""
-    alpha, scores = step["coefficient"], step["scores"][metric]
-    mean = sum(scores) / len(scores)
-    name = METRIC_NAMES.get(metric, metric.replace("_", " "))
-    line = f"task {index + 1}/{total} {step['task']}: {name} {scores[-1]:.3f}, mean of {len(scores)} {mean:.3f}"
-    scaled = alpha is not None and step["freedom"] != "free"
-    merged = f", coefficient {alpha['used']:.3f} (1/t {alpha['one_over_t']:.3f})" if scaled else ""
-    print(f"{line}{merged}, {step['seconds']:.1f} s", file=sys.stderr, flush=True)
+    alpha, scores = record.coefficient, [score or 0.0 for score in record.scores[metric]]
+    name, mean = format_metric(metric), sum(scores) / len(scores)
+    line = f"task {index + 1}/{total} {record.task}: {name} {scores[-1]:.3f}, mean of {len(scores)} {mean:.3f}"
+    if alpha is not None and record.freedom != "free":
+        line += f", coefficient {alpha.used:.3f} (1/t {alpha.one_over_t:.3f})"
+    log_line(f"{line}, {record.seconds:.1f} s")
 
 
-def _note_conditions(folder: Path, task: Task, before: Mapping | None) -> list[str]:
+def _note_conditions(paths: TaskPaths, task: Task, before: Mapping) -> list[str]:
     """Remember the task's rows and the conditions; what is to be said where they have changed.
 
-    With checkpoints they are compared with those of the earlier start, else with step.json of the task before.
+    With checkpoints they are compared with those of the earlier start, else with those of the task before.
     """
-    now, path = conditions(), folder / ROWS_FILE
-    begun = read_json(path) if path.is_file() and any((folder / "checkpoints").glob("checkpoint-*")) else None
-    if not isinstance(begun, dict) or begun["fingerprint"] != task.fingerprint():
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of other rows
+    now, fingerprint = conditions(), task.fingerprint()
+    begun = read_json(paths.rows) if paths.rows.is_file() and paths.has_checkpoints else None
+    if not isinstance(begun, dict) or begun["fingerprint"] != fingerprint:
+        shutil.rmtree(paths.checkpoints, ignore_errors=True)  # of other rows
         begun = None
     notes = [] if begun is None else list(begun.get("notes", []))
-    new = [f"continued with {change}" for change in changed_conditions(now, begun or before or {})]
-    for note in new:
-        print(f"task {task.name}: {note}", file=sys.stderr, flush=True)
-    write_json(path, {"fingerprint": task.fingerprint(), **now, "notes": notes + new})
-    return notes + new
+    changes = [f"continued with {change}" for change in changed_conditions(now, begun or before)]
+    for change in changes:
+        log_line(f"task {task.name}: {change}")
+    write_json(paths.rows, {"fingerprint": fingerprint, **now, "notes": notes + changes})
+    return notes + changes

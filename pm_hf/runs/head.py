@@ -16,7 +16,8 @@ from pm_hf.measuring.scores import Scorer
 from pm_hf.merging.lowrank import LowRank
 from pm_hf.models.lora import find_head, head_matrix
 from pm_hf.models.task_model import TaskModel
-from pm_hf.runs.start import STATISTICS_FILE, TaskStart
+from pm_hf.runs.paths import TaskPaths
+from pm_hf.runs.start import TaskStart
 
 
 class HeadPolicy(Protocol):
@@ -34,8 +35,8 @@ class HeadPolicy(Protocol):
         """{head: its [weight | bias] before the task, (rows, in + 1)} of a head that belongs into the curvature."""
         ...
 
-    def after_merge(self, folder: Path, task: Task, start: TaskStart, head: str | None, *, trained: bool) -> None:
-        """Give folder/merged its final rows; trained: whether the task trained the backbone."""
+    def after_merge(self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None, *, trained: bool) -> None:
+        """Give the merge its final rows; trained: whether the task trained the backbone."""
         ...
 
 
@@ -53,7 +54,7 @@ class NoHead:
         """None."""
         return None
 
-    def after_merge(self, folder: Path, task: Task, start: TaskStart, head: str | None, *, trained: bool) -> None:
+    def after_merge(self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None, *, trained: bool) -> None:
         """The merge is whole as it is."""
 
 
@@ -101,8 +102,8 @@ class AnalyticHead(NoHead):
         head, own_mean = str(built.head), self.settings.means == "task"
         features = self.scorer.features_of(built.model.to(self.scorer.device), task.train, task.own, head)
         seen = _load_statistics(start.statistics)
-        statistics = seen.added(features, _class_indices(task), list(task.own), apart=own_mean)
-        temperature = held_out_temperature(seen, features, task.train.labels, apart=own_mean)
+        statistics = seen.added(features, _class_indices(task), list(task.own), one_mean_per_task=own_mean)
+        temperature = held_out_temperature(seen, features, task.train.labels, one_mean_per_task=own_mean)
         weight, bias = (value / temperature for value in statistics.solve())
         linear = find_head(built.model, head)
         newest = {label: row for row, label in enumerate(statistics.labels)}
@@ -114,26 +115,26 @@ class AnalyticHead(NoHead):
         others = [row for row, label in enumerate(statistics.labels) if label not in task.labels]
         return _compete(linear, weight[others], bias[others]) if others else None
 
-    def after_merge(self, folder: Path, task: Task, start: TaskStart, head: str | None, *, trained: bool) -> None:
-        """Follow the backbone's drift, add the task's own classes, write the rows into folder/merged.
+    def after_merge(self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None, *, trained: bool) -> None:
+        """Follow the backbone's drift, add the task's own classes, write the rows into the merge.
 
         The statistics are saved beside the merge. With `means: task` a class has a row for every task that it comes
         in, and the row with the largest logit decides.
         """
-        merged, module, settings = folder / "merged", str(head), self.settings
+        module, settings = str(head), self.settings
         statistics = _load_statistics(start.statistics)
-        features = self.scorer.features(merged, task.train, task.own, module)
+        features = self.scorer.features(paths.merged, task.train, task.own, module)
         if statistics.labels and settings.drift == "ridge" and trained and start.running is not None:
             before = self.scorer.features(start.running.path, task.train, task.own, module)
             statistics = statistics.moved(ridge_drift(before, features, settings.ridge))
         own_mean = settings.means == "task"
-        statistics = statistics.added(features, _class_indices(task), list(task.own), apart=own_mean)
+        statistics = statistics.added(features, _class_indices(task), list(task.own), one_mean_per_task=own_mean)
         temperature = statistics.temperature or merge_temperature(statistics, features, task.train.labels)
         if settings.strict and statistics.temperature is None:
             statistics = statistics.frozen(temperature)
-        statistics.save(folder / STATISTICS_FILE)
+        statistics.save(paths.statistics)
         weight, bias = (value if statistics.temperature else value / temperature for value in statistics.solve())
-        replace_head(merged, module, weight, bias, statistics.labels)
+        replace_head(paths.merged, module, weight, bias, statistics.labels)
 
 
 def head_policy(config: RunConfig, scorer: Scorer) -> HeadPolicy:

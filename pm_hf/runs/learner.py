@@ -2,11 +2,10 @@
 
 import os
 import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.data.encoders import check_encoding, check_length, make_encoder
 from pm_hf.data.stream import Task, TaskStream, batches, load_stream, sample
-from pm_hf.distributed import on_all_processes, on_main_process, process_count, process_index
+from pm_hf.distributed import log_line, on_all_processes, on_main_process, process_count, process_index
 from pm_hf.environment import conditions, release_memory
 from pm_hf.errors import InputError
 from pm_hf.files import locked
@@ -28,13 +27,15 @@ from pm_hf.merging.curvature import Curvature
 from pm_hf.models.lora import adapted_layers, curvature_bytes, find_head, orthonormal_start
 from pm_hf.models.sharded import is_sharded, load_whole, put_weights, trained_weights
 from pm_hf.models.task_model import MERGED_ADAPTER, TASK_ADAPTER, TaskModel, build_task_model, task_tensors
-from pm_hf.runs.folder import ForgettingError, RunFolder, log_finished_task
+from pm_hf.runs.folder import ForgettingError, RunFolder, finished_labels, log_finished_task
 from pm_hf.runs.head import head_policy
-from pm_hf.runs.records import Report, primary_metric
-from pm_hf.runs.start import CURVATURE_FILE, TaskStart, adapter_to_fold, load_start, start_task
+from pm_hf.runs.paths import TaskPaths
+from pm_hf.runs.records import Report, TaskRecord, primary_metric
+from pm_hf.runs.start import TaskStart, adapter_to_fold, load_start, start_task
 from pm_hf.runs.tracking import Tracking
 from pm_hf.training.callbacks import EarlyStopping, SequentialAveraging, Stop, stop_on_sigterm
 from pm_hf.training.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, Penalty
+from pm_hf.training.record import TrainingRecord
 from pm_hf.training.task_trainer import precision, train, training_arguments
 
 __all__ = ["ForgettingError", "evaluate", "learn"]
@@ -53,7 +54,7 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
     source = config if isinstance(config, Mapping | RunConfig) else Path(config)
     settings = load_config(source, values=overrides)
     args = training_arguments(settings, Path(settings.output_dir), 0)  # joins the launcher's other processes
-    run = on_all_processes(lambda: Run(settings, load_stream(settings)))
+    run = on_all_processes(lambda: Run(settings, load_stream(settings, finished_labels(settings))))
     on_main_process(run.folder.finished)
     with _locked_by_main(run.folder.path), stop_on_sigterm() as stop:
         done = on_main_process(run.folder.begin_run)
@@ -62,14 +63,14 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
             for index in range(done, len(run.stream.tasks)):
                 stop.check()
                 run.learn_task(index, stop)
-                on_main_process(lambda done=index + 1: run.folder.publish(done))  # type: ignore[misc]
-    return on_main_process(lambda: run.folder.report(len(run.stream.tasks)))  # publish has written it
+                on_main_process(lambda done=index + 1: run.folder.promote(done))  # type: ignore[misc]
+    return on_main_process(lambda: run.folder.report(len(run.stream.tasks)))  # promote has written it
 
 
 def evaluate(config: RunConfig, adapter: str | os.PathLike) -> dict[str, dict[str, float]]:
     """Scores of a merged adapter on those tasks of the config whose labels it knows, then on the held-out texts:
     {task or text: {metric: score}}."""
-    opened, stream = open_adapter(adapter), load_stream(config)
+    opened, stream = open_adapter(adapter), load_stream(config, finished_labels(config))
     run = Run(config, stream)
     head, tasks = None, [*(stream.scored or stream.tasks), *stream.held_out]
     if config.kind.has_head:
@@ -84,10 +85,10 @@ def evaluate(config: RunConfig, adapter: str | os.PathLike) -> dict[str, dict[st
 
 @dataclass(frozen=True)
 class TrainedTask:
-    """A task as its training left it. head: module name of its head; record: what step.json says of the training."""
+    """A task as its training left it. head: module name of its head; record: None where only the head is computed."""
 
     head: str | None
-    record: dict[str, Any]
+    record: TrainingRecord | None
     curvature: Curvature | None
 
 
@@ -124,7 +125,7 @@ class Run:
 
     def learn_task(self, index: int, stop: Stop) -> None:
         """Train, measure, merge and score one task; step.json is written last."""
-        began, task, folder = time.perf_counter(), self.stream.tasks[index], self.folder.task(index)
+        began, task, paths = time.perf_counter(), self.stream.tasks[index], self.folder.task(index)
         notes = on_main_process(lambda: self.folder.begin_task(index))
         start = on_all_processes(lambda: start_task(self.config, self.folder.state(index), index))
         trained = self._train_and_measure(task, start, stop)
@@ -132,39 +133,39 @@ class Run:
 
         def finish() -> None:
             """What process 0 does with the trained task."""
-            merge = self._merge(folder, start, trained.curvature)
-            self.head.after_merge(folder, task, start, trained.head, trained=self._trains(index))
-            scores, seen = self._scores(folder, trained.head, index), self.stream.seen(index)
-            step = {
-                "task": task.name,
-                "labels": list(task.labels),
-                "fingerprint": task.fingerprint(),
-                "test_fingerprint": task.test_fingerprint(),
-                "head": trained.head,
-                "train_from": start.train_from,
-                "freedom": merge.freedom,
-                "coefficient": None if merge.coefficient is None else asdict(merge.coefficient),
-                "merge_error": merge.error,
-                "curvature_bytes": 0 if trained.curvature is None else trained.curvature.nbytes,
-                "test_rows": len(task.test),
-                **trained.record,
-                "scores": scores,
-                "held_out": self._held_out(folder),
-                "seconds": time.perf_counter() - began,
-                "process_peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                **conditions(),
-                "notes": [*notes, *self._truncation_notes(task, trained, index)],
-            }
-            self.folder.finish_task(index, step)
+            merge = self._merge(paths, start, trained.curvature)
+            self.head.after_merge(paths, task, start, trained.head, trained=self._trains(index))
+            record = TaskRecord(
+                task=task.name,
+                labels=list(task.labels),
+                fingerprint=task.fingerprint(),
+                test_fingerprint=task.test_fingerprint(),
+                head=trained.head,
+                train_from=start.train_from,
+                freedom=merge.freedom,
+                coefficient=merge.coefficient,
+                merge_error=merge.error,
+                curvature_bytes=0 if trained.curvature is None else trained.curvature.nbytes,
+                test_rows=len(task.test),
+                training=trained.record,
+                scores=self._scores(paths, trained.head, index),
+                held_out=self._held_out(paths),
+                seconds=time.perf_counter() - began,
+                process_peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                conditions=conditions(),
+                notes=[*notes, *self._truncation_notes(task, trained, index)],
+            )
+            self.folder.finish_task(index, record)
             self.tracking.log(index + 1)
-            log_finished_task(index, len(self.stream.tasks), step, primary_metric(list(scores), [t.own for t in seen]))
+            metric = primary_metric(list(record.scores), [seen.own for seen in self.stream.seen(index)])
+            log_finished_task(index, len(self.stream.tasks), record, metric)
 
         on_main_process(finish)
         release_memory()
 
     def _train_and_measure(self, task: Task, start: TaskStart, stop: Stop) -> TrainedTask:
         """Train, measure and save one task."""
-        built, record = on_all_processes(lambda: self._build(task, start)), dict[str, Any]()
+        built, record = on_all_processes(lambda: self._build(task, start)), None
         on_all_processes(lambda: self._check_built(built, start))
         if self._trains(start.index):
             handle = on_all_processes(lambda: self.head.before_training(built, task, start))
@@ -175,7 +176,7 @@ class Run:
         stop.check()
         curvature = self._measure(built, task, start)
         stop.check()
-        on_main_process(lambda: self._save(built, task, self.folder.task(start.index)))
+        on_main_process(lambda: self._save(built, task, self.folder.task(start.index).adapter))
         return TrainedTask(built.head, record, curvature)
 
     def _trains(self, index: int) -> bool:
@@ -194,7 +195,7 @@ class Run:
             config.seed,
             start.index,
             kind=config.stream.kind,
-            published=start.head,
+            head_from=start.head,
             continue_head=config.shared_head or bool(config.strategy.replay_per_class),
         )
         if start.factors is not None:
@@ -237,16 +238,15 @@ class Run:
         """Say how large the sums will be; InputError above the limit."""
         settings = self.config.curvature
         size, gib = curvature_bytes(built.model, TASK_ADAPTER, self.config.curvature_spec.kind), 2**30
-        if process_index() == 0:
-            print(f"curvature: {size / 2**20:.1f} MiB, the same for every task", file=sys.stderr, flush=True)
+        log_line(f"curvature: {size / 2**20:.1f} MiB, the same for every task")
         if size > settings.max_gib * gib:
             raise InputError(
                 f"curvature.kind {settings.kind} needs {size / gib:.1f} GiB, curvature.max_gib is "
                 f"{settings.max_gib:g}; use kind: factored, fewer target_modules, or a higher limit"
             )
 
-    def _train(self, built: TaskModel, task: Task, start: TaskStart, stop: Stop) -> dict[str, Any]:
-        args = training_arguments(self.config, self.folder.task(start.index) / "checkpoints", start.index)
+    def _train(self, built: TaskModel, task: Task, start: TaskStart, stop: Stop) -> TrainingRecord:
+        args = training_arguments(self.config, self.folder.task(start.index).checkpoints, start.index)
         examples = on_all_processes(lambda: self.encoder.training(task.train.with_rows(task.replayed), task.labels))
         cut = getattr(self.encoder, "cut", 0)
         patience = self.config.early_stopping_patience
@@ -264,11 +264,11 @@ class Run:
             penalties=make_penalties(self.config, built, start),
             evaluated=self.encoder.examples(task.eval, task.labels) if len(task.eval) else None,
         )
-        return record | ({"cut_rows": cut} if cut else {})
+        return replace(record, cut_rows=cut)
 
     def _truncation_notes(self, task: Task, trained: TrainedTask, index: int) -> list[str]:
         """What is to be said of rows that the model does not see whole."""
-        rows, cut = len(task.train) + len(task.replayed), trained.record.get("cut_rows", 0)
+        rows, cut = len(task.train) + len(task.replayed), trained.record.cut_rows if trained.record else 0
         scored = [*(self.stream.scored or [task]), *(self.stream.held_out if index == 0 else ())]
         return [cut_note(cut, rows, "training rows")] * bool(cut) + self.scorer.cut_notes(scored)
 
@@ -295,16 +295,16 @@ class Run:
             autocast=self.scorer.autocast,
             loss_reduction=spec.loss_reduction,  # type: ignore[arg-type]
         )
-        path = self.folder.task(start.index) / CURVATURE_FILE
+        path = self.folder.task(start.index).curvature
         on_main_process(lambda: curvature.save(path))
         return Curvature.load(path)  # from here on it is read a chunk at a time
 
-    def _save(self, built: TaskModel, task: Task, folder: Path) -> None:
+    def _save(self, built: TaskModel, task: Task, path: Path) -> None:
         factors, saved, peft_config = task_tensors(built.model, self.config.stream.kind)
         labels = {} if built.head is None else {built.head: list(task.labels)}
-        save_adapter(folder / "adapter", peft_config, factors, saved, labels)
+        save_adapter(path, peft_config, factors, saved, labels)
 
-    def _merge(self, folder: Path, start: TaskStart, curvature: Curvature | None) -> MergeReport:
+    def _merge(self, paths: TaskPaths, start: TaskStart, curvature: Curvature | None) -> MergeReport:
         settings, method = self.config.merge, self.config.merging_method
         coefficient = None if start.running is None else settings.coefficient  # the first task is taken as it is
         if not self._trains(start.index):
@@ -312,17 +312,17 @@ class Run:
         options, curvatures = dict(settings.options), list[Curvature]()
         if curvature is not None and coefficient is None and method.curvature is not None:
             curvatures.append(curvature)
-            if method.curvature != "sums" and start.running is not None and start.curvature is not None:
+            if not method.sums and start.running is not None and start.curvature is not None:
                 curvatures.insert(0, Curvature.load(start.curvature))
-        if method.curvature == "sums" and coefficient is None:
+        if method.sums and coefficient is None:
             unmeasured = start.running is not None and start.curvature is None
             options["on_zero_curvature"] = settings.on_zero_curvature
-            options["unmeasured_past"] = "ignore" if unmeasured else "error"
+            options.setdefault("unmeasured_past", "ignore" if unmeasured else "error")
         return merge_adapters(
-            adapter_to_fold(self.config, start, folder),
-            folder / "merged",
+            adapter_to_fold(self.config, start, paths),
+            paths.merged,
             into=None if start.running is None else start.running.path,
-            method=settings.method or "pm",
+            method=method.name,
             curvature=curvatures or None,
             coefficient=coefficient,
             freedom=settings.freedom or "global" if coefficient is None else "global",
@@ -330,20 +330,20 @@ class Run:
             max_rank=settings.max_rank,
         )
 
-    def _held_out(self, folder: Path) -> dict[str, dict[str, float]]:
+    def _held_out(self, paths: TaskPaths) -> dict[str, dict[str, float]]:
         """{text: {metric: score}} of what is never trained on."""
         texts = self.stream.held_out
-        scores = self.scorer.score(folder / "merged", None, texts) if texts else []
+        scores = self.scorer.score(paths.merged, None, texts) if texts else []
         return {text.name: values for text, values in zip(texts, scores, strict=True)}
 
-    def _scores(self, folder: Path, head: str | None, index: int) -> dict[str, list[float | None]]:
+    def _scores(self, paths: TaskPaths, head: str | None, index: int) -> dict[str, list[float | None]]:
         """{metric: one score for each task seen}."""
         if self.config.merges:
-            scores = self.scorer.score(folder / "merged", head, self.stream.seen(index))
+            scores = self.scorer.score(paths.merged, head, self.stream.seen(index))
             names = dict.fromkeys(name for values in scores for name in values)
             return {name: [values.get(name) for values in scores] for name in names}
-        own = self.scorer.score(folder / "merged", head, [self.stream.tasks[index]])[0]
-        past = self.folder.step(index - 1)["scores"] if index else {}
+        own = self.scorer.score(paths.merged, head, [self.stream.tasks[index]])[0]
+        past = self.folder.record(index - 1).scores if index else {}
         return {name: [*past.get(name, [None] * index), own.get(name)] for name in dict.fromkeys([*past, *own])}
 
 

@@ -3,9 +3,10 @@ predicts there: whether the coefficient that the run chose is the best one on th
 
 import hashlib
 import json
-import sys
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -15,22 +16,22 @@ from pm_hf.adapters.folder import open_adapter
 from pm_hf.adapters.merge import merge_adapters
 from pm_hf.config.loading import FREE_KEYS, load_config
 from pm_hf.config.schema import RunConfig
-from pm_hf.data.stream import STEP_FILE, load_stream
-from pm_hf.environment import release_memory, versions
+from pm_hf.data.stream import load_stream
+from pm_hf.distributed import log_line
+from pm_hf.environment import release_memory
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import write_json
-from pm_hf.merging.methods import get_method
-from pm_hf.runs.folder import CONFIG_FILE
+from pm_hf.measuring.line_search import best_coefficient, predicted_change, scan
+from pm_hf.merging.coefficient import Coefficient
+from pm_hf.runs.folder import finished_labels
 from pm_hf.runs.learner import Run
-from pm_hf.runs.records import CLASS_INCREMENTAL, LOWER_IS_BETTER, MERGE_LINE_FILE, TASK_INCREMENTAL, read_runs
+from pm_hf.runs.paths import RunPaths, TaskPaths
+from pm_hf.runs.records import CLASS_INCREMENTAL, LOWER_IS_BETTER, TASK_INCREMENTAL, MergeLine, Report, TaskRecord
 from pm_hf.runs.start import start_task
+from pm_hf.text import NO_VALUE, format_metric, format_number, text_table
 
 COEFFICIENT_GRID = tuple(tenth / 10 for tenth in range(11))
-
-
 COMPARED = ("chosen", "one_over_t", "best_loss")  # coefficients whose regret is reported
-
-
 SAME_SCORE = 1e-4  # difference of two scores of one adapter that is not worth a note
 
 
@@ -55,50 +56,42 @@ def merge_line(run: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     A task whose line was computed before, from the same adapters, rows and settings, is taken from coefficient.json.
     Raises InputError for what is no run, and for runs whose merge is not along a line.
     """
-    saved, folder = read_runs([run])[0], Path(run).expanduser()
+    saved, folder = Report.load(run), Path(run).expanduser()
     if not folder.is_dir():
         raise InputError(f"{folder} is a file: expected the output_dir of a run")
-    config = load_config(folder / CONFIG_FILE, overrides, {"output_dir": str(folder)})
+    paths = RunPaths(folder)
+    config = load_config(paths.config, overrides, {"output_dir": str(folder)})
     raise_all(_line_problems(config), f"{folder} has no merge line θ + αΔ")
-    work = Run(config, load_stream(config))
-    known = {task["key"]: task for task in saved.line.get("tasks", [])}
+    work = Run(config, load_stream(config, finished_labels(config)))
+    computed = {} if saved.line is None else {task["key"]: task for task in saved.line.tasks}
     tasks: list[dict] = []
     skipped: list[dict] = []
-    found: dict[str, Any] = {}
+    line: dict[str, Any] = {}
     for index in _folded(work):
-        step = work.folder.step(index)
-        reason = _skip_reason(step)
-        key = "" if reason else _key(work, index, step)
-        if key not in known and (reason := reason or _missing_rows_reason(work, index)):
-            skipped.append({"task": step["task"], "reason": reason})
+        record = work.folder.record(index)
+        reason = _skip_reason(record)
+        key = "" if reason else _key(work, index, record)
+        if key not in computed and (reason := reason or _missing_rows_reason(work, index)):
+            skipped.append({"task": record.task, "reason": reason})
+        elif key in computed:
+            tasks.append(computed[key])
         else:
-            tasks.append(known[key] if key in known else _task(work, index, step, saved.metric) | {"key": key})
-        found = _result(config, saved.metric, tasks, skipped)
-        write_json(folder / MERGE_LINE_FILE, found)
-    return found
-
-
-def merge_line_table(found: Mapping[str, Any]) -> str:
-    """What `merge_line` found as text: a table of points for each task."""
-    parts = [line for task in found["tasks"] for line in _task_lines(found, task)]
-    if found["mean_regret"]:
-        parts.append(f"mean over {len(found['tasks'])} task(s): {_regret_text(found, found['mean_regret'])}")
-    if found["predicted_unit"]:
-        parts.append(f"predicted: change from α = 0 of the sum over tasks, {found['predicted_unit']}")
-    parts += [f"task {task['task']} left out: {task['reason']}" for task in found["skipped"]]
-    return "\n".join(parts)
+            tasks.append(_task(work, index, record, saved.metric) | {"key": key})
+        line = asdict(_merge_line(config, saved.metric, tasks, skipped))
+        write_json(paths.merge_line, line)
+    return line
 
 
 # which tasks have a line
 def _line_problems(config: RunConfig) -> list[str]:
     """Settings with which no task of a run is merged as θ̂ + αΔ with one α."""
-    strategy, method, freedom = config.strategy, config.merge.method or "pm", config.merge.freedom
+    strategy, method, freedom = config.strategy, config.merging_method, config.merge.freedom
     checks = [
         (strategy.joint, "strategy.joint trains all tasks at once"),
         (strategy.individual, "strategy.individual merges nothing"),
         (not config.trains, "trains: false leaves the backbone as it is"),
         (config.head.strict, "head.strict freezes the backbone after the first task"),
-        (get_method(method).kernel is not None, f"the result of merge.method {method} is no step along Δ"),
+        (method.kernel is not None, f"the result of merge.method {method.name} is no step along Δ"),
         (freedom == "free", "merge.freedom free solves for the whole matrix"),
         (freedom == "module", "merge.freedom module has a coefficient for each module"),
     ]
@@ -109,7 +102,7 @@ def _folded(work: Run) -> list[int]:
     """Finished tasks that were folded into a merge before them; InputError where there is none, or for other data."""
     folder, tasks = work.folder, work.stream.tasks
     done = 0
-    while done < len(tasks) and (folder.task(done) / STEP_FILE).is_file():
+    while done < len(tasks) and folder.task(done).finished:
         done += 1
     other = [task.name for i, task in enumerate(tasks[:done]) if folder.data_problem(i)]
     raise_all(
@@ -117,18 +110,18 @@ def _folded(work: Run) -> list[int]:
         * bool(other),
         str(folder.path),
     )
-    found = [index for index in range(done) if folder.state(index).merged is not None]
-    if not found:
+    folded = [index for index in range(done) if folder.state(index).merged is not None]
+    if not folded:
         raise InputError(f"{folder.path}: no task was folded into another, {done} finished; a merge line needs two")
-    return found
+    return folded
 
 
-def _skip_reason(step: Mapping) -> str | None:
+def _skip_reason(record: TaskRecord) -> str | None:
     """Why a task has no merge line."""
-    if step["coefficient"] is None:
+    if record.coefficient is None:
         return "it has no coefficient"
-    if step["train_from"] != "merged":
-        return f"it was trained from {step['train_from']}, so its Δ does not start at the merge before it"
+    if record.train_from != "merged":
+        return f"it was trained from {record.train_from}, so its Δ does not start at the merge before it"
     return None
 
 
@@ -139,91 +132,87 @@ def _missing_rows_reason(work: Run, index: int) -> str | None:
     return None
 
 
-def _key(work: Run, index: int, step: Mapping) -> str:
+def _key(work: Run, index: int, record: TaskRecord) -> str:
     """Digest of all that a task's line depends on."""
-    settings = work.config.to_dict()
+    settings, alpha = work.config.to_dict(), _coefficient(record)
     for *parents, last in (key.split(".") for key in FREE_KEYS):  # the rows have a fingerprint
         place = settings[parents[0]] if parents else settings
         place[last] = None
-    adapters = [work.folder.task(index) / "adapter", work.folder.state(index).merged]
+    adapters = [work.folder.task(index).adapter, work.folder.state(index).merged]
     parts: list = [
         [open_adapter(path).digest() for path in adapters if path],
-        [work.folder.step(seen)["fingerprint"] for seen in range(index + 1)],  # compared with the rows in _folded
-        [step["coefficient"], _coefficients(step), settings],
+        [work.folder.record(seen).fingerprint for seen in range(index + 1)],  # compared with the rows in _folded
+        [asdict(alpha), sorted(_grid(alpha)), settings],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 # one line
-def _coefficients(step: Mapping) -> list[float]:
-    return sorted({*COEFFICIENT_GRID, step["coefficient"]["used"], step["coefficient"]["one_over_t"]})
+def _coefficient(record: TaskRecord) -> Coefficient:
+    """That of a task which was not skipped."""
+    assert record.coefficient is not None
+    return record.coefficient
 
 
-def _task(work: Run, index: int, step: Mapping, metric: str) -> dict[str, Any]:
+def _grid(alpha: Coefficient) -> set[float]:
+    return {*COEFFICIENT_GRID, alpha.used, alpha.one_over_t}
+
+
+def _task(work: Run, index: int, record: TaskRecord, metric: str) -> dict[str, Any]:
     """One task's line, scored."""
-    began, alpha, alphas = time.perf_counter(), step["coefficient"], _coefficients(step)
-    points = [_point(work, index, step, value, metric) for value in alphas]
+    began, alpha = time.perf_counter(), _coefficient(record)
+    points = scan(_grid(alpha), lambda value: _point(work, index, record, value, metric))
     sign = -1 if metric in LOWER_IS_BETTER else 1
     best = {
-        "best_loss": _best(points, lambda point: -point["loss_mean"], alpha["used"]),
-        "best_score": _best(points, lambda point: sign * point["score"], alpha["used"]),
+        "best_loss": best_coefficient(points, lambda point: -point["loss_mean"], alpha.used),
+        "best_score": best_coefficient(points, lambda point: sign * point["score"], alpha.used),
     }
-    chosen = {name: alpha[key] for name, key in (("chosen", "used"), ("raw", "raw"), ("one_over_t", "one_over_t"))}
-    print(
-        f"task {step['task']}: {len(points)} points, {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True
-    )
+    chosen = {"chosen": alpha.used, "raw": alpha.raw, "one_over_t": alpha.one_over_t}
+    log_line(f"task {record.task}: {len(points)} points, {time.perf_counter() - began:.1f} s")
     return {
-        "task": step["task"],
+        "task": record.task,
         "t": index + 1,
         "seen": [task.name for task in work.stream.seen(index)],
         **chosen,
         **best,
         "regret": _regrets(points, chosen | best, metric),
         "points": points,
-        "notes": _notes(step, points, metric),
+        "notes": _notes(record, points, metric),
     }
 
 
-def _point(work: Run, index: int, step: Mapping, alpha: float, metric: str) -> dict[str, Any]:
+def _point(work: Run, index: int, record: TaskRecord, alpha: float, metric: str) -> dict[str, Any]:
     """The merge with one coefficient, loaded as users load it."""
-    start, seen, head = start_task(work.config, work.folder.state(index), index), work.stream.seen(index), step["head"]
+    start, seen = start_task(work.config, work.folder.state(index), index), work.stream.seen(index)
     with TemporaryDirectory(prefix="pm-hf-") as folder:
-        merged = Path(folder) / "merged"
+        paths = TaskPaths(Path(folder))
         merge_adapters(
-            work.folder.task(index) / "adapter",
-            merged,
+            work.folder.task(index).adapter,
+            paths.merged,
             into=None if start.running is None else start.running.path,
             coefficient=alpha,
             max_rank=work.config.merge.max_rank,
         )
-        work.head.after_merge(Path(folder), work.stream.tasks[index], start, head, trained=True)
-        found = work.scorer.score(merged, head, seen, loss=True, generate=False)
+        work.head.after_merge(paths, work.stream.tasks[index], start, record.head, trained=True)
+        measured = work.scorer.score(paths.merged, record.head, seen, loss=True, generate=False)
     release_memory()
-    losses, scores = ([one[name] for one in found] for name in ("loss", metric))
+    losses, scores = ([of_task[name] for of_task in measured] for name in ("loss", metric))
     return {
         "coefficient": alpha,
-        "predicted": _predicted(step["coefficient"], alpha),
+        "predicted": _predicted(_coefficient(record), alpha),
         "loss_sum": sum(losses),
         "loss_mean": fmean(losses),
         "score": fmean(scores),
         "losses": losses,
         "scores": scores,
-        TASK_INCREMENTAL: [one.get(TASK_INCREMENTAL) for one in found],
+        TASK_INCREMENTAL: [of_task.get(TASK_INCREMENTAL) for of_task in measured],
     }
 
 
-def _predicted(coefficient: Mapping, alpha: float) -> float | None:
-    """½(past + current)α² − numerator·α; None where no curvature decided the coefficient."""
-    terms = [coefficient[key] for key in ("numerator", "past", "current")]
-    if None in terms:
-        return None
-    numerator, past, current = terms
-    return (past + current) * alpha**2 / 2 - numerator * alpha
-
-
-def _best(points: Iterable[Mapping], value: Callable[[Mapping], float], chosen: float) -> float:
-    """The α of the largest value, of several equal ones the nearest to the chosen one."""
-    return max(points, key=lambda point: (value(point), -abs(point["coefficient"] - chosen)))["coefficient"]
+def _predicted(chosen: Coefficient, alpha: float) -> float | None:
+    """The change that the closed form predicts; None where no curvature decided the coefficient."""
+    terms = (chosen.numerator, chosen.past, chosen.current)
+    return None if any(map(math.isnan, terms)) else predicted_change(*terms, alpha)
 
 
 def _regrets(points: Sequence[Mapping], alphas: Mapping[str, float], metric: str) -> dict[str, dict[str, float]]:
@@ -243,39 +232,39 @@ def _scale(metric: str) -> int:
     return 100 if metric == CLASS_INCREMENTAL else 1
 
 
-def _notes(step: Mapping, points: Sequence[Mapping], metric: str) -> list[str]:
+def _notes(record: TaskRecord, points: Sequence[Mapping], metric: str) -> list[str]:
     """What is to be said of a line, and where the chosen point is not what the run has measured."""
-    alpha = step["coefficient"]
-    found = [alpha["note"]] if alpha["note"] not in (None, "given") else []
-    here = next(point["scores"] for point in points if point["coefficient"] == alpha["used"])
-    apart = max(abs(a - b) for a, b in zip(here, step["scores"][metric], strict=True))
+    alpha = _coefficient(record)
+    notes = [alpha.note] if alpha.note and alpha.source != "given" else []
+    chosen = next(point["scores"] for point in points if point["coefficient"] == alpha.used)
+    apart = max(abs(a - b) for a, b in zip(chosen, record.scores[metric], strict=True))
     if apart > SAME_SCORE:
-        found.append(
+        notes.append(
             f"scores at the chosen coefficient differ by up to {apart:.2g} from those in step.json: other versions, "
             "another device or other settings"
         )
-    return found
+    return notes
 
 
 # all lines
-def _result(config: RunConfig, metric: str, tasks: Sequence[Mapping], skipped: Sequence[Mapping]) -> dict[str, Any]:
+def _merge_line(config: RunConfig, metric: str, tasks: list[dict], skipped: list[dict]) -> MergeLine:
     """The content of coefficient.json."""
     mean = {
         name: {kind: fmean(task["regret"][name][kind] for task in tasks) for kind in ("score", "loss")}
         for name in COMPARED
         if tasks
     }
-    lda = config.head.kind == "lda"
-    return {
-        "metric": metric,
-        "regret_unit": "points" if metric == CLASS_INCREMENTAL else metric.replace("_", " "),
-        "predicted_unit": _unit(config) if any(task["points"][0]["predicted"] is not None for task in tasks) else None,
-        "notes": ["the losses are those of the analytic head, predicted is of the heads that were trained"] * lda,
-        "mean_regret": mean,
-        "tasks": list(tasks),
-        "skipped": list(skipped),
-        "versions": versions(),
-    }
+    predicts = any(task["points"][0]["predicted"] is not None for task in tasks)
+    trained_heads = "the losses are those of the analytic head, predicted is of the heads that were trained"
+    return MergeLine(
+        metric=metric,
+        regret_unit="points" if metric == CLASS_INCREMENTAL else format_metric(metric),
+        predicted_unit=_unit(config) if predicts else None,
+        notes=[trained_heads] if config.analytic_head else [],
+        mean_regret=mean,
+        tasks=tasks,
+        skipped=skipped,
+    )
 
 
 def _unit(config: RunConfig) -> str:
@@ -289,32 +278,36 @@ def _unit(config: RunConfig) -> str:
 
 
 # text
-def _task_lines(found: Mapping, task: Mapping) -> list[str]:
-    name = "accuracy" if found["metric"] == CLASS_INCREMENTAL else found["metric"].replace("_", " ")
-    cells = [["α", "predicted", "change", "loss", "earlier", "own", name, "earlier", "own", ""]]
+def merge_line_table(line: Mapping[str, Any]) -> str:
+    """What `merge_line` measured as text: a table of points for each task."""
+    parts = [text for task in line["tasks"] for text in _task_lines(line, task)]
+    if line["mean_regret"]:
+        parts.append(f"mean over {len(line['tasks'])} task(s): {_regret_text(line, line['mean_regret'])}")
+    if line["predicted_unit"]:
+        parts.append(f"predicted: change from α = 0 of the sum over tasks, {line['predicted_unit']}")
+    parts += [f"task {task['task']} left out: {task['reason']}" for task in line["skipped"]]
+    return "\n".join(parts)
+
+
+def _task_lines(line: Mapping, task: Mapping) -> list[str]:
+    name = format_metric(line["metric"])
+    marks = {"chosen": "chosen", "one_over_t": "1/t", "best_loss": "best loss", "best_score": f"best {name}"}
+    rows = [["α", "predicted", "change", "loss", "earlier", "own", name, "earlier", "own", ""]]
     start = next(point for point in task["points"] if point["coefficient"] == 0)
     for point in task["points"]:
-        change, losses, scores = point["loss_sum"] - start["loss_sum"], _parts(point["losses"]), _parts(point["scores"])
-        numbers = [change, *losses, *scores]
-        marks = [text for key, text in _marks(name).items() if task[key] == point["coefficient"]]
-        predicted = "–" if point["predicted"] is None else f"{point['predicted']:.3g}"
-        cells.append([f"{point['coefficient']:.3f}", predicted, *map(_number, numbers), ", ".join(marks)])
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]) - 1)]
+        change = point["loss_sum"] - start["loss_sum"]
+        numbers = [change, *_parts(point["losses"]), *_parts(point["scores"])]
+        marked = [text for key, text in marks.items() if task[key] == point["coefficient"]]
+        predicted = NO_VALUE if point["predicted"] is None else f"{point['predicted']:.3g}"
+        cells = [format_number(number, 4) for number in numbers]
+        rows.append([f"{point['coefficient']:.3f}", predicted, *cells, ", ".join(marked)])
     alphas = f"α chosen {task['chosen']:.3f} (raw {task['raw']:.3f}), 1/t {task['one_over_t']:.3f}"
-    lines = [
-        "  ".join([*(c.rjust(w) for c, w in zip(line, widths, strict=False)), line[-1]]).rstrip() for line in cells
-    ]
-    notes = [f"  note: {note}" for note in [*found["notes"], *task["notes"]]]
     return [
         f"task {task['t']} {task['task']}: {alphas}",
-        *(f"  {line}" for line in lines),
-        f"  {_regret_text(found, task['regret'])}",
-        *notes,
+        *text_table(rows, left=(len(rows[0]) - 1,), indent="  "),
+        f"  {_regret_text(line, task['regret'])}",
+        *(f"  note: {note}" for note in [*line["notes"], *task["notes"]]),
     ]
-
-
-def _marks(name: str) -> dict[str, str]:
-    return {"chosen": "chosen", "one_over_t": "1/t", "best_loss": "best loss", "best_score": f"best {name}"}
 
 
 def _parts(values: Sequence[float]) -> tuple[float, float | None, float]:
@@ -322,13 +315,9 @@ def _parts(values: Sequence[float]) -> tuple[float, float | None, float]:
     return fmean(values), fmean(values[:-1]) if len(values) > 1 else None, values[-1]
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def _regret_text(found: Mapping, regret: Mapping) -> str:
+def _regret_text(line: Mapping, regret: Mapping) -> str:
     listed = [
-        f"{name} {regret[key]['score']:.2f} {found['regret_unit']} and {regret[key]['loss']:.4f} nats"
+        f"{name} {regret[key]['score']:.2f} {line['regret_unit']} and {regret[key]['loss']:.4f} nats"
         for key, name in (("chosen", "chosen"), ("one_over_t", "1/t"), ("best_loss", "best loss"))
     ]
     return "regret: " + ", ".join(listed)

@@ -1,8 +1,10 @@
-"""What a run leaves on disk for whoever reads it again: report.json, config.yaml, step.json, coefficient.json."""
+"""What a run leaves on disk: step.json of every task, report.json, coefficient.json; each written and read here.
 
-import re
+Keys that a file lacks, because an older version wrote it, have defaults; keys that are not known are left alone.
+"""
+
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,15 +14,16 @@ import yaml
 from pm_hf.environment import versions
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import read_json, write_json
-from pm_hf.measuring.metrics import summary
-
-REPORT_FILE = "report.json"
-
+from pm_hf.measuring.metrics import final_losses, summary
+from pm_hf.merging.coefficient import Coefficient
+from pm_hf.runs.paths import MERGE_LINE_FILE, REPORT_FILE, STEP_FILE, RunPaths
+from pm_hf.text import format_metric, format_number
+from pm_hf.training.record import TrainingRecord
 
 CLASS_INCREMENTAL, TASK_INCREMENTAL, BITS_PER_BYTE = "class_incremental", "task_incremental", "bits_per_byte"
-
-
 LOWER_IS_BETTER = ("loss", "perplexity", BITS_PER_BYTE)
+CONDITIONS = ("threads", "processes", "device", "versions")  # of step.json: what a task was learned under
+ScoreRows = list[list[float | None]]
 
 
 def primary_metric(names: Sequence[str], own: Sequence[Sequence[str]]) -> str:
@@ -29,12 +32,120 @@ def primary_metric(names: Sequence[str], own: Sequence[Sequence[str]]) -> str:
 
 
 @dataclass(frozen=True)
+class TaskRecord:
+    """step.json: what became of one task.
+
+    labels: of its head, in row order. fingerprint, test_fingerprint: digests of its rows. coefficient: None where
+    several coefficients, or none, decided the merge. merge_error: largest relative Frobenius error of a module.
+    curvature_bytes: size of the sums. training: None where only the head was computed. scores: {metric: one score for
+    each task seen}. held_out: {text: {metric: score}}. conditions: threads, processes, device, versions.
+    """
+
+    task: str
+    labels: list[str] = field(default_factory=list)
+    fingerprint: str = ""
+    test_fingerprint: str | None = None
+    head: str | None = None
+    train_from: str = "merged"
+    freedom: str = "global"
+    coefficient: Coefficient | None = None
+    merge_error: float | None = None
+    curvature_bytes: int | None = None
+    test_rows: int | None = None
+    training: TrainingRecord | None = None
+    scores: dict[str, list[float | None]] = field(default_factory=dict)
+    held_out: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: float | None = None
+    process_peak_memory_mb: float | None = None
+    conditions: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps of its training."""
+        return 0 if self.training is None else self.training.optimizer_steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of step.json: what the training and the conditions say stands beside the rest."""
+        content: dict[str, Any] = {}
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if part.name == "training":
+                content |= {} if value is None else value.to_dict()
+            elif part.name == "conditions":
+                content |= value
+            else:
+                content[part.name] = asdict(value) if part.name == "coefficient" and value is not None else value
+        return content
+
+    def save(self, path: Path) -> None:
+        """Write step.json."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: Path) -> "TaskRecord":
+        """Read step.json; InputError when it is missing or broken."""
+        content = read_json(path)
+        if not isinstance(content, dict) or "task" not in content:
+            raise InputError(f"{path} is no {STEP_FILE} of a finished task")
+        names = {part.name for part in fields(cls)} - {"coefficient", "training", "conditions"}
+        return cls(
+            **{name: content[name] for name in names & content.keys()},
+            coefficient=read_coefficient(content.get("coefficient")),
+            training=TrainingRecord.read(content),
+            conditions={key: content[key] for key in CONDITIONS if key in content},
+        )
+
+
+def read_coefficient(content: Mapping[str, Any] | None) -> Coefficient | None:
+    """A coefficient as step.json and report.json hold it; null is NaN. Before `source` existed the note told it."""
+    if content is None:
+        return None
+    values = {key: value for key, value in content.items() if key in {part.name for part in fields(Coefficient)}}
+    if "source" not in values:
+        by_rule = "given" if values.get("note") == "given" else "average"
+        values["source"] = by_rule if values.get("numerator") is None else "closed_form"
+    modules = values.pop("modules", None)
+    parts = None if modules is None else {name: read_coefficient(module) for name, module in modules.items()}
+    numbers = {key: values.pop(key, None) for key in ("raw", "used", "numerator", "past", "current", "one_over_t")}
+    known = {key: float("nan") if number is None else number for key, number in numbers.items()}
+    return Coefficient(**known, **values, modules=parts)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class MergeLine:
+    """coefficient.json: what `pm_hf.merge_line` measured; see there for the keys of its tasks."""
+
+    metric: str
+    regret_unit: str
+    predicted_unit: str | None
+    notes: list[str]
+    mean_regret: dict[str, dict[str, float]]
+    tasks: list[dict[str, Any]]
+    skipped: list[dict[str, str]]
+    versions: dict[str, str] = field(default_factory=versions)
+
+    @classmethod
+    def load(cls, path: Path) -> "MergeLine | None":
+        """The file's content, None where there is none; InputError for a file of another kind."""
+        content = read_json(path) if path.is_file() else None
+        if not content:
+            return None
+        names = [part.name for part in fields(cls)]
+        if not isinstance(content, dict) or not set(names) <= content.keys():
+            raise InputError(f"{path} was not written by pm-hf inspect --coefficient; move it away")
+        return cls(**{name: content[name] for name in names})
+
+
+@dataclass(frozen=True)
 class Report:
-    """What a run learned and forgot.
+    """report.json: what a run learned and forgot.
 
     matrices: {metric: R}, `R[t][i]` the score on task i after task t, None above the diagonal. A joint run has one row.
-    metric: the one the stream is judged by. coefficients: one dict a task. merge_errors: relative Frobenius error of
-    each merge, of the module where it is largest.
+    metric: the one the stream is judged by. coefficients: one a task. merge_errors: relative Frobenius error of each
+    merge, of the module where it is largest. classes: {task: its labels} of tasks that are named by a number alone.
+    Of a run that was read from its folder also: records, one of each learned task, None where its step.json is not
+    there; config, its settings; line, coefficient.json; label, how it is called beside other runs.
     """
 
     folder: Path
@@ -43,146 +154,37 @@ class Report:
     scenario: str
     tasks: list[str]
     metric: str
-    matrices: dict[str, list[list[float | None]]]
+    matrices: dict[str, ScoreRows]
     test_rows: list[int]
-    coefficients: list[dict | None]
-    seconds: float
+    coefficients: list[Coefficient | None]
+    seconds: float | None
     freedom: str = "global"  # "free": the whole matrix was solved for, coefficients are for comparison only
     train_from: str = "merged"  # where each task's training started
     merge_errors: list[float] = field(default_factory=list)
     held_out: list[dict] = field(default_factory=list)  # {text: {metric: score}} after each task, never trained on
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def scores(self) -> list[list[float | None]]:
-        """The matrix of the metric."""
-        return self.matrices[self.metric]
-
-    @property
-    def task_incremental(self) -> list[list[float | None]] | None:
-        """The same inside each task's own classes (answers); None where there are none."""
-        return self.matrices.get(TASK_INCREMENTAL)
-
-    @property
-    def signed(self) -> list[list[float | None]]:
-        """The same with more being better."""
-        lower = self.metric in LOWER_IS_BETTER
-        return [[-x if lower and x is not None else x for x in row] for row in self.scores]
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    saved_metrics: dict[str, Any] = field(default_factory=dict)  # of a report.json that was read
+    versions: dict[str, str] = field(default_factory=versions)
+    label: str = ""
+    records: list[TaskRecord | None] = field(default_factory=list)
+    config: dict = field(default_factory=dict)
+    line: MergeLine | None = None
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """ACC, AAA, BWT, forgetting and ACC_samples of the metric, and the same inside each task's own classes.
-
-        ACC_samples is the last row pooled over test rows. final: the mean over tasks of every metric's last row.
-        Forgetting is positive where a task became worse, whichever way the metric runs.
-        """
-        last = [score or 0.0 for score in self.scores[-1]]
-        rows = self.test_rows[: len(last)]
-        pooled = sum(a * n for a, n in zip(last, rows, strict=True)) / sum(rows)
-        inside = (
-            {"task_incremental": self._summary(TASK_INCREMENTAL)}
-            if self.metric == CLASS_INCREMENTAL and TASK_INCREMENTAL in self.matrices
-            else {}
-        )
-        return {**self._summary(self.metric), "ACC_samples": pooled, **inside, "final": self._final()}
-
-    def _summary(self, metric: str) -> dict[str, float | None]:
-        R = self.matrices[metric]
-        if len(R) < len(R[0]):  # one joint training
-            known = [score for score in R[-1] if score is not None]
-            return {"ACC": fmean(known), "AAA": None, "BWT": None, "forgetting": None}
-        return summary(R, lower_is_better=metric in LOWER_IS_BETTER)
-
-    def _final(self) -> dict[str, float]:
-        known = {name: [x for x in R[-1] if x is not None] for name, R in self.matrices.items()}
-        return {name: fmean(found) for name, found in known.items() if found}
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of report.json."""
-        fields = {key: value for key, value in vars(self).items() if key not in ("folder", "matrices")}
-        more = {"scores": self.scores, "task_incremental": self.task_incremental, "matrices": self.matrices}
-        return {**fields, **more, "metrics": self.metrics, "versions": versions()}
-
-    def save(self) -> None:
-        """Write report.json into the run's folder."""
-        write_json(self.folder / REPORT_FILE, self.to_dict())
-
-    def table(self) -> str:
-        """The matrix of the metric, the metrics and the coefficients as text."""
-        width = max(12, *(len(name) for name in self.tasks))
-        count = len(self.scores)
-        header = " " * (width + 2) + " ".join(f"{i:>6d}" for i in range(count))
-        name = "accuracy" if self.metric == CLASS_INCREMENTAL else self.metric.replace("_", " ")
-        lines = [f"{self.method}, seed {self.seed}: {name} on each task (row) after each task (column)", header]
-        for i, task in enumerate(self.tasks):
-            lines.append(f"{task:<{width}}  " + " ".join(f"{_number(self.scores[t][i]):>6}" for t in range(count)))
-        metrics = self.metrics
-        lines.append("  ".join(f"{key} {_number(metrics[key])}" for key in ("ACC", "AAA", "BWT", "forgetting")))
-        if inside := metrics.get("task_incremental"):
-            lines.append(f"inside each task's own classes: ACC {_number(inside['ACC'])}  AAA {_number(inside['AAA'])}")
-        others = {
-            key: value
-            for key, value in metrics["final"].items()
-            if key not in (CLASS_INCREMENTAL, TASK_INCREMENTAL, self.metric)
-        }
-        if others:
-            lines.append("at the end: " + "  ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in others.items()))
-        for text in self.held_out[0] if self.held_out else ():
-            values = [step[text][BITS_PER_BYTE] for step in self.held_out]
-            lines.append(f"held out, {text}: bits per byte " + " ".join(_number(value) for value in values))
-        known = [c for c in self.coefficients if c]
-        if known:
-            name = "coefficient, not used (the whole matrix is free)" if self.freedom == "free" else "coefficient used"
-            lines.append(f"{name}: " + " ".join(f"{c['used']:.3f}" for c in known))
-            lines.append("1/t: " + " ".join(f"{c['one_over_t']:.3f}" for c in known))
-        if any(self.merge_errors):
-            lines.append("relative error of each merge: " + " ".join(f"{error:.1e}" for error in self.merge_errors))
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
-
-
-ScoreRows = list[list[float | None]]
-
-
-MERGE_LINE_FILE = "coefficient.json"  # what `pm_hf.merge_line` found
-
-
-SECRET_SETTING = re.compile(r"(^|_)(token|password|secret|key)$")
-
-
-REQUIRED_KEYS = ("method", "seed", "tasks", "scores", "metrics", "coefficients")
-
-
-@dataclass(frozen=True)
-class SavedRun:
-    """One run. label: how it is called beside the others, unique among them.
-
-    matrices: {metric: R}, R[t][i] the score on task i after task t, None where there is none; that of `metric` judges.
-    metrics: as in report.json. steps: one dict for each learned task, {} where its step.json is not there. line: what
-    coefficient.json says, {} where it is not there.
-    """
-
-    path: Path
-    label: str
-    method: str
-    seed: int
-    tasks: list[str]
-    metric: str
-    matrices: dict[str, ScoreRows]
-    metrics: dict[str, Any]
-    coefficients: list[dict | None]
-    steps: list[dict]
-    seconds: float | None = None
-    freedom: str = "global"
-    held_out: list[dict] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=dict)
-    config: dict = field(default_factory=dict)
-    line: dict = field(default_factory=dict)
+        """See `compute_metrics`; of a run that was read, those of the file."""
+        return self.saved_metrics or compute_metrics(self.matrices, self.metric, self.test_rows)
 
     @property
     def scores(self) -> ScoreRows:
         """The matrix of the metric."""
         return self.matrices[self.metric]
+
+    @property
+    def task_incremental(self) -> ScoreRows | None:
+        """The same inside each task's own classes (answers); None where there are none."""
+        return self.matrices.get(TASK_INCREMENTAL)
 
     @property
     def lower_is_better(self) -> bool:
@@ -197,119 +199,178 @@ class SavedRun:
     @property
     def means(self) -> list[float | None]:
         """Mean of the scores that each row of the matrix has."""
-        known = [[score for score in row if score is not None] for row in self.scores]
-        return [fmean(row) if row else None for row in known]
+        rows = [[score for score in row if score is not None] for row in self.scores]
+        return [fmean(row) if row else None for row in rows]
 
     @property
     def forgetting(self) -> list[float | None]:
-        """For each task: the best score it had before the end minus its score at the end, signed so that a positive
-        number is a loss; None for the last task and where scores are missing."""
+        """For each task: what it lost since its best score, positive where it became worse whichever way the metric
+        runs; None for the last task and where scores are missing."""
         sign = -1 if self.lower_is_better else 1
-        found: list[float | None] = []
-        for i in range(len(self.tasks)):
-            *before, last = [row[i] for row in self.scores]
-            known = [sign * score for score in before if score is not None]
-            found.append(max(known) - sign * last if known and last is not None else None)
-        return found
+        return final_losses([[None if score is None else sign * score for score in row] for row in self.scores])
+
+    @property
+    def titles(self) -> list[str]:
+        """Names of the tasks as a reader understands them: with the classes behind a number."""
+        return [f"{task} ({_listed(self.classes[task])})" if task in self.classes else task for task in self.tasks]
 
     @property
     def learned(self) -> list[str]:
-        """Names of what was trained, one for each row of the matrix; a joint training is called by its step."""
+        """Titles of what was trained, one for each row of the matrix; a joint training is called by its record."""
         if not self.joint:
-            return self.tasks
-        return [str(step.get("task", "all tasks")) for step in self.steps]
+            return self.titles
+        return ["all tasks" if record is None else record.task for record in self.records]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of report.json."""
+        beside = ("folder", "matrices", "classes", "saved_metrics", "versions", "label", "records", "config", "line")
+        content = {key: value for key, value in vars(self).items() if key not in beside}
+        content["coefficients"] = [None if alpha is None else asdict(alpha) for alpha in self.coefficients]
+        more = {"scores": self.scores, "task_incremental": self.task_incremental, "matrices": self.matrices}
+        classes = {"classes": self.classes} if self.classes else {}
+        return {**content, **more, **classes, "metrics": self.metrics, "versions": self.versions}
+
+    def save(self) -> None:
+        """Write report.json into the run's folder."""
+        write_json(RunPaths(self.folder).report, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Report":
+        """The run in a folder, or what a report.json alone says of one; InputError for what is no run."""
+        path = Path(path).expanduser()
+        whole, paths = path.is_dir(), RunPaths(path)
+        file = paths.report if whole else path
+        if not file.is_file():
+            raise InputError(f"{path} holds no {REPORT_FILE}: expected the output_dir of a run with a finished task")
+        content = read_json(file)
+        required = ("method", "seed", "tasks", "scores", "metrics", "coefficients")
+        missing = [key for key in required if not isinstance(content, Mapping) or key not in content]
+        if missing:
+            raise InputError(f"{file} is no report of a run: it lacks {', '.join(missing)}")
+        metric, inside = content.get("metric", CLASS_INCREMENTAL), content.get("task_incremental")
+        scores: dict[str, ScoreRows] = {metric: content["scores"]}
+        rows = len(content["scores"])
+        return cls(
+            folder=path,
+            method=content["method"],
+            seed=content["seed"],
+            scenario=content.get("scenario", CLASS_INCREMENTAL),
+            tasks=list(content["tasks"]),
+            metric=metric,
+            matrices=content.get("matrices") or scores | ({} if inside is None else {TASK_INCREMENTAL: inside}),
+            test_rows=content.get("test_rows") or [],
+            coefficients=[read_coefficient(alpha) for alpha in content["coefficients"]],
+            seconds=content.get("seconds"),
+            freedom=content.get("freedom", "global"),
+            train_from=content.get("train_from", "merged"),
+            merge_errors=content.get("merge_errors") or [],
+            held_out=content.get("held_out") or [],
+            notes=content.get("notes") or [],
+            classes=content.get("classes") or {},
+            saved_metrics=content["metrics"],
+            versions=content.get("versions") or {},
+            records=_read_records(paths, rows) if whole else [None] * rows,
+            config=_read_settings(paths.config) if whole else content.get("config") or {},
+            line=MergeLine.load(path / MERGE_LINE_FILE) if whole else None,
+        )
+
+    def table(self) -> str:
+        """The matrix of the metric, the metrics and the coefficients as text."""
+        width = max(12, *(len(title) for title in self.titles))
+        count = len(self.scores)
+        header = " " * (width + 2) + " ".join(f"{i:>6d}" for i in range(count))
+        name = format_metric(self.metric)
+        lines = [f"{self.method}, seed {self.seed}: {name} on each task (row) after each task (column)", header]
+        for i, task in enumerate(self.titles):
+            cells = " ".join(f"{format_number(self.scores[t][i]):>6}" for t in range(count))
+            lines.append(f"{task:<{width}}  {cells}")
+        metrics = self.metrics
+        lines.append("  ".join(f"{key} {format_number(metrics[key])}" for key in ("ACC", "AAA", "BWT", "forgetting")))
+        if inside := metrics.get(TASK_INCREMENTAL):
+            numbers = "  ".join(f"{key} {format_number(inside[key])}" for key in ("ACC", "AAA"))
+            lines.append(f"inside each task's own classes: {numbers}")
+        shown = (CLASS_INCREMENTAL, TASK_INCREMENTAL, self.metric)
+        others = {key: value for key, value in metrics["final"].items() if key not in shown}
+        if others:
+            lines.append("at the end: " + "  ".join(f"{format_metric(k)} {v:.3f}" for k, v in others.items()))
+        for text in self.held_out[0] if self.held_out else ():
+            values = [step[text][BITS_PER_BYTE] for step in self.held_out]
+            lines.append(f"held out, {text}: bits per byte " + " ".join(format_number(value) for value in values))
+        alphas = [alpha for alpha in self.coefficients if alpha is not None]
+        if alphas:
+            name = "coefficient, not used (the whole matrix is free)" if self.freedom == "free" else "coefficient used"
+            lines.append(f"{name}: " + " ".join(f"{alpha.used:.3f}" for alpha in alphas))
+            lines.append("1/t: " + " ".join(f"{alpha.one_over_t:.3f}" for alpha in alphas))
+        if any(self.merge_errors):
+            lines.append("relative error of each merge: " + " ".join(f"{error:.1e}" for error in self.merge_errors))
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def read_runs(paths: Sequence[str | Path]) -> list[SavedRun]:
-    """The runs of folders of `learn`, or of report.json files.
+def compute_metrics(matrices: Mapping[str, ScoreRows], metric: str, test_rows: Sequence[int]) -> dict[str, Any]:
+    """ACC, AAA, BWT, forgetting and ACC_samples of the metric, and the same inside each task's own classes.
+
+    ACC_samples is the last row pooled over test rows. final: the mean over tasks of every metric's last row.
+    Forgetting is positive where a task became worse, whichever way the metric runs.
+    """
+    last = [score or 0.0 for score in matrices[metric][-1]]
+    rows = test_rows[: len(last)]
+    pooled = sum(score * count for score, count in zip(last, rows, strict=True)) / sum(rows)
+    has_inside = metric == CLASS_INCREMENTAL and TASK_INCREMENTAL in matrices
+    inside = {TASK_INCREMENTAL: _summary(matrices, TASK_INCREMENTAL)} if has_inside else {}
+    ends = {name: [score for score in R[-1] if score is not None] for name, R in matrices.items()}
+    final = {name: fmean(scores) for name, scores in ends.items() if scores}
+    return {**_summary(matrices, metric), "ACC_samples": pooled, **inside, "final": final}
+
+
+def _summary(matrices: Mapping[str, ScoreRows], metric: str) -> dict[str, float | None]:
+    R = matrices[metric]
+    if len(R) < len(R[0]):  # one joint training
+        scores = [score for score in R[-1] if score is not None]
+        return {"ACC": fmean(scores), "AAA": None, "BWT": None, "forgetting": None}
+    return summary(R, lower_is_better=metric in LOWER_IS_BETTER)
+
+
+def _listed(labels: Sequence[str]) -> str:
+    """A few labels, or the first ones of many and their number."""
+    return ", ".join(labels) if len(labels) <= 3 else f"{labels[0]}, {labels[1]}, …, {len(labels)} classes"
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Report]:
+    """The runs of folders of `learn`, or of report.json files, each with a label of its own.
 
     Raises one InputError that lists what is wrong, runs that are judged by different metrics included.
     """
-    found: list[SavedRun] = []
+    runs: list[Report] = []
     problems: list[str] = []
-    for path in map(Path, paths):
+    for path in paths:
         try:
-            found.append(_read_run(path.expanduser()))
+            runs.append(Report.load(path))
         except InputError as error:
             problems.append(str(error))
     raise_all(problems, "runs")
-    metrics = list(dict.fromkeys(run.metric for run in found))
+    metrics = list(dict.fromkeys(run.metric for run in runs))
     if len(metrics) > 1:
         raise InputError(
             f"the runs are judged by {' and '.join(metrics)}: they have no common scale; one report for each"
         )
-    return _labelled(found)
+    return _labelled(runs)
 
 
-def _read_run(path: Path) -> SavedRun:
-    file = path / REPORT_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"{path} holds no {REPORT_FILE}: expected the output_dir of a run with a finished task")
-    values = read_json(file)
-    missing = [key for key in REQUIRED_KEYS if not isinstance(values, Mapping) or key not in values]
-    if missing:
-        raise InputError(f"{file} is no report of a run: it lacks {', '.join(missing)}")
-    inside = {} if values.get("task_incremental") is None else {TASK_INCREMENTAL: values["task_incremental"]}
-    metric = values.get("metric", CLASS_INCREMENTAL)
-    width = len(values["scores"])
-    return SavedRun(
-        path=path,
-        label="",
-        method=values["method"],
-        seed=values["seed"],
-        tasks=list(values["tasks"]),
-        metric=metric,
-        matrices=values.get("matrices") or {metric: values["scores"], **inside},
-        metrics=values["metrics"],
-        coefficients=values["coefficients"],
-        steps=_read_steps(path, width) if path.is_dir() else [{} for _ in range(width)],
-        seconds=values.get("seconds"),
-        freedom=values.get("freedom", "global"),
-        held_out=values.get("held_out") or [],
-        notes=values.get("notes") or [],
-        versions=values.get("versions") or {},
-        config=redact_secrets(_read_settings(path) if path.is_dir() else values.get("config") or {}),
-        line=_read_merge_line(path / MERGE_LINE_FILE),
-    )
+def _read_records(paths: RunPaths, count: int) -> list[TaskRecord | None]:
+    finished = [task for task in paths.tasks() if task.finished][:count]
+    records = [TaskRecord.load(task.step) for task in finished]
+    return [*records, *([None] * (count - len(records)))]
 
 
-def _read_steps(folder: Path, count: int) -> list[dict]:
-    files = sorted(folder.glob("task-*/step.json"), key=lambda file: int(file.parent.name.split("-")[1]))[:count]
-    found = [read_json(file) for file in files]
-    return [*found, *({} for _ in range(count - len(found)))]
+def _read_settings(path: Path) -> dict:
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return settings if isinstance(settings, dict) else {}
 
 
-def _read_merge_line(path: Path) -> dict:
-    found = read_json(path) if path.is_file() else {}
-    if found and not (isinstance(found, dict) and "tasks" in found):
-        raise InputError(f"{path} was not written by pm-hf inspect --coefficient; move it away")
-    return found
-
-
-def _read_settings(folder: Path) -> dict:
-    path = folder / "config.yaml"
-    found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
-
-
-def redact_secrets(value: Any) -> Any:
-    """The settings without what a name like `hub_token` holds."""
-    if isinstance(value, Mapping):
-        return {
-            key: "(hidden)" if SECRET_SETTING.search(str(key)) and isinstance(item, str) else redact_secrets(item)
-            for key, item in value.items()
-        }
-    return [redact_secrets(item) for item in value] if isinstance(value, list) else value
-
-
-def _labelled(runs: list[SavedRun]) -> list[SavedRun]:
+def _labelled(runs: list[Report]) -> list[Report]:
     """The runs called by their method, by the seed too where methods repeat, and by a number where those do."""
     methods = [run.method for run in runs]
     repeated = len(set(methods)) < len(methods)
     names = [f"{run.method}, seed {run.seed}" if repeated else run.method for run in runs]
     labels = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]
     return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"

@@ -7,18 +7,15 @@ from typing import Literal
 from pm_hf.adapters.folder import Adapter, Update, base_name, measured_tasks, open_adapter, write_adapter
 from pm_hf.adapters.merge import merge_adapters
 from pm_hf.config.schema import RunConfig
-from pm_hf.data.stream import STEP_FILE, TaskStream
+from pm_hf.data.stream import TaskStream
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import same_folder
 from pm_hf.measuring.analytic_head import HeadStatistics
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank, compact_svd, weighted_sum
+from pm_hf.merging.methods.linear import SEQUENTIAL
 from pm_hf.models.loading import resolve_base
-
-CURVATURE_FILE, STATISTICS_FILE = "curvature.safetensors", "head_statistics.safetensors"
-OPTIMUM_FOLDER = "optimum"  # adapter folder of the last task's own optimum, for methods that train from it
-# adapter folder of θ*_t − θ̂_{t−1}, where training started from the last optimum and not from θ̂_{t−1}
-CHANGE_FOLDER = "change"
+from pm_hf.runs.paths import CURVATURE_FILE, STATISTICS_FILE, RunPaths, TaskPaths
 
 
 @dataclass(frozen=True)
@@ -42,9 +39,9 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
             _check_first_task(stream)
         return None
     adapter = open_adapter(Path(config.start_from).expanduser())
-    steps = sorted(adapter.path.parent.glob(f"task-*/{STEP_FILE}"), reverse=True)
-    beside = [adapter.path, adapter.path.parent]
-    beside += [step.parent for step in steps if same_folder(step.parent / "merged", adapter.path)]
+    beside, run = [adapter.path, adapter.path.parent], RunPaths(adapter.path.parent)
+    finished = [task for task in reversed(run.tasks()) if task.finished]
+    beside += [task.folder for task in finished if same_folder(task.merged, adapter.path)]
 
     def first(name: str) -> Path | None:
         return next((folder / name for folder in beside if (folder / name).is_file()), None)
@@ -54,6 +51,8 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
     elastic = config.strategy.ewc_weight > 0
     if elastic and state.curvature is None:
         problems.append(f"strategy.ewc_weight needs {CURVATURE_FILE} beside it")
+    if config.merge.options.get("unmeasured_past") == "error" and state.curvature is None:
+        problems.append(f"merge.options.unmeasured_past is error, and it has no {CURVATURE_FILE} beside it")
     if config.sums_curvature and state.curvature is not None:
         problems += _curvature_misfits(config, adapter, Curvature.load(state.curvature))
     if config.analytic_head and state.statistics is None:
@@ -158,28 +157,28 @@ def start_task(config: RunConfig, state: StreamState, index: int) -> TaskStart:
     )
 
 
-def adapter_to_fold(config: RunConfig, start: TaskStart, folder: Path) -> Path:
+def adapter_to_fold(config: RunConfig, start: TaskStart, paths: TaskPaths) -> Path:
     """The adapter folder that is folded: the trained adapter, or what it is together with the optimum it started from.
 
     Trained from the last optimum, a method that takes task vectors relative to the base gets the optimum itself, one
     that takes steps from the running merge gets θ*_t − θ̂_{t−1}, of no more than its own rank. The optimum is kept for
     the next task.
     """
-    trained = folder / "adapter"
     if start.train_from != "last" or start.frozen is None:
-        return trained
-    optimum = folder / OPTIMUM_FOLDER
-    merge_adapters(trained, optimum, into=start.frozen.path, method="sequential", max_rank=config.merge.max_rank)
+        return paths.adapter
+    merge_adapters(
+        paths.adapter, paths.optimum, into=start.frozen.path, method=SEQUENTIAL.name, max_rank=config.merge.max_rank
+    )
     if config.merging_method.train_from != "merged" or start.running is None:
-        return optimum
-    task = open_adapter(trained)
+        return paths.optimum
+    task = open_adapter(paths.adapter)
     updates = {}
     for module, layout in task.layouts.items():
         parts = zip(*(adapter.read(module) for adapter in (task, start.frozen, start.running)), strict=True)
         updates[module] = Update(layout.merged, [_reduced(weighted_sum(part, [1.0, 1.0, -1.0])) for part in parts])
     saved = {name: task.tensor(name) for name in task.saved}
-    write_adapter(folder / CHANGE_FOLDER, task.config, updates, saved, task.labels, overwrite=True)
-    return folder / CHANGE_FOLDER
+    write_adapter(paths.change, task.config, updates, saved, task.labels, overwrite=True)
+    return paths.change
 
 
 def _reduced(matrix: LowRank) -> LowRank:

@@ -17,13 +17,8 @@ from pm_hf.files import read_json, write_json
 from pm_hf.runs.folder import RunFolder
 from pm_hf.runs.records import Report
 
-LOGS_FOLDER, TRACKER_STATE_FILE = "logs", "trackers.json"
-
-
-TASKS_AXIS, STEPS_AXIS = (
-    "test/tasks",
-    "train/global_step",
-)  # x axes: tasks learned, optimizer steps of all tasks
+# x axes: tasks learned, optimizer steps of all tasks
+TASKS_AXIS, STEPS_AXIS = "test/tasks", "train/global_step"
 
 
 class Tracker(Protocol):
@@ -79,7 +74,7 @@ class Tracking:
         wanted = [name for name in TRACKERS if name in (args.report_to or ())]
         if not wanted:
             return
-        path = self.folder.path / LOGS_FOLDER / TRACKER_STATE_FILE
+        path = self.folder.paths.trackers
         begun = path.is_file()
         self._state = read_json(path) if begun else {"id": secrets.token_hex(4), "logged": {}}
         path.parent.mkdir(exist_ok=True)
@@ -92,10 +87,10 @@ class Tracking:
     def _log(self, name: str, tasks: int) -> None:
         self._open[name].log(scalars(self.folder.report(tasks)), tasks, self._steps(tasks))
         self._state["logged"][name] = tasks
-        write_json(self.folder.path / LOGS_FOLDER / TRACKER_STATE_FILE, self._state)
+        write_json(self.folder.paths.trackers, self._state)
 
     def _steps(self, tasks: int) -> int:
-        return sum(self.folder.step(index).get("optimizer_steps", 0) for index in range(tasks))
+        return sum(self.folder.record(index).optimizer_steps for index in range(tasks))
 
 
 def scalars(report: Report) -> dict[str, float]:
@@ -104,13 +99,14 @@ def scalars(report: Report) -> dict[str, float]:
     `test/ACC`, `test/AAA`, `test/BWT`, `test/forgetting` (the last two from the second task on), `test/score/00-name`
     (the stream's metric on each task seen), `merge/coefficient` (as used) and `merge/one_over_t`.
     """
-    metrics, coefficient = report.metrics, report.coefficients[-1] or {}
-    found = {f"test/{name}": metrics[name] for name in ("ACC", "AAA", "BWT", "forgetting")}
+    metrics, alpha = report.metrics, report.coefficients[-1]
+    values = {f"test/{name}": metrics[name] for name in ("ACC", "AAA", "BWT", "forgetting")}
     for index, (task, score) in enumerate(zip(report.tasks, report.scores[-1], strict=True)):
         name = "".join(c if c.isalnum() or c in "-_" else "-" for c in task)
-        found[f"test/score/{index:02d}-{name}"] = score
-    found |= {"merge/coefficient": coefficient.get("used"), "merge/one_over_t": coefficient.get("one_over_t")}
-    return {name: value for name, value in found.items() if value is not None}
+        values[f"test/score/{index:02d}-{name}"] = score
+    if alpha is not None:
+        values |= {"merge/coefficient": alpha.used, "merge/one_over_t": alpha.one_over_t}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class TensorBoard:
@@ -122,7 +118,7 @@ class TensorBoard:
     def __init__(self, args: TrainingArguments, folder: RunFolder, run: str, begun: bool) -> None:
         given = os.getenv("TENSORBOARD_LOGGING_DIR")
         name = folder.path.resolve().name
-        self.root = Path(given).expanduser() / name if given else folder.path / LOGS_FOLDER
+        self.root = Path(given).expanduser() / name if given else folder.paths.logs
         self._stream: Any = None
 
     def training(self, task: str, before: int) -> TensorBoardCallback:

@@ -128,8 +128,8 @@ class EarlyStopping(TrainerCallback):
     ) -> TrainerControl:
         """Count, and stop where it is enough."""
         key, sign = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}", 1 if args.greater_is_better else -1
-        found = {entry["step"]: sign * entry[key] for entry in state.log_history if key in entry}
-        values = [-math.inf if math.isnan(value) else value for value in found.values()]
+        of_steps = {entry["step"]: sign * entry[key] for entry in state.log_history if key in entry}
+        values = [-math.inf if math.isnan(value) else value for value in of_steps.values()]
         since = len(values) - 1 - values.index(max(values)) if values else 0
         if since >= self.patience:
             control.should_training_stop = True

@@ -1,7 +1,8 @@
 """Checkpoints of a task's training that are whole: synced, then marked, and only then is an older one removed.
 
 Trainer writes the files of a checkpoint one after the other (the adapter, the optimizer, the random state, and
-trainer_state.json at the end), waits for no disk, and removes the one before it at once.
+trainer_state.json at the end), waits for no disk, and removes the one before it at once. Beside them a checkpoint keeps
+what its steps add to step.json: the losses, a bounded log of them, and the factors.
 """
 
 import re
@@ -10,64 +11,23 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import Trainer
 
 from pm_hf.distributed import gather, on_all_processes, on_main_process
 from pm_hf.errors import InputError
-from pm_hf.files import OS_ERROR, WriteError, read_json, sync, sync_folder, write_json
-
-MOST_POINTS = 256  # points kept of one training
-
-
-class LossLog:
-    """[step, loss, factor] of steps 1, 1 + k, 1 + 2k, …; k doubles when there are more than LIMIT points.
-
-    step counts optimizer steps from 1; loss is the sum over the micro-steps of the step, as Trainer divides it; factor
-    the mean of the factors they drew. Both are those of one process.
-    """
-
-    def __init__(self, points: Iterable[Iterable[float]] = ()) -> None:
-        self.points = [list(point) for point in points]
-        self._stride = int(self.points[1][0] - self.points[0][0]) if len(self.points) > 1 else 1
-        self._micro = 1  # micro-steps in the newest point
-
-    def add(self, step: int, loss: float, factor: float) -> None:
-        """Count in one micro-step; a step before the newest point starts the log anew (a training that is retried)."""
-        if self.points and step < self.points[-1][0]:
-            self.points, self._stride = [], 1
-        if (step - 1) % self._stride:
-            return
-        if self.points and step == self.points[-1][0]:
-            newest = self.points[-1]
-            self._micro += 1
-            newest[1] += loss
-            newest[2] += (factor - newest[2]) / self._micro
-            return
-        self._micro = 1
-        self.points.append([step, loss, factor])
-        if len(self.points) > MOST_POINTS:
-            self._stride *= 2
-            self.points = [point for point in self.points if not (point[0] - 1) % self._stride]
-
+from pm_hf.files import WriteError, errno_of, read_json, sync, sync_folder, write_json
+from pm_hf.training.trainer import BeforeTrainer
 
 WHOLE_FILE = "whole.json"  # the last file of a checkpoint, written when the others are on the disk
-
-
 TRAINER_STATE_FILE = "trainer_state.json"
-
-
-_NUMBER = re.compile(r"checkpoint-(\d+)")
-
-
-_WRITER = re.compile("inline_container|PytorchStreamWriter|iostream")  # of torch.save, which names no reason
-
-
-_KEPT_LOSSES = 100  # losses that are kept on the device before they are added up
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter|iostream")  # in torch.save's errors, without a reason
+LOSSES_ON_DEVICE = 100  # how many are kept there before they are added up
+MOST_POINTS = 256  # points of one training's LossLog
 
 
 @dataclass
@@ -80,11 +40,8 @@ class Progress:
     log: list[list[float]] = field(default_factory=list)
 
 
-_Base: Any = Trainer if TYPE_CHECKING else object  # the mixin stands before a PMTrainer
-
-
-class AtomicCheckpoints(_Base):
-    """The only change to Trainer is in how a checkpoint is written: whole or not at all.
+class AtomicCheckpoints(BeforeTrainer):
+    """The only change to PMTrainer is in how a checkpoint is written: whole or not at all.
 
     It counts once `whole.json` is in it, which is written when every process has written its part and all is synced;
     `save_total_limit` is kept after that. Raises WriteError when it could not be written: the half of it is removed,
@@ -107,17 +64,17 @@ class AtomicCheckpoints(_Base):
 
     def progress(self) -> Progress:
         """Losses and factors of all steps so far, those before a checkpoint that was continued included."""
-        found = gather((self._summed(), self.perturbation_counts))
-        drawn = sum((counts for _, counts in found), Counter[float]())
+        of_processes = gather((self._summed(), self.perturbation_counts))
+        drawn = sum((counts for _, counts in of_processes), Counter[float]())
         factors = Counter(self._before.factors) + Counter({f"{factor:g}": drawn[factor] for factor in sorted(drawn)})
-        return Progress([loss for loss, _ in found], dict(sorted(factors.items())), self._log.points)
+        return Progress([loss for loss, _ in of_processes], dict(sorted(factors.items())), self._log.points)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The step; its loss is added up."""
         loss = super().training_step(*args, **kwargs)
         self._losses.append(loss.detach())
         self._drawn_at.append((self.state.global_step + 1, self._drawn.since_log[-1]))
-        if len(self._losses) >= _KEPT_LOSSES:
+        if len(self._losses) >= LOSSES_ON_DEVICE:
             self._summed()
         return loss
 
@@ -129,6 +86,11 @@ class AtomicCheckpoints(_Base):
         self._losses.clear()
         self._drawn_at.clear()
         return self._loss_sum
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Trainer's, in all processes before the state file is written that makes the checkpoint a complete one."""
+        super()._save_rng_state(output_dir)
+        gather(None)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -165,8 +127,8 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder in the order of their steps."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _NUMBER.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+    paths = [path for path in folder.glob("checkpoint-*") if path.is_dir() and CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def _seal(path: Path, progress: Progress) -> None:
@@ -178,30 +140,59 @@ def _seal(path: Path, progress: Progress) -> None:
 
 def _rotate(folder: Path, limit: int | None, best: str | None) -> None:
     """Remove the oldest checkpoints above `limit`, never the newest or the best, as Trainer does."""
-    found = _checkpoints(folder)
-    kept = {found[-1], Path(best or found[-1])}
-    excess = 0 if not limit else len(found) - max(limit, len(kept))
-    for path in [path for path in found if path not in kept][: max(0, excess)]:
+    paths = _checkpoints(folder)
+    needed = {paths[-1], Path(best or paths[-1])}
+    excess = 0 if not limit else len(paths) - max(limit, len(needed))
+    for path in [path for path in paths if path not in needed][: max(0, excess)]:
         (path / WHOLE_FILE).unlink(missing_ok=True)
         shutil.rmtree(path)
 
 
 def _write_error(path: Path, error: Exception) -> Exception:
     """WriteError for an error of writing, after what was written is removed; any other error as it is."""
-    code = OS_ERROR.search(str(error))
-    torch_s = isinstance(error, RuntimeError)
-    if torch_s and not _WRITER.search(str(error)):
+    of_torch = isinstance(error, RuntimeError)
+    if of_torch and not TORCH_WRITER.search(str(error)):
         return error
     free = shutil.disk_usage(next(above for above in (path, *path.parents) if above.is_dir())).free
     shutil.rmtree(path, ignore_errors=True)
     reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-    reason = "torch.save failed, as it does when the disk is full" if torch_s else reason
-    number = int(code[1]) if code else getattr(error, "errno", None)
-    found = WriteError(path, f"{reason} ({free / 1e6:.1f} MB free)", number)
-    found.__cause__ = error
-    return found
+    reason = "torch.save failed, as it does when the disk is full" if of_torch else reason
+    write_error = WriteError(path, f"{reason} ({free / 1e6:.1f} MB free)", errno_of(error))
+    write_error.__cause__ = error
+    return write_error
 
 
 def _raise(error: Exception | None) -> None:
     if error is not None:
         raise error
+
+
+class LossLog:
+    """[step, loss, factor] of steps 1, 1 + k, 1 + 2k, …; k doubles when there are more than MOST_POINTS points.
+
+    step counts optimizer steps from 1; loss is the sum over the micro-steps of the step, as Trainer divides it; factor
+    the mean of the factors they drew. Both are those of one process.
+    """
+
+    def __init__(self, points: Iterable[Iterable[float]] = ()) -> None:
+        self.points = [list(point) for point in points]
+        self._stride = int(self.points[1][0] - self.points[0][0]) if len(self.points) > 1 else 1
+        self._micro = 1  # micro-steps in the newest point
+
+    def add(self, step: int, loss: float, factor: float) -> None:
+        """Count in one micro-step; a step before the newest point starts the log anew (a training that is retried)."""
+        if self.points and step < self.points[-1][0]:
+            self.points, self._stride = [], 1
+        if (step - 1) % self._stride:
+            return
+        if self.points and step == self.points[-1][0]:
+            newest = self.points[-1]
+            self._micro += 1
+            newest[1] += loss
+            newest[2] += (factor - newest[2]) / self._micro
+            return
+        self._micro = 1
+        self.points.append([step, loss, factor])
+        if len(self.points) > MOST_POINTS:
+            self._stride *= 2
+            self.points = [point for point in self.points if not (point[0] - 1) % self._stride]

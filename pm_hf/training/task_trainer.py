@@ -16,7 +16,7 @@ from transformers.training_args import ParallelMode
 
 from pm_hf.config.schema import RunConfig
 from pm_hf.data.rows import Examples
-from pm_hf.distributed import gather, on_main_process
+from pm_hf.distributed import on_main_process
 from pm_hf.errors import InputError, raise_all
 from pm_hf.models.language_model import IGNORED, has_token_targets, target_count
 from pm_hf.models.sharded import local_part, shard_on_cpu, transformer_of
@@ -24,6 +24,7 @@ from pm_hf.models.task_model import TASK_ADAPTER, TaskModel
 from pm_hf.training.callbacks import StepTimes
 from pm_hf.training.checkpoints import AtomicCheckpoints, last_checkpoint
 from pm_hf.training.penalties import Penalty
+from pm_hf.training.record import TrainingRecord
 from pm_hf.training.trainer import PMConfig, PMTrainer
 
 
@@ -48,13 +49,13 @@ def step_loss(smoothing: float = 0.0) -> Callable[..., Tensor]:
 
 
 class TaskTrainer(AtomicCheckpoints, PMTrainer):
-    """The only change to PMTrainer is that the penalties are added to the loss, and that a loss that diverges ends it.
+    """PMTrainer with atomic checkpoints, penalties added to the loss, and an end where the loss diverges.
 
-    (An encoder-decoder's decoder gets its input also where Trainer computes the loss, or smooths its labels, itself.)
     A penalty of the weights is averaged over the micro-batches of a step; one that is a mean over targets is weighted
     by their number, as the loss is. Raises DivergedError before the optimizer step whose loss, or whose gradient, is
-    not finite (of a gradient that a scaler looks after, the scaler skips the step itself). A training that a callback
-    stops before its first step makes none.
+    not finite (of a gradient that a scaler looks after, the scaler skips the step itself). Besides, `fsdp` shards on
+    CPUs too, an encoder-decoder's decoder gets its input also where Trainer computes the loss, or smooths its labels,
+    itself, and a training that a callback stops before its first step makes none.
     """
 
     def __init__(self, *args: Any, penalties: Sequence[Penalty] = (), **kwargs: Any) -> None:
@@ -70,22 +71,14 @@ class TaskTrainer(AtomicCheckpoints, PMTrainer):
             shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Trainer's, in all processes before the state file is written that makes the checkpoint a complete one."""
-        super()._save_rng_state(output_dir)
-        gather(None)
-
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Trainer's loss plus the penalties."""
         batch = dict(inputs)  # Trainer takes the labels away where it computes the loss itself
-        if (
-            has_token_targets(batch) and transformer_of(model).config.is_encoder_decoder
-        ):  # its decoder's input is made of them
-            inputs = batch | {
-                "decoder_input_ids": transformer_of(model).prepare_decoder_input_ids_from_labels(batch["labels"])
-            }
+        inner = transformer_of(model)
+        if has_token_targets(batch) and inner.config.is_encoder_decoder:  # its decoder's input is made of them
+            inputs = batch | {"decoder_input_ids": inner.prepare_decoder_input_ids_from_labels(batch["labels"])}
         if not self.penalties or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -134,9 +127,9 @@ class FiniteLoss(TrainerCallback):
             checks += [local_part(p.grad).isfinite().all().to(losses.device) for p in parameters if p.grad is not None]
         if bool(torch.stack(checks).all()):
             return
-        found = "gradient is not finite" if bool(checks[0]) else f"training loss is {float(losses.sum())}"
+        reason = "gradient is not finite" if bool(checks[0]) else f"training loss is {float(losses.sum())}"
         raise DivergedError(
-            f"the {found} at step {step} of the task; lower the learning rate in another output_dir, or look at the "
+            f"the {reason} at step {step} of the task; lower the learning rate in another output_dir, or look at the "
             "rows; the checkpoint before it is kept"
         )
 
@@ -144,11 +137,8 @@ class FiniteLoss(TrainerCallback):
 FULL_STATE_DICT = "FULL_STATE_DICT"
 
 
-READS_WHOLE_WEIGHTS = (
-    "ewc_weight",
-    "olora_weight",
-    "averaging_period",
-)  # of the strategy: what reads weights at every step
+# settings of the strategy whose terms read weights at every step
+READS_WHOLE_WEIGHTS = ("ewc_weight", "olora_weight", "averaging_period")
 
 
 TRAINING_DEFAULTS = {
@@ -170,7 +160,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     penalties: Sequence[Penalty] = (),
     evaluated: Examples | None = None,
-) -> dict[str, Any]:
+) -> TrainingRecord:
     """Train one task in place, from its newest checkpoint if there is one; what step.json says about it.
 
     evaluated: rows for `eval_strategy`, with eval_loss and, of classifiers, eval_accuracy among the classes that the
@@ -197,13 +187,17 @@ def train(
     trainer.train(resume_from_checkpoint=checkpoint)
     built.model.zero_grad(set_to_none=True)
     done = trainer.progress()
-    timing = {"step_seconds": median(times.seconds)} if times.seconds else {}  # none: a checkpoint of the last step
     state, best = trainer.state, {}
     if args.load_best_model_at_end:
         best = {"best_step": state.best_global_step, f"best_{args.metric_for_best_model}": state.best_metric}
-    loss = fmean(done.losses) / max(1, state.global_step)
-    counts = {"optimizer_steps": state.global_step, "factors": done.factors, "log": done.log}
-    return timing | {"training_loss": loss, **best, **counts}
+    return TrainingRecord(
+        training_loss=fmean(done.losses) / max(1, state.global_step),
+        optimizer_steps=state.global_step,
+        factors=done.factors,
+        log=done.log,
+        step_seconds=median(times.seconds) if times.seconds else None,  # none: a checkpoint of the last step
+        best=best,
+    )
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -214,12 +208,12 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def training_arguments(config: RunConfig, checkpoints: Path, index: int) -> PMConfig:
     """PMConfig of one task; InputError for fields that TrainingArguments does not have or refuses."""
-    known = {field.name for field in dataclasses.fields(PMConfig) if field.init}
-    unknown = sorted(set(config.training) - known)
+    fields = {field.name for field in dataclasses.fields(PMConfig) if field.init}
+    unknown = sorted(set(config.training) - fields)
     if unknown:
         raise InputError(f"training: {', '.join(unknown)} are not fields of TrainingArguments")
-    kept = {"save_total_limit": 2} if config.training.get("load_best_model_at_end") else {}  # the best and the last one
-    values = {**TRAINING_DEFAULTS, **kept, "use_cpu": not torch.cuda.is_available(), **config.training}
+    limit = {"save_total_limit": 2} if config.training.get("load_best_model_at_end") else {}  # the best, the newest
+    values = {**TRAINING_DEFAULTS, **limit, "use_cpu": not torch.cuda.is_available(), **config.training}
     try:
         args = PMConfig(
             output_dir=str(checkpoints),

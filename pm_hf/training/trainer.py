@@ -19,7 +19,7 @@ from pm_hf.adapters.checks import config_problems
 from pm_hf.adapters.layout import ADAPTER_WEIGHTS, peft_type
 from pm_hf.config.rules import perturbation_problems
 from pm_hf.errors import InputError, raise_all
-from pm_hf.models.contexts import keep_differentiable, scaled_adapter
+from pm_hf.models.contexts import evaluating, keep_differentiable, scaled_adapter
 from pm_hf.models.lora import trainable_lora_adapters
 from pm_hf.models.sharded import assign_whole, is_sharded
 
@@ -86,21 +86,13 @@ class _Drawn(TrainerCallback):
         self.since_log, self.micro_step = [], (-1, -1)
 
 
-_Base: Any = Trainer if TYPE_CHECKING else object  # the mixin stands before a Trainer
+# what a mixin that stands before a Trainer builds on
+BeforeTrainer: Any = Trainer if TYPE_CHECKING else object
 
 
-class PerturbationMixin(_Base):
-    """The only change to training is `training_step`: one factor is drawn, forward and backward run with it.
-
-    Put it before any Trainer: `class PMSFTTrainer(PerturbationMixin, SFTTrainer)`, with args that include
-    `PerturbationArguments`. Besides, resuming and loading the best model restore the trained adapter by name (the
-    Trainer's own code confuses it with a frozen one), and `head_learning_rate` gets its parameter groups. Where a model
-    takes `num_items_in_batch` and ignores it, as most classifiers do, the loss is the mean over accumulated batches and
-    processes; Trainer would train with their sum (transformers #47688).
-    The factors of the steps since the last log are logged as `perturbation_factor` (their mean).
-    """
-
-    model_accepts_loss_kwargs: bool
+class PerturbedStepMixin(BeforeTrainer):
+    """The only change is `training_step`: one factor is drawn, forward and backward run with the task's product scaled
+    by it. The mean of the factors since the last log is logged as `perturbation_factor`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -112,8 +104,7 @@ class PerturbationMixin(_Base):
             )
         self._drawn = _Drawn()
         self.add_callback(self._drawn)
-        self._found: tuple[torch.nn.Module, str, list[LoraLayer]] | None = None
-        self._asked = False  # whether the model was asked what it does with num_items_in_batch
+        self._scaled: tuple[torch.nn.Module, str, list[LoraLayer]] | None = None
         if self.model is not None:
             self._perturbed()
             keep_differentiable(self.model)
@@ -128,11 +119,7 @@ class PerturbationMixin(_Base):
     ) -> torch.Tensor:
         """Trainer's training step with the task adapter scaled by the factor drawn for this micro-step."""
         adapter, layers = self._perturbed()
-        factor = self._next_factor()
-        if num_items_in_batch is not None and not self._asked:
-            self._asked = True
-            self._ask_for_the_loss(inputs, num_items_in_batch)
-        with scaled_adapter(layers, adapter, factor):
+        with scaled_adapter(layers, adapter, self._next_factor()):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -141,34 +128,6 @@ class PerturbationMixin(_Base):
             logs = logs | {"perturbation_factor": sum(drawn) / len(drawn)}
             self._drawn.since_log = []
         super().log(logs, *args, **kwargs)
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Trainer's optimizer; parameters that are not LoRA move to groups with `head_learning_rate`."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        rate = self.args.head_learning_rate
-        if rate is None or any(group.get("head") for group in optimizer.param_groups):
-            return optimizer
-        heads = {id(p) for n, p in self.model.named_parameters() if p.requires_grad and "lora_" not in n}
-        for group in list(optimizer.param_groups):
-            moved = [p for p in group["params"] if id(p) in heads]
-            if moved:
-                group["params"] = [p for p in group["params"] if id(p) not in heads]
-                optimizer.add_param_group({**group, "params": moved, "lr": rate, "head": True})
-        return optimizer
-
-    @torch.no_grad()
-    def _ask_for_the_loss(self, inputs: dict[str, Any], items: Any) -> None:
-        """`model_accepts_loss_kwargs` is false for a model whose loss stays the same with twice the number of items."""
-        parts = self.args.gradient_accumulation_steps * self.args.world_size
-        own_loss = self.label_smoother is not None or self.compute_loss_func is not None
-        if parts == 1 or own_loss or not self.model_accepts_loss_kwargs:
-            return
-        self.model.eval()  # no dropout: the random state stays as it is
-        inputs = self._prepare_inputs(inputs)
-        losses = [float(self.model(**inputs, num_items_in_batch=items * times)["loss"]) for times in (1, 2)]
-        self.model.train()
-        if math.isclose(*losses, rel_tol=1e-2):
-            self.model_accepts_loss_kwargs = False
 
     def _next_factor(self) -> float:
         step, micro = self._drawn.micro_step
@@ -188,43 +147,28 @@ class PerturbationMixin(_Base):
         return factor
 
     def _perturbed(self) -> tuple[str, list[LoraLayer]]:
-        """(adapter, its layers), found once for each model."""
-        if self._found is None or self._found[0] is not self.model:
-            adapter = self._choose_adapter()
+        """(adapter, its layers), looked for once for each model."""
+        if self._scaled is None or self._scaled[0] is not self.model:
+            adapter = trained_adapter(self.model, self.args.perturbation_adapter)
             layers = [m for m in self.model.modules() if isinstance(m, LoraLayer) and adapter in m.scaling]
-            self._found = (self.model, adapter, layers)
-        return self._found[1:]
+            self._scaled = (self.model, adapter, layers)
+        return self._scaled[1:]
 
-    def _choose_adapter(self) -> str:
-        asked, trainable = self.args.perturbation_adapter, trainable_lora_adapters(self.model)
-        if asked is None and len(trainable) != 1:
-            raise InputError(
-                f"expected exactly one adapter with trainable LoRA weights, found {trainable or 'none'}; "
-                "name one with perturbation_adapter, or freeze the others"
-            )
-        adapter = asked or trainable[0]
-        configs = getattr(self.model, "peft_config", {})
-        if adapter not in configs:
-            raise InputError(
-                f"perturbation_adapter {adapter!r} is not an adapter of the model; found {sorted(configs)}"
-            )
-        settings = configs[adapter].to_dict()
-        problems = config_problems(settings)
-        if peft_type(settings) == "ADALORA":
-            problems.append("AdaLoRA prunes while it trains, its product is no task vector yet; train a plain LoRA")
-        raise_all(problems, f"adapter {adapter!r}")
-        return adapter
+
+class AdapterLoadingMixin(BeforeTrainer):
+    """The only change is what a checkpoint is loaded into, on resume and for the best model: the trained adapter, by
+    its name. Trainer's own code confuses it with a frozen one, or looks for an adapter called "default" only."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Restore the trained adapter and its head; frozen adapters and requires_grad stay as they are."""
         self._load_adapter(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        """As on resume: the Trainer's own code looks for an adapter named "default" only."""
+        """The same from the best checkpoint."""
         self._load_adapter(self.state.best_model_checkpoint)
 
     def _load_adapter(self, checkpoint: str | os.PathLike) -> None:
-        adapter, _ = self._perturbed()
+        adapter = trained_adapter(self.model, self.args.perturbation_adapter)
         folder = Path(checkpoint) if adapter == "default" else Path(checkpoint) / adapter
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise InputError(
@@ -244,9 +188,90 @@ class PerturbationMixin(_Base):
             set_peft_model_state_dict(self.model, stored, adapter_name=adapter)
 
 
+class HeadLearningRateMixin(BeforeTrainer):
+    """The only change is the optimizer's groups: parameters that are not LoRA are trained with `head_learning_rate`."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Trainer's optimizer; parameters that are not LoRA move to groups of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.args.head_learning_rate
+        if rate is None or any(group.get("head") for group in optimizer.param_groups):
+            return optimizer
+        heads = {id(p) for n, p in self.model.named_parameters() if p.requires_grad and "lora_" not in n}
+        for group in list(optimizer.param_groups):
+            of_heads = [p for p in group["params"] if id(p) in heads]
+            if of_heads:
+                group["params"] = [p for p in group["params"] if id(p) not in heads]
+                optimizer.add_param_group({**group, "params": of_heads, "lr": rate, "head": True})
+        return optimizer
+
+
+class AccumulatedLossMixin(BeforeTrainer):
+    """The only change is the loss of a model that takes `num_items_in_batch` and ignores it, as most classifiers do: it
+    is the mean over accumulated batches and processes. Trainer trains with their sum (transformers #47688)."""
+
+    model_accepts_loss_kwargs: bool
+    _loss_asked = False  # whether the model was asked what it does with num_items_in_batch
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Trainer's training step; before the first one the model is asked."""
+        if num_items_in_batch is not None and not self._loss_asked:
+            self._loss_asked = True
+            self._ask_for_the_loss(inputs, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    @torch.no_grad()
+    def _ask_for_the_loss(self, inputs: dict[str, Any], items: Any) -> None:
+        """`model_accepts_loss_kwargs` is false for a model whose loss stays the same with twice the number of items."""
+        parts = self.args.gradient_accumulation_steps * self.args.world_size
+        own_loss = self.label_smoother is not None or self.compute_loss_func is not None
+        if parts == 1 or own_loss or not self.model_accepts_loss_kwargs:
+            return
+        inputs = self._prepare_inputs(inputs)
+        with evaluating(self.model):  # no dropout: the random state stays as it is
+            losses = [float(self.model(**inputs, num_items_in_batch=items * times)["loss"]) for times in (1, 2)]
+        if math.isclose(*losses, rel_tol=1e-2):
+            self.model_accepts_loss_kwargs = False
+
+
+class PerturbationMixin(AccumulatedLossMixin, PerturbedStepMixin, HeadLearningRateMixin, AdapterLoadingMixin):
+    """The four changes of PMTrainer for any Trainer, each of them a mixin of its own.
+
+    Put it before a Trainer: `class PMSFTTrainer(PerturbationMixin, SFTTrainer)`, with args that include
+    `PerturbationArguments`. In every step one factor is drawn, and forward and backward run with the task's product
+    scaled by it; the mean of the factors since the last log is logged as `perturbation_factor`. Resuming and loading
+    the best model restore the trained adapter by its name, and parameters that are not LoRA are trained with
+    `head_learning_rate`. Where a model takes `num_items_in_batch` and ignores it, the loss is the mean over accumulated
+    batches and processes (transformers #47688).
+    """
+
+
 class PMTrainer(PerturbationMixin, Trainer):
-    """The only change to Trainer is the training step: the task's LoRA product is scaled by 1, 1 + ε or 1 − ε.
+    """Trainer with the changes of PerturbationMixin: each step scales the task's LoRA product by 1, 1 + ε or 1 − ε.
 
     One forward and one backward, as always (Perturb-and-Merge, arXiv 2505.22389). With `perturbation_scale=0` the
-    trajectory equals Trainer's bit for bit.
+    trajectory equals Trainer's bit for bit, but for the loss that AccumulatedLossMixin mends.
     """
+
+
+def trained_adapter(model: torch.nn.Module, name: str | None) -> str:
+    """The adapter called `name`, or by default the only one with trainable LoRA weights; InputError where there is none
+    or several, or where its product is no task vector."""
+    trainable = trainable_lora_adapters(model)
+    if name is None and len(trainable) != 1:
+        raise InputError(
+            f"expected exactly one adapter with trainable LoRA weights, found {trainable or 'none'}; "
+            "name one with perturbation_adapter, or freeze the others"
+        )
+    adapter = name or trainable[0]
+    configs = getattr(model, "peft_config", {})
+    if adapter not in configs:
+        raise InputError(f"perturbation_adapter {adapter!r} is not an adapter of the model; found {sorted(configs)}")
+    settings = configs[adapter].to_dict()
+    problems = config_problems(settings)
+    if peft_type(settings) == "ADALORA":
+        problems.append("AdaLoRA prunes while it trains, its product is no task vector yet; train a plain LoRA")
+    raise_all(problems, f"adapter {adapter!r}")
+    return adapter

@@ -13,7 +13,7 @@ from pm_hf.config.schema import RunConfig
 from pm_hf.errors import InputError
 
 EVERY = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
-CONFIGS = [path for path in EVERY if path.parent.name != "accelerate"]  # whose files are the launcher's
+CONFIGS = [path for path in EVERY if path.parent.name != "launch"]  # whose files are the launcher's
 SMALL = {"output_dir": "out", "model": {"base": "tiny"}, "stream": {"class_groups": 2}}
 
 
@@ -296,7 +296,7 @@ def test_shipped_config_loads(path):
 
 
 def test_shipped_configs_were_found():
-    assert len(CONFIGS) == 24
+    assert len(CONFIGS) == 18
 
 
 @pytest.mark.parametrize(
@@ -372,3 +372,43 @@ def test_a_run_of_before_a_setting_existed_is_read_as_what_it_did():
     assert again.head.training == "task"
     other = load_config(saved | {"method": "pm"}, ["method=best", "head.kind=lda"])
     assert other.head.training == "seen"
+
+
+def test_an_option_with_a_key_of_its_own_takes_effect():
+    config = load_config(small(merge__options={"on_zero_curvature": "average"}))
+    assert config.merge.on_zero_curvature == "average"
+    assert load_config(config.to_dict()).merge.on_zero_curvature == "average"
+    assert load_config(small()).merge.on_zero_curvature == "error"
+    best = load_config(small(method="best", merge__options={"on_zero_curvature": "error"}))
+    assert best.merge.on_zero_curvature == "error"  # what is asked for beats the preset
+
+
+@pytest.mark.parametrize(
+    ("merge", "names"),
+    [
+        ({"on_zero_curvature": "error", "options": {"on_zero_curvature": "average"}}, "on_zero_curvature"),
+        ({"method": "coma", "coefficient": 0.3, "options": {"coefficient": "0.5"}}, "coefficient"),
+    ],
+)
+def test_two_answers_to_one_setting_of_the_merge_are_refused(merge, names):
+    assert f"merge.{names} is" in problem(small(merge=merge))
+    assert f"merge.options.{names}" in problem(small(merge=merge))
+    merge["options"][names] = merge[names]
+    load_config(small(merge=merge))
+
+
+def test_a_saved_run_whose_option_had_no_effect_is_read_as_what_it_did():
+    saved = load_config(small()).to_dict()
+    saved["merge"]["options"] = {"on_zero_curvature": "average"}
+    config = load_config(saved)
+    assert (config.merge.on_zero_curvature, config.merge.options) == ("error", {})
+    saved = load_config(small(method="coma", merge__options={"coefficient": 0.5})).to_dict()
+    assert load_config(saved).merge.options == {"coefficient": 0.5}
+    saved["merge"]["coefficient"] = 0.3
+    config = load_config(saved)
+    assert (config.merge.coefficient, config.merge.options) == (0.3, {})
+
+
+def test_a_wrong_merging_method_is_told_those_of_a_stream():
+    valid = "pm or average or coma or sequential or cofima or magmax or opcm or slao or null"
+    assert f"merge.method: expected {valid}, found 'tias'" in problem(small(merge__method="tias"))

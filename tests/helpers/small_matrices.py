@@ -5,6 +5,8 @@ import torch
 from pm_hf.merging.lowrank import LowRank
 from pm_hf.merging.methods.base import Matrix
 
+RANKS = [[2, 3, 1], [4, 0, 2, 3]]  # unequal; an adapter that lacks the module
+
 
 def term(rank: int, shape=(6, 9), seed=0, dtype=torch.float64) -> LowRank:
     generator = torch.Generator().manual_seed(seed)
@@ -32,3 +34,11 @@ def grams(count: int, width=9, inputs=20, seed=0) -> list[torch.Tensor]:
 def close(found, expected, tolerance=1e-10) -> None:
     dense = found.dense() if isinstance(found, LowRank) else found
     torch.testing.assert_close(dense, expected, rtol=tolerance, atol=tolerance)
+
+
+def dense(m: Matrix) -> list[torch.Tensor]:
+    return [t.dense() for t in m.terms]
+
+
+def weights_of(m: Matrix) -> torch.Tensor:
+    return torch.tensor(m.weights, dtype=torch.float64)

@@ -59,14 +59,18 @@ def two_tasks() -> tuple[HeadStatistics, Tensor, Tensor]:
 
 def test_a_class_that_comes_again_may_have_a_mean_for_each_task():
     (x1, y1), (x2, y2) = draw((0, 1), 20, 1), draw((1, 2), 5, 2)
-    found = HeadStatistics().added(x1, y1, ["a", "b"], apart=True).added(x2 + 9, y2, ["b", "c"], apart=True)
+    found = (
+        HeadStatistics()
+        .added(x1, y1, ["a", "b"], one_mean_per_task=True)
+        .added(x2 + 9, y2, ["b", "c"], one_mean_per_task=True)
+    )
     assert found.labels == ["a", "b", "b", "c"]
     assert_statistics(found, *batch_statistics(torch.cat([x1, x2 + 9]), torch.cat([y1, y2 + 2]), 4))
     weight, bias = found.solve()
     rows = (torch.cat([x1, x2 + 9]) @ weight.T + bias).argmax(1)
     classes = torch.tensor([0, 1, 1, 2])[rows]
     assert (classes == torch.cat([y1, y2 + 1])).double().mean() > 0.9
-    again = found.added(x1[y1 == 0], torch.zeros(20), ["a", "b"], apart=True)
+    again = found.added(x1[y1 == 0], torch.zeros(20), ["a", "b"], one_mean_per_task=True)
     assert again.labels == ["a", "b", "b", "c", "a"]  # a known class without rows gets no mean
 
 

@@ -5,13 +5,13 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from helpers.records import HOSTILE, matrix, write_run
+from helpers.records import HOSTILE, matrix, page_of, write_run
 
 from pm_hf.cli import main
 from pm_hf.errors import InputError
 from pm_hf.measuring.metrics import task_forgetting
 from pm_hf.reports.charts import Chart, Series, svg, ticks
-from pm_hf.reports.page import page, write_report
+from pm_hf.reports.page import write_report
 from pm_hf.runs.records import read_runs
 
 TASKS = [
@@ -81,7 +81,7 @@ class Reader(HTMLParser):
 
 def read(*folders):
     """(page as text, read)."""
-    text = page(read_runs(folders))
+    text = page_of(read_runs(folders))
     return text, Reader(text)
 
 
@@ -270,7 +270,7 @@ def test_the_command_writes_the_page_and_its_plots(runs, tmp_path, capsys):
 def test_without_matplotlib_the_page_is_the_same(runs, tmp_path, monkeypatch):
     monkeypatch.setattr("pm_hf.reports.page.importlib.util.find_spec", lambda name: None)
     path, notes = write_report(runs, tmp_path / "out" / "here")
-    assert path.read_text(encoding="utf-8") == page(read_runs(runs))
+    assert path.read_text(encoding="utf-8") == page_of(read_runs(runs))
     assert notes == ["no PNG: matplotlib is not installed (the extra plots)"]
     assert {plot.suffix for plot in (path.parent / "plots").iterdir()} == {".svg"}
 

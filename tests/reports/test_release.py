@@ -9,7 +9,7 @@ from helpers.hub import TOKEN
 from helpers.records import finished_run
 
 from pm_hf import InputError
-from pm_hf.reports.release import on_hub, read_finished_run, redact_paths, valid_id
+from pm_hf.reports.release import on_hub, read_finished_run, redact, valid_id
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_folder_that_is_no_finished_run_is_refused(run, name):
 
 def test_a_report_of_something_else_is_refused(run):
     (run / "report.json").write_text('{"method": "pm"}')
-    fails(run, "it lacks seed, scenario, tasks")
+    fails(run, "it lacks seed, tasks, scores, metrics, coefficients")
 
 
 def test_a_task_in_the_middle_of_its_training_is_refused(run):
@@ -76,7 +76,7 @@ def test_a_local_folder_wins_over_an_id_of_the_same_name(tmp_path, monkeypatch):
 
 def test_every_adapter_names_the_base_by_its_id_and_no_local_path(run, tmp_path):
     found = read_finished_run(run, "owner/base")
-    for folder in (found.merged, *(task / "adapter" for task in found.tasks)):
+    for folder in (found.paths.merged, *(task.adapter for task in found.tasks)):
         files = found.adapter_files(folder)
         assert files["adapter_config.json"]["base_model_name_or_path"] == "owner/base"
         assert files["adapter_model.safetensors"] == folder / "adapter_model.safetensors"
@@ -84,7 +84,7 @@ def test_every_adapter_names_the_base_by_its_id_and_no_local_path(run, tmp_path)
             f.read_text() if isinstance(f, Path) else json.dumps(f) for n, f in files.items() if n.endswith("json")
         ]
         assert not [text for text in texts if str(tmp_path) in text]
-    merge = found.adapter_files(found.merged)["merge_report.json"]
+    merge = found.adapter_files(found.paths.merged)["merge_report.json"]
     assert merge == {"tasks": 2, "inputs": ["task-01-a-b--i-/adapter"]}
 
 
@@ -114,8 +114,8 @@ def test_a_gguf_base_needs_the_id_of_the_model_it_was_made_from(tmp_path):
     ],
 )
 def test_clean_cuts_local_paths_and_tokens(text, expected):
-    assert redact_paths({"a": [text], "n": 1.5}) == {"a": [expected], "n": 1.5}
+    assert redact({"a": [text], "n": 1.5}) == {"a": [expected], "n": 1.5}
 
 
 def test_clean_knows_the_runs_own_paths_even_with_spaces():
-    assert redact_paths("in /my dir/run/task-0", ["/my dir/run"]) == "in run/task-0"
+    assert redact("in /my dir/run/task-0", ["/my dir/run"]) == "in run/task-0"

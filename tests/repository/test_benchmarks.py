@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import re
 import sys
 from argparse import Namespace
 from concurrent.futures import Executor, Future
@@ -32,12 +33,17 @@ def load(path):
 
 @pytest.fixture(scope="module")
 def suite():
-    return load(ROOT / "benchmarks" / "suite.py")
+    return load(ROOT / "benchmarks" / "streams" / "suite.py")
 
 
 @pytest.fixture(scope="module")
 def tables(suite):
     return sys.modules["tables"]
+
+
+@pytest.fixture(scope="module")
+def common(suite):
+    return sys.modules["common"]
 
 
 @pytest.fixture
@@ -50,13 +56,13 @@ def elsewhere(suite, tables, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def domains():
-    return load(ROOT / "recipes" / "domains.py")
+    return load(ROOT / "recipes" / "make_domains.py")
 
 
 def write_result(root, stream, method, seed, ACC, joint=False):
     """A result of two tasks whose metrics all follow from ACC."""
     scores = [[ACC, ACC]] if joint else [[ACC, None], [ACC, ACC]]
-    path = root / "results" / stream / method / f"{seed}.json"
+    path = root / "results" / "streams" / stream / f"{method}-seed{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     metrics = {
         "ACC": ACC,
@@ -92,10 +98,10 @@ def test_difference_has_the_p_of_a_paired_t_test(tables):
 
 def test_table_has_means_intervals_and_paired_differences(tables, elsewhere):
     for seed, ACC in enumerate((0.4, 0.5, 0.6)):
-        write_result(elsewhere, "smollm2-text", "sequential", seed, ACC)
-        write_result(elsewhere, "smollm2-text", "pm", seed, ACC + 0.25)
-    write_result(elsewhere, "smollm2-text", "joint", 1, 0.9, joint=True)
-    head, rule, *lines = tables.table("smollm2-text").splitlines()
+        write_result(elsewhere, "smollm2-text-sets", "sequential", seed, ACC)
+        write_result(elsewhere, "smollm2-text-sets", "pm", seed, ACC + 0.25)
+    write_result(elsewhere, "smollm2-text-sets", "joint", 1, 0.9, joint=True)
+    head, rule, *lines = tables.table("smollm2-text-sets").splitlines()
     assert head.startswith("| method | orders | choice among all answers | forgetting |")
     assert head.endswith("| choice among all answers: minus P&M | minus joint |")
     assert rule.count("---") == head.count("|") - 1
@@ -115,7 +121,7 @@ def test_overview_has_every_accuracy_and_the_best_without_old_rows_in_bold(table
         write_result(elsewhere, stream, "best", 0, best)
         write_result(elsewhere, stream, "joint", 0, 0.9, joint=True)
     write_result(elsewhere, "pacs", "opcm", 0, 0.1)
-    write_result(elsewhere, "smollm2-text", "pm", 0, 0.8)
+    write_result(elsewhere, "smollm2-text-sets", "pm", 0, 0.8)
     head, _, *lines = tables.overview().splitlines()
     assert head == "| method | PACS, 4 domains | CIFAR-10, 5 x 2 classes |"
     assert [line.split(" | ")[1:] for line in lines] == [
@@ -128,20 +134,24 @@ def test_overview_has_every_accuracy_and_the_best_without_old_rows_in_bold(table
 def test_picture_leaves_out_what_has_one_row(tables, elsewhere, monkeypatch):
     drawn = []
     monkeypatch.setattr(tables, "plot_means", lambda reports, path: drawn.extend(report.method for report in reports))
-    write_result(elsewhere, "smollm2-text", "joint", 0, 0.9, joint=True)
-    tables.picture("smollm2-text")
+    write_result(elsewhere, "smollm2-text-sets", "joint", 0, 0.9, joint=True)
+    tables.picture("smollm2-text-sets")
     assert drawn == []
-    write_result(elsewhere, "smollm2-text", "pm", 0, 0.6)
-    tables.picture("smollm2-text")
+    write_result(elsewhere, "smollm2-text-sets", "pm", 0, 0.6)
+    tables.picture("smollm2-text-sets")
     assert drawn == ["pm"]
 
 
 def test_committed_tables_are_those_of_the_committed_results(suite, tables):
-    found = [name for name in suite.STREAMS if (ROOT / "results" / name).is_dir()]
-    assert "clinc150-quick" in found
-    for name in found:
-        assert (ROOT / "results" / name / "table.md").read_text(encoding="utf-8") == tables.table(name), name
-    assert (ROOT / "results" / "overview.md").read_text(encoding="utf-8") == tables.overview()
+    names = [name for name in suite.STREAMS if (ROOT / "results" / "streams" / name).is_dir()]
+    assert "clinc150" in names
+    for name in names:
+        assert (ROOT / "results" / "streams" / name / "table.md").read_text(encoding="utf-8") == tables.table(name), (
+            name
+        )
+    readme = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    assert tables.with_tables(readme) == readme
+    assert tables.overview() in readme
 
 
 class OneAfterTheOther(Executor):
@@ -159,7 +169,7 @@ class OneAfterTheOther(Executor):
         return done
 
 
-def test_only_missing_runs_are_made_and_failures_counted(suite, elsewhere, monkeypatch, capsys):
+def test_only_missing_runs_are_made_and_failures_counted(suite, common, elsewhere, monkeypatch, capsys):
     write_result(elsewhere, "pacs", "pm", 0, 0.5)
     made = []
 
@@ -169,7 +179,7 @@ def test_only_missing_runs_are_made_and_failures_counted(suite, elsewhere, monke
             raise InputError("no such file")
 
     monkeypatch.setattr(suite, "run", run)
-    monkeypatch.setattr(suite, "ProcessPoolExecutor", OneAfterTheOther)
+    monkeypatch.setattr(common, "ProcessPoolExecutor", OneAfterTheOther)
     options = Namespace(preset=None, streams=["pacs"], seeds=[0, 1], methods=["pm", "best"], jobs=1, runs=elsewhere)
     assert suite.run_missing(suite.jobs(options), options) == 2
     assert made == [("pacs", "best", 0), ("pacs", "pm", 1), ("pacs", "best", 1)]
@@ -184,20 +194,20 @@ def test_presets_name_every_run(suite):
     assert len(quick) == 3 * 7
     assert {job.seed for job in quick} == {0}
     standard = suite.jobs(Namespace(preset="standard", **known))
-    assert {job.stream for job in standard} == suite.STREAMS.keys() - {"mixed-quick"}
+    assert {job.stream for job in standard} == suite.STREAMS.keys() - {"four-sets"}
     assert {job.seed for job in standard} == {0, 1, 2}
     methods = suite.jobs(Namespace(preset="methods", **known))
     asked = {job.method for job in quick + methods}
     assert asked == suite.NAMES.keys() - {"untouched"}  # which is for language models
 
 
-def test_what_this_machine_lacks_is_said_before_any_run(suite, tmp_path):
+def test_what_this_machine_lacks_is_said_before_any_run(common, tmp_path):
     options = Namespace(data=tmp_path, backbone=tmp_path / "vit")
-    assert str(tmp_path / "text") in suite.lacking_input(["mixed", "pacs"], options)
+    assert str(tmp_path / "text") in common.lacking_input(["ten-sets", "pacs"], options)
     (tmp_path / "image").mkdir()
-    assert "--backbone" in suite.lacking_input(["pacs"], options)
+    assert "--backbone" in common.lacking_input(["pacs"], options)
     options.backbone.mkdir()
-    assert suite.lacking_input(["pacs"], options) is None
+    assert common.lacking_input(["pacs"], options) is None
 
 
 def test_every_stream_names_a_config_and_known_methods(suite):
@@ -206,28 +216,41 @@ def test_every_stream_names_a_config_and_known_methods(suite):
     for name, stream in suite.STREAMS.items():
         path = ROOT / "configs" / stream.config
         assert path.is_file(), name
+        assert path.stem == name or stream.tasks, "a stream is named as its file"
         for method in [*stream.methods, *(() if stream.orders else suite.PRESETS["methods"].methods)]:
             load_config(path, values=suite.VARIANTS.get(method, {"method": method}))
 
 
-def test_a_seed_is_the_order_that_starts_with_its_task(suite):
-    config = ROOT / "configs" / "smollm2" / "text.yaml"
+def test_a_seed_is_the_order_that_starts_with_its_task(common):
+    config = ROOT / "configs" / "language" / "smollm2-text-sets.yaml"
     tasks = [task["name"] for task in yaml.safe_load(config.read_text())["stream"]["tasks"]]
-    assert [task["name"] for task in suite.tasks(config, 0, None)] == tasks
-    assert [task["name"] for task in suite.tasks(config, 2, None)] == tasks[2:] + tasks[:2]
-    assert suite.tasks(config, len(tasks), None) == suite.tasks(config, 0, None)
-    assert [task["name"] for task in suite.tasks(config, 1, 2)] == tasks[1:3]
+    assert [task["name"] for task in common.tasks(config, 0, None)] == tasks
+    assert [task["name"] for task in common.tasks(config, 2, None)] == tasks[2:] + tasks[:2]
+    assert common.tasks(config, len(tasks), None) == common.tasks(config, 0, None)
+    assert [task["name"] for task in common.tasks(config, 1, 2)] == tasks[1:3]
+
+
+def test_every_script_is_in_the_table_of_the_benchmarks():
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `(\w+/\w+\.py)` ", text, flags=re.M)
+    scripts = [
+        path for path in (ROOT / "benchmarks").glob("*/*.py") if "def main()" in path.read_text(encoding="utf-8")
+    ]
+    workers = {path.with_name(f"{path.stem}_worker.py") for path in scripts}
+    assert sorted(named) == sorted(f"{path.parent.name}/{path.name}" for path in {*scripts} - workers)
+    for place in re.findall(r"`(results/[\w/.-]+)`", text):
+        assert (ROOT / place).exists(), place
 
 
 def test_pieces_are_whole_lines_of_the_right_length_that_do_not_overlap(domains):
     lines = [f"line {i} " + "x" * (i % 50) for i in range(300)]
-    found = list(domains.pieces("\n".join(lines[:150] + ["", "y" * 500] + lines[150:])))
-    assert 1 < len(found) <= domains.PER_FILE
-    taken = [line for piece in found for line in piece.splitlines()]
+    pieces = list(domains.pieces("\n".join(lines[:150] + ["", "y" * 500] + lines[150:])))
+    assert 1 < len(pieces) <= domains.PER_FILE
+    taken = [line for piece in pieces for line in piece.splitlines()]
     assert len(set(taken)) == len(taken)
     assert set(taken) <= set(lines)
     low, high = domains.LENGTHS
-    assert all(low <= len(piece) <= high for piece in found)
+    assert all(low <= len(piece) <= high for piece in pieces)
 
 
 def test_split_keeps_files_apart_and_drops_texts_that_occur_twice(domains, monkeypatch):
@@ -254,7 +277,7 @@ def test_domains_of_this_machine_are_written(domains, tmp_path, monkeypatch):
     monkeypatch.setattr(domains, "TEST", 5)
     monkeypatch.setattr(domains, "FILES", 20)
     domains.write(data, tmp_path)
-    tasks = yaml.safe_load((ROOT / "configs" / "smollm2" / "domains.yaml").read_text())["stream"]
+    tasks = yaml.safe_load((ROOT / "configs" / "language" / "smollm2-domains.yaml").read_text())["stream"]
     named = {task[side] for task in tasks["tasks"] + tasks["held_out"] for side in ("train", "test") if side in task}
     assert {path.name for path in tmp_path.iterdir()} == named
     for path in tmp_path.iterdir():

@@ -1,6 +1,6 @@
 """Every YAML in configs/, run on a miniature of its data set with a tiny backbone in place of the real one.
 
-A new YAML needs a row in MINIATURES: which backbone stands in, and what writes its data (tests/miniatures.py).
+A new YAML needs a row in MINIATURES: which backbone stands in, and what writes its data (tests/helpers/miniatures.py).
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from helpers.streams import steps
 
 from pm_hf.adapters.folder import open_adapter
 from pm_hf.config.loading import load_config
+from pm_hf.data.stream import load_stream
 from pm_hf.errors import InputError
 from pm_hf.runs.learner import Run, learn
 from pm_hf.training.task_trainer import TRAINING_DEFAULTS
@@ -28,29 +29,47 @@ from pm_hf.training.trainer import PMConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MINIATURES = {
-    "banking77/minilm.yaml": ("bert", miniatures.banking77),
-    "cifar10/vit.yaml": ("vit", miniatures.arrays),
-    "cifar100/10-tasks.yaml": ("vit", miniatures.cifar100),
-    "clinc150/minilm-full.yaml": ("bert", miniatures.clinc150),
-    "clinc150/minilm.yaml": ("bert", miniatures.clinc150),
-    "cub200/10-tasks.yaml": ("vit", miniatures.cub200),
-    "demo/docstrings.yaml": ("bert", miniatures.docstrings),
-    "digits/vit.yaml": ("vit", miniatures.arrays),
-    "domainnet/5-tasks.yaml": ("vit", miniatures.domainnet),
-    "imagenet-a/10-tasks.yaml": ("vit", miniatures.imagenet_a),
-    "imagenet-r/10-tasks.yaml": ("vit", miniatures.imagenet_r),
-    "imagenet-r/20-tasks.yaml": ("vit", miniatures.imagenet_r),
-    "imagenet-r/5-tasks.yaml": ("vit", miniatures.imagenet_r),
-    "mixed/minilm.yaml": ("bert", miniatures.prompts),
-    **{f"olora/order-{order}.yaml": ("t5", miniatures.olora) for order in range(1, 7)},
-    "pacs/vit.yaml": ("vit", miniatures.arrays),
-    "smollm2/domains.yaml": ("llama", miniatures.domains),
-    "smollm2/text.yaml": ("llama", miniatures.prompts),
-    "tinyimagenet50/vit.yaml": ("vit", miniatures.arrays),
+    "demo.yaml": ("bert", miniatures.docstrings),
+    "image/cifar10.yaml": ("vit", miniatures.arrays),
+    "image/cifar100.yaml": ("vit", miniatures.cifar100),
+    "image/cub200.yaml": ("vit", miniatures.cub200),
+    "image/digits.yaml": ("vit", miniatures.arrays),
+    "image/domainnet.yaml": ("vit", miniatures.domainnet),
+    "image/imagenet-a.yaml": ("vit", miniatures.imagenet_a),
+    "image/imagenet-r.yaml": ("vit", miniatures.imagenet_r),
+    "image/pacs.yaml": ("vit", miniatures.arrays),
+    "image/tiny-imagenet-50.yaml": ("vit", miniatures.arrays),
+    "language/olora-15-tasks.yaml": ("t5", miniatures.olora),
+    "language/olora-4-tasks.yaml": ("t5", miniatures.olora),
+    "language/smollm2-domains.yaml": ("llama", miniatures.domains),
+    "language/smollm2-text-sets.yaml": ("llama", miniatures.prompts),
+    "text/banking77.yaml": ("bert", miniatures.banking77),
+    "text/clinc150-full.yaml": ("bert", miniatures.clinc150),
+    "text/clinc150.yaml": ("bert", miniatures.clinc150),
+    "text/ten-sets.yaml": ("bert", miniatures.prompts),
 }
-COUNT = 24
-# the tasks of orders 1 and 4 in other orders, nothing else
-ALIKE = tuple(f"olora/order-{order}.yaml" for order in (2, 3, 5, 6))
+COUNT = 18
+# P&M's own benchmarks: tasks and epochs; ImageNet-R is also published with 5 and 20 tasks
+PUBLISHED = {
+    "image/cifar100.yaml": (10, 10),
+    "image/cub200.yaml": (10, 10),
+    "image/domainnet.yaml": (5, 5),
+    "image/imagenet-a.yaml": (10, 10),
+    "image/imagenet-r.yaml": (10, 10),
+}
+# O-LoRA's orders of its tasks; the first of each file is that of its list
+ORDERS = {
+    "language/olora-4-tasks.yaml": {
+        1: "dbpedia amazon yahoo agnews",
+        2: "dbpedia amazon agnews yahoo",
+        3: "yahoo amazon agnews dbpedia",
+    },
+    "language/olora-15-tasks.yaml": {
+        4: "mnli cb wic copa qqp boolq rte imdb yelp amazon sst2 dbpedia agnews multirc yahoo",
+        5: "multirc boolq wic mnli cb copa qqp rte imdb sst2 dbpedia agnews yelp amazon yahoo",
+        6: "yelp amazon mnli cb copa qqp rte imdb sst2 dbpedia agnews yahoo multirc boolq wic",
+    },
+}
 SMALLER = {
     "lora.r": 2,
     "training.max_steps": 2,
@@ -124,14 +143,12 @@ def resolved_without(config, key):
 
 def test_every_yaml_has_a_miniature():
     every = [path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml")]
-    found = sorted(str(path) for path in every if path.parent.name != "accelerate")  # whose files are the launcher's
-    assert found == sorted(MINIATURES)
-    assert len(found) == COUNT
+    names = sorted(str(path) for path in every if path.parent.name != "launch")  # whose files are the launcher's
+    assert names == sorted(MINIATURES)
+    assert len(names) == COUNT
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE else n for n in sorted(MINIATURES)]
-)
+@pytest.mark.parametrize("name", sorted(MINIATURES))
 def test_yaml_runs_to_the_end_of_task_2_on_a_miniature(name, backbones, until_task_2, tmp_path):
     config = read(name)
     backbone, write = MINIATURES[name]
@@ -170,7 +187,22 @@ def test_yaml_repeats_no_default(name):
             assert resolved_without(config, key) != resolved, f"{key}: {value} is the default"
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(MINIATURES) if name.endswith("-tasks.yaml")])
+@pytest.mark.parametrize("name", ORDERS)
+def test_orders_of_olora_are_the_list_and_what_the_comments_say(name, backbones, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    text = (CONFIGS / name).read_text(encoding="utf-8")
+    told = re.findall(r"^#   '(stream\.order=\[.+\])'$", text, flags=re.M)
+    miniatures.olora(tmp_path, read(name)["stream"])
+    tiny = {"model.base": str(backbones("t5")), "data_dir": str(tmp_path)}
+    plain, *others = [load_stream(load_config(CONFIGS / name, order, tiny)).tasks for order in ((), *zip(told))]
+    assert [[task.name for task in tasks] for tasks in (plain, *others)] == [
+        order.split() for order in ORDERS[name].values()
+    ]
+    rows = {task.name: task.train.inputs for task in plain}
+    assert all(task.train.inputs == rows[task.name] for tasks in others for task in tasks)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_benchmarks_keep_the_published_protocol(name):
     config = load_config(CONFIGS / name)
     assert (config.method, config.merge.method, config.curvature.kind) == ("pm", "pm", "fisher")
@@ -180,8 +212,7 @@ def test_published_benchmarks_keep_the_published_protocol(name):
     assert config.merge.max_rank is None
     assert config.head.kind == "linear"
     assert config.stream.augmentation == "crop_flip"
-    assert config.stream.class_groups == int(re.search(r"(\d+)-tasks", name)[1])
     training = config.training
-    assert training["num_train_epochs"] == (5 if name.startswith("domainnet") else 10)
+    assert (config.stream.class_groups, training["num_train_epochs"]) == PUBLISHED[name]
     assert training["per_device_train_batch_size"] == 256
     assert (training["learning_rate"], training["head_learning_rate"]) == (1e-3, 1e-2)

@@ -25,10 +25,10 @@ def texts(demo):
 
 
 def test_texts_are_short_different_and_do_not_name_their_library(demo, texts):
-    for library, found in texts.items():
-        assert len({demo.normal(text) for text in found}) == len(found) >= 60
-        assert all(30 <= len(text) <= 160 for text in found)
-        assert not any(library.rstrip("2") in text.lower() for text in found)
+    for library, own in texts.items():
+        assert len({demo.normal(text) for text in own}) == len(own) >= 60
+        assert all(30 <= len(text) <= 160 for text in own)
+        assert not any(library.rstrip("2") in text.lower() for text in own)
 
 
 def test_collection_is_repeatable(demo, texts):

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from helpers.documents import EXCEPTIONS, LANGUAGES, PAGES, ROOT, RUN, Block, blocks, to_run
 from helpers.processes import forked_pm_hf
+from test_architecture import GROUND, MAY_IMPORT
 
 import pm_hf
 from pm_hf.config.loading import load_config
@@ -21,14 +22,15 @@ from pm_hf.merging import METHODS as MERGING
 
 DOCS = [page for page in PAGES if page.startswith("docs/")]
 RUNNING = [page for page in PAGES if any(block.language in RUN for block in to_run(page))]
-NEEDS = {"docs/trl.md": "trl"}
+LINKING = ["results/README.md", "benchmarks/README.md", "CONTRIBUTING.md", "REPRODUCTION.md", "CHANGELOG.md"]
+NEEDS = {"README.md": "trl", "docs/trl.md": "trl"}
 
 
 def module(path):
     spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def nav(entry):
@@ -47,12 +49,12 @@ def anchor(heading):
 
 
 def test_navigation_lists_every_page_once():
-    found = nav(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
-    assert sorted(f"docs/{page}" for page in found) == DOCS
-    assert len(DOCS) == 14
+    pages = nav(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert sorted(f"docs/{page}" for page in pages) == DOCS
+    assert len(DOCS) == 18
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *LINKING])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!http)([^)\s]+)\)", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)):
@@ -79,32 +81,49 @@ def test_exceptions_still_exist():
 
 
 def test_every_yaml_of_the_pages_is_a_valid_config():
-    found = [block for page in PAGES for block in blocks(page) if block.language == "yaml"]
-    assert len(found) >= 8
-    for block in found:
+    yamls = [block for page in PAGES for block in blocks(page) if block.language == "yaml"]
+    assert len(yamls) >= 8
+    for block in yamls:
         load_config(yaml.safe_load(block.text))
 
 
-def test_method_page_is_made_of_the_tables_of_the_code():
-    page = module(ROOT / "docs" / "hooks.py").on_page_markdown((ROOT / "docs" / "methods.md").read_text())
+def test_method_page_has_the_tables_of_the_code():
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    tables = module(ROOT / "docs" / "tables.py")
+    assert tables.with_tables(page) == page, "run: python docs/tables.py"
     rows = [re.split(r"(?<!\\)\|", line) for line in page.split("\n") if line.startswith("| `")]
-    cells = [[cell.strip().replace(r"\|", "|") for cell in row[1:-1]] for row in rows]
+    cells = [[cell.strip().replace(r"\|", "|") for cell in row[1:-1]] for row in rows if row[1].strip() != "`method:`"]
     options = [[f"`{name}`", f"`{key}`"] for name, method in MERGING.items() for key in method.options]
-    titles = [f"`{name}`" for name in MERGING]
+    titles, presets = [f"`{name}`" for name in MERGING], [f"`{name}`" for name in PRESETS]
     count = len(titles) + len(options)
     assert [row[0] for row in cells[: len(titles)]] == titles
     assert [row[1] for row in cells[: len(titles)]] == [method.about.replace("*", r"\*") for method in MERGING.values()]
     assert [row[:2] for row in cells[len(titles) : count]] == options
-    assert [row[0] for row in cells[count + 1 :]] == [f"`{name}`" for name in PRESETS]
-    assert "<!--" not in page
+    assert [row[0] for row in cells[count:]] == [*presets, *presets]  # in words, and their settings
 
 
-def test_limits_page_has_those_of_the_readme():
-    page = module(ROOT / "docs" / "hooks.py").on_page_markdown((ROOT / "docs" / "limits.md").read_text())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    limits = readme.split("## Limits\n\n")[1].strip()
-    assert limits.startswith("- ")
-    assert limits in page
+def test_architecture_page_says_what_the_tests_hold():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \|$", page, flags=re.M)
+    told = {
+        name: set(re.findall(r"`([\w.]+)`", may)) | (set(GROUND) if "ground" in may else set()) for name, _, may in rows
+    }
+    assert told == {name: set(may) for name, may in MAY_IMPORT.items()}
+    assert [name for name, *_ in rows] == list(MAY_IMPORT)
+    for path in re.findall(r"`((?:\w+/)*\w+\.(?:py|md))`", page):
+        assert any((place / path).is_file() for place in (ROOT, ROOT / "pm_hf")), path
+
+
+def test_results_page_is_that_of_the_results_with_its_pictures():
+    hooks = module(ROOT / "docs" / "hooks.py")
+    page = hooks.on_page_markdown((ROOT / "docs" / "results.md").read_text(encoding="utf-8"))
+    tables = [
+        line for line in (ROOT / "results" / "README.md").read_text(encoding="utf-8").split("\n") if line[:1] == "|"
+    ]
+    assert len([line for line in page.split("\n") if line[:1] == "|"]) == len(tables)
+    assert re.findall(r"\]\((?!http)(\S+)\)", page) == [path.relative_to(ROOT).as_posix() for path in hooks.pictures()]
+    assert len(hooks.pictures()) == 2
+    assert all(path.is_file() for path in hooks.pictures())
 
 
 def test_every_public_name_is_on_the_api_page():

@@ -89,7 +89,7 @@ def test_rows_start_analytic_and_compete_with_every_class_seen(tiny_base, data, 
     run = Run(config, stream)
     for index, (rows, before, after) in enumerate(seen):
         assert before.shape[1] == after.shape[1] == 2 * (index + 1)
-        task, folder = stream.tasks[index], run.folder.task(index - 1)
+        task, folder = stream.tasks[index], run.folder.task(index - 1).folder
         if index == 0:
             continue
         known = HeadStatistics.load(folder / "head_statistics.safetensors")

@@ -23,7 +23,7 @@ def test_two_domains_are_learned_one_after_the_other(method, floor, tmp_path):
     domains = json.loads((DATA / "clinc150_domains.json").read_text(encoding="utf-8"))
     groups = {name: domains[name] for name in list(domains)[:2]}
     changes = {"stream.class_groups": groups, "data_dir": str(DATA), "output_dir": str(tmp_path / "run")}
-    report = learn(ROOT / "configs" / "clinc150" / "minilm.yaml", method=method, **changes)
+    report = learn(ROOT / "configs" / "text" / "clinc150.yaml", method=method, **changes)
     assert report.metrics["ACC"] > floor
     assert report.coefficients[0]["raw"] == pytest.approx(1, abs=1e-6)
     assert 0.1 < report.coefficients[1]["used"] < 0.9

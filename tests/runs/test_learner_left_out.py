@@ -11,6 +11,7 @@ import pm_hf.runs.merge_line as line
 from pm_hf.config.loading import load_config, save_config
 from pm_hf.data.stream import load_stream
 from pm_hf.errors import InputError
+from pm_hf.runs.folder import finished_labels
 from pm_hf.runs.learner import evaluate, learn
 
 NAMES = ("first", "second", "third")
@@ -196,8 +197,8 @@ def test_answers_are_those_that_the_finished_task_had(tmp_path, labels):
     assert load_stream(given).tasks[0].labels == ("answer 0", "answer 1", "answer 2")
     step = Path(tmp_path / "run" / "task-00-one-task" / "step.json")
     step.parent.mkdir(parents=True)
-    step.write_text(json.dumps({"labels": labels}))
-    (task,) = load_stream(given).tasks
+    step.write_text(json.dumps({"task": "one task", "labels": labels}))
+    (task,) = load_stream(given, finished_labels(given)).tasks
     assert task.labels == task.own == tuple(labels)
     assert len(task.train) == 0
     assert len(task.test) == 6

@@ -183,8 +183,11 @@ def test_zero_curvature_is_one_clear_error(tiny_base, data, tmp_path):
 
 
 @pytest.mark.parametrize("freedom", ["global", "module"])
-def test_zero_curvature_averages_when_asked_to_and_says_so(tiny_base, data, tmp_path, freedom):
-    changes = UNTRAINED | {"merge__on_zero_curvature": "average", "merge__freedom": freedom}
+@pytest.mark.parametrize(
+    "asked", [{"merge__on_zero_curvature": "average"}, {"merge__options": {"on_zero_curvature": "average"}}]
+)
+def test_zero_curvature_averages_when_asked_to_and_says_so(tiny_base, data, tmp_path, asked, freedom):
+    changes = UNTRAINED | asked | {"merge__freedom": freedom}
     report = learn(settings(tiny_base, data, tmp_path / "run", **changes))
     found = [step["coefficient"] for step in steps(tmp_path / "run")]
     assert [c["used"] for c in found] == [1, 0.5]

@@ -9,7 +9,7 @@ import pytest
 from helpers.processes import forked
 from helpers.streams import contents, same_tensors, settings, steps, write_data, write_yaml
 
-import pm_hf.runs.folder
+import pm_hf.runs.records
 import pm_hf.training.checkpoints
 from pm_hf.cli import main
 from pm_hf.runs.learner import learn
@@ -56,14 +56,14 @@ def die_inside(task, count, kind=AtomicCheckpoints):
 
 def die_between(task):
     """From now on this process dies when that task's step.json was just written."""
-    write = pm_hf.runs.folder.write_json
+    write = pm_hf.runs.records.write_json
 
     def write_and_die(path, value):
         write(path, value)
         if path.name == "step.json" and task in str(path):
             die()
 
-    pm_hf.runs.folder.write_json = write_and_die
+    pm_hf.runs.records.write_json = write_and_die
 
 
 def kill(path, arm):

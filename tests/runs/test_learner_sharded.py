@@ -18,7 +18,7 @@ from torch import nn
 import pm_hf.runs.learner
 from pm_hf.adapters.folder import save_adapter
 from pm_hf.errors import InputError
-from pm_hf.models.sharded import inner_name, is_sharded, put_weights, trained_weights
+from pm_hf.models.sharded import is_sharded, plain_name, put_weights, trained_weights
 from pm_hf.models.task_model import task_tensors
 from pm_hf.runs.learner import learn
 
@@ -55,9 +55,9 @@ def test_wrappers_leave_no_trace_in_a_saved_adapter():
     after = task_tensors(model)[0]
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert (
-        inner_name("module.base.layer._checkpoint_wrapped_module.key.module.weight") == "base.layer.key.module.weight"
-    )
+    wrapped = "module.base.layer._checkpoint_wrapped_module.key.module.weight"
+    assert plain_name(wrapped) == "base.layer.key.module.weight"
+    assert plain_name("_orig_mod.base_model.model.head.modules_to_save.task.out.bias") == "head.out.bias"
 
 
 def test_an_adapter_without_entries_is_not_saved(tmp_path):
@@ -77,7 +77,7 @@ def test_gathered_weights_are_put_back_by_name():
     assert len(weights) == 8
     put_weights(fresh, weights)
     for (name, one), two in zip(trained.named_parameters(), fresh.parameters(), strict=True):
-        assert torch.equal(one, two) == (name in weights)
+        assert torch.equal(one, two) == (plain_name(name) in weights)
     name, value = weights.popitem()
     for wrong in (weights, weights | {name: value[:1]}, weights | {name: value, "other": value}):
         with pytest.raises(RuntimeError, match="the gathered weights do not fit the model"):
@@ -114,7 +114,7 @@ def test_penalties_that_read_whole_weights_are_refused_where_they_are_spread(bas
 
 
 def test_every_launch_file_is_read_by_accelerate():
-    files = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+    files = sorted((ROOT / "configs" / "launch").glob("*.yaml"))
     assert [path.name for path in files] == ["fsdp2.yaml", "zero2.yaml", "zero3.yaml"]
     for path in files:
         found = load_config_from_file(str(path))

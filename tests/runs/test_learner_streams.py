@@ -329,6 +329,12 @@ def test_release_without_curvature_says_that_the_past_has_no_weight(tiny_base, d
     assert merged["tasks"] == 3
 
 
+def test_release_without_curvature_is_refused_when_the_past_must_be_measured(tiny_base, data, two, tmp_path):
+    alone = shutil.copytree(two / "merged", tmp_path / "alone" / "merged")
+    config = release(tiny_base, data, tmp_path / "run", alone, merge__options={"unmeasured_past": "error"})
+    assert "merge.options.unmeasured_past is error, and it has no curvature.safetensors beside it" in refused(config)
+
+
 @pytest.mark.usefixtures("no_training")
 def test_release_that_does_not_fit_is_refused_in_one_error(tiny_base, data, two, tmp_path):
     other = shutil.copytree(tiny_base, tmp_path / "other-base")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.records import finished_run
+from helpers.records import finished_run, page_of
 from helpers.streams import dense, settings, steps, tensors, write_data
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
@@ -17,11 +17,10 @@ from pm_hf.data.encoders import make_encoder
 from pm_hf.data.stream import load_stream
 from pm_hf.errors import InputError
 from pm_hf.merging.curvature import Curvature
-from pm_hf.reports.page import page
 from pm_hf.runs import merge_line as module
 from pm_hf.runs.learner import learn
 from pm_hf.runs.merge_line import merge_line
-from pm_hf.runs.records import read_runs
+from pm_hf.runs.records import TaskRecord, read_runs
 
 QUICK = {"training__num_train_epochs": 3, "stream__train_per_class": 12}
 SHORT = (0.0, 0.6, 1.0)
@@ -219,7 +218,7 @@ def test_the_command_prints_the_table_and_writes_the_page(run, found, tmp_path, 
 def test_the_page_shows_every_line_of_every_run(run, found, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run, other)
-    text = page(read_runs([run, other]))
+    text = page_of(read_runs([run, other]))
     for place in (1, 2):
         for t in (2, 3):
             assert text.count(f'id="chart-coefficient-{place}-{t}-t"') == 1
@@ -230,7 +229,7 @@ def test_the_page_shows_every_line_of_every_run(run, found, tmp_path):
     numbers += [text for one in regrets for text in (f"{one['score']:.2f}", f"{one['loss']:.4f}")]
     assert f'<th scope="row">2 second</th>{"".join(f"<td>{number}</td>" for number in numbers)}' in text
     (other / "coefficient.json").unlink()
-    assert 'id="chart-coefficient-2-2-t"' not in page(read_runs([run, other]))
+    assert 'id="chart-coefficient-2-2-t"' not in page_of(read_runs([run, other]))
 
 
 def test_data_that_moved_is_named_by_a_setting_and_other_data_are_refused(
@@ -302,14 +301,14 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
     assert main(["inspect", "--coefficient", str(folder), "other"]) == 2
     assert "override 'other': expected key=value" in capsys.readouterr().err
     (folder / "coefficient.json").write_text("{}")
-    assert read_runs([folder])[0].line == {}
+    assert read_runs([folder])[0].line is None
     (folder / "coefficient.json").write_text('{"mine": 1}')
     with pytest.raises(InputError, match=r"coefficient.json was not written by pm-hf inspect --coefficient; move it"):
         read_runs([folder])
 
 
 def test_a_chosen_point_that_is_not_what_the_run_measured_is_noted(run, found):
-    step = steps(run)[1]
-    step["scores"]["class_incremental"][0] += 0.25
-    (note,) = module._notes(step, found["tasks"][0]["points"], "class_incremental")
+    record = TaskRecord.load(folders(run)[1] / "step.json")
+    record.scores["class_incremental"][0] += 0.25
+    (note,) = module._notes(record, found["tasks"][0]["points"], "class_incremental")
     assert note.startswith("scores at the chosen coefficient differ by up to 0.25 from those in step.json")

@@ -82,7 +82,9 @@ def test_a_language_model_s_line_has_its_completion_loss_and_nothing_is_generate
         files = {"train": "domains-train.jsonl", "test": "domains-test.jsonl", "domain_column": "source"}
         config["stream"] = {"kind": "causal-lm", **files, "max_length": 24}
     learn(config)
-    monkeypatch.setattr("pm_hf.measuring.scores.exact_match", lambda *_, **__: pytest.fail("generated"))
+    monkeypatch.setattr(
+        "pm_hf.measuring.language_scores.LanguageScorer.exact_match", lambda *_, **__: pytest.fail("generated")
+    )
     found = merge_line(config["output_dir"])
     (line,) = found["tasks"]
     before, after = (step["scores"] for step in steps(config["output_dir"]))

@@ -5,16 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from pm_hf.merging.coefficient import fixed_coefficient
 from pm_hf.reports.card import loading_lines
 from pm_hf.reports.charts import plot_means
-from pm_hf.runs.records import Report
+from pm_hf.runs.records import Report, TaskRecord, read_coefficient
 
 SCORES = [[0.9, None, None], [0.6, 0.8, None], [0.5, 0.7, 1.0]]
 INSIDE = [[0.9, None, None], [0.8, 0.9, None], [0.7, 0.9, 1.0]]
-
-
-def coefficient(used, t):
-    return {"raw": used, "used": used, "one_over_t": 1 / t, "note": None}
 
 
 ONE = {"class_incremental": [[0.9]], "task_incremental": [[0.9]]}
@@ -31,7 +28,7 @@ def report(tmp_path):
         metric="class_incremental",
         matrices={"class_incremental": SCORES, "task_incremental": INSIDE},
         test_rows=[100, 50, 50],
-        coefficients=[coefficient(1.0, 1), coefficient(0.4, 2), coefficient(0.25, 3)],
+        coefficients=[fixed_coefficient(1.0, 1), fixed_coefficient(0.4, 2), fixed_coefficient(0.25, 3)],
         seconds=12.5,
         notes=["task mail: the past has almost no weight"],
     )
@@ -87,7 +84,8 @@ def test_report_file_holds_everything_but_the_folder(report, tmp_path):
     assert "folder" not in found
     assert found["scores"] == SCORES
     assert found["task_incremental"] == INSIDE
-    assert found["coefficients"] == report.coefficients
+    assert [read_coefficient(alpha).used for alpha in found["coefficients"]] == [1.0, 0.4, 0.25]
+    assert {alpha["source"] for alpha in found["coefficients"]} == {"given"}
     assert found["metrics"] == report.metrics
     assert (found["method"], found["seed"], found["seconds"]) == ("pm", 3, 12.5)
     assert found["scenario"] == "class_incremental"
@@ -148,3 +146,71 @@ def test_errors_of_the_merges_are_told_where_there_are_any(report):
     found = replace(report, merge_errors=[0.0, 0.0123, 0.5])
     assert "relative error of each merge: 0.0e+00 1.2e-02 5.0e-01" in found.table()
     assert found.to_dict()["merge_errors"] == [0.0, 0.0123, 0.5]
+
+
+STEP = {
+    "task": "news",
+    "labels": ["a", "b"],
+    "coefficient": {"raw": 0.4, "used": 0.4, "numerator": None, "past": None, "current": None, "one_over_t": 0.5}
+    | {"modules": None, "note": "given"},
+    "scores": {"class_incremental": [0.5, None]},
+    "training_loss": 0.25,
+    "best_step": 3,
+    "best_loss": 0.2,
+    "optimizer_steps": 12,
+    "factors": {"1": 12},
+    "log": [[1, 0.5, 1.0]],
+    "threads": 2,
+    "notes": ["a note"],
+    "of a later version": 1,
+}
+
+
+def test_a_task_s_record_keeps_what_its_file_says(tmp_path):
+    path = tmp_path / "step.json"
+    path.write_text(json.dumps(STEP))
+    record = TaskRecord.load(path)
+    record.save(path)
+    again = json.loads(path.read_text())
+    known = {key: value for key, value in STEP.items() if key not in ("coefficient", "of a later version")}
+    assert {key: again[key] for key in known} == known
+    assert again["coefficient"] == STEP["coefficient"] | {"source": "given"}
+    assert TaskRecord.load(path).to_dict().keys() == record.to_dict().keys()
+    assert (record.optimizer_steps, record.training.best) == (12, {"best_step": 3, "best_loss": 0.2})
+    assert record.test_fingerprint is None  # of before it existed
+
+
+def test_a_record_without_training_has_no_keys_of_one(tmp_path):
+    path = tmp_path / "step.json"
+    path.write_text(json.dumps({"task": "news"}))
+    record = TaskRecord.load(path)
+    assert record.training is None
+    assert record.optimizer_steps == 0
+    assert not {"training_loss", "log", "factors", "cut_rows"} & record.to_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("content", "source"),
+    [
+        ({"numerator": 1.0, "note": None}, "closed_form"),
+        ({"numerator": None, "note": "given"}, "given"),
+        ({"numerator": None, "note": None}, "average"),
+        ({"numerator": None, "note": None, "source": "line_search"}, "line_search"),
+    ],
+)
+def test_who_decided_a_coefficient_is_told_of_older_files_too(content, source):
+    assert read_coefficient({"raw": 0.5, "used": 0.5, "one_over_t": 0.5, **content}).source == source
+
+
+def test_a_task_named_by_a_number_is_shown_with_its_classes(report, tmp_path):
+    tasks = ["classes-00", "classes-01", "mail"]
+    classes = {"classes-00": ["ant", "bee"], "classes-01": ["cat", "cow", "dog", "eel"]}
+    numbered = replace(report, tasks=tasks, classes=classes)
+    lines = numbered.table().splitlines()
+    assert lines[2].startswith("classes-00 (ant, bee)  ")
+    assert lines[3].startswith("classes-01 (cat, cow, …, 4 classes)  ")
+    assert lines[4].startswith("mail  ")
+    assert len({len(line) for line in lines[1:5]}) == 1
+    numbered.save()
+    assert Report.load(tmp_path / "report.json").titles == numbered.titles
+    assert "classes" not in report.to_dict()

@@ -8,7 +8,17 @@ from torch import Tensor
 
 from pm_hf.errors import InputError
 from pm_hf.merging.lowrank import LowRank, compact_svd, weighted_sum
-from pm_hf.merging.methods.base import Matrix, map_rows, smallest_kept, trim, weighted_rows
+from pm_hf.merging.methods.base import (
+    DENSE_COST,
+    SUM_COST,
+    TRIM,
+    Matrix,
+    Method,
+    map_rows,
+    smallest_kept,
+    trim,
+    weighted_rows,
+)
 
 
 def adamerging(matrix: Matrix, state: Mapping[str, Mapping[str, Sequence]]) -> LowRank:
@@ -39,9 +49,9 @@ def adarank(matrix: Matrix, state: Mapping[str, Mapping[str, Sequence]]) -> LowR
     unlabelled inputs; the values are those of `compact_svd`, descending. InputError: a mask of another length. Cost:
     a QR and an SVD of r×r for each adapter.
     """
-    found = _learned_for(matrix, state)
-    kept = [_masked_term(matrix.name, term, mask) for term, mask in zip(matrix.terms, found["masks"], strict=True)]
-    return weighted_sum(kept, found["coefficients"])
+    learned = _learned_for(matrix, state)
+    masked = [_masked_term(matrix.name, term, mask) for term, mask in zip(matrix.terms, learned["masks"], strict=True)]
+    return weighted_sum(masked, learned["coefficients"])
 
 
 def _learned_for(matrix: Matrix, state: Mapping[str, Any]) -> Any:
@@ -61,3 +71,48 @@ def _masked_term(name: str, term: LowRank, mask: Sequence) -> LowRank:
     keep = torch.tensor(mask, dtype=torch.bool)
     root = s[keep].sqrt()
     return LowRank(U[:, keep] * root, root[:, None] * Vh[keep]).to(term.B.dtype)
+
+
+ADAMERGING = Method(
+    "adamerging",
+    "Σ λᵢτᵢ, λᵢ learned for each module to minimise the prediction entropy",
+    "AdaMerging, arXiv 2310.02575",
+    "coefficients learned from unlabelled inputs",
+    SUM_COST,
+    fold=False,
+    batch=True,
+    train_from="base",
+    starts=("last", "base"),
+    kernel=adamerging,
+    learned=("coefficients",),
+)
+
+ADAMERGING_TRIMMED = Method(
+    "adamerging++",
+    "AdaMerging of task vectors that are trimmed as TIES does",
+    "AdaMerging++, arXiv 2310.02575",
+    "coefficients learned from unlabelled inputs",
+    DENSE_COST,
+    fold=False,
+    batch=True,
+    train_from="base",
+    starts=("last", "base"),
+    kernel=adamerging_trimmed,
+    dense=True,
+    learned=("coefficients",),
+    options={"density": TRIM},
+)
+
+ADARANK = Method(
+    "adarank",
+    "Σ λᵢ Uᵢ(mᵢ∘Sᵢ)Vᵢᵀ, λᵢ and the 0/1 masks mᵢ learned to minimise the prediction entropy",
+    "AdaRank, arXiv 2503.22178",
+    "coefficients and masks learned from unlabelled inputs",
+    "a QR and an SVD of r×r for each adapter of a module",
+    fold=False,
+    batch=True,
+    train_from="base",
+    starts=("last", "base"),
+    kernel=adarank,
+    learned=("coefficients", "masks"),
+)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from pm_hf.errors import InputError
+from pm_hf.merging.coefficient import Coefficient
+from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank, row_slices, weighted_sum
 from pm_hf.merging.order_statistics import kth_largest
 
@@ -35,19 +37,15 @@ class Matrix:
 
 
 Value = float | int | str
-
+Start = Literal["merged", "last", "base"]
 
 # kernel(matrix: Matrix, state, **options) -> the merged matrix: low-rank and exact, or dense float32 (out, in). The
 # state is what `prepare` or the learning found; in a fold without either it is {"tasks": t}.
 Kernel = Callable[..., LowRank | Tensor]
 
-
 # prepare(matrices: Callable[[], Iterator[Matrix]], past: Mapping | None, **options) -> state; each call of `matrices`
 # streams the whole model again. Where the state has `to_save`, a dict of floats, the next fold gets it as `past`.
 Prepare = Callable[..., Any]
-
-
-Matrices = Callable[[], Iterator[Matrix]]
 
 
 @dataclass(frozen=True)
@@ -83,60 +81,72 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """What decides the coefficient of a task that is folded into a running merge.
+
+    tasks: t, this one included. first: whether there is no running merge yet. options: the method's settings.
+    curvature: the sums that include this task, None where none were given. measured: number of tasks that they must
+    cover; into: the running merge in words. vectors: (Δ, θ̂_{t−1} − θ0) by module, (out, in), read when asked for.
+    freedom: one coefficient for the model, or one for each module.
+    """
+
+    tasks: int
+    first: bool
+    options: Mapping[str, Any]
+    curvature: Curvature | None
+    measured: int
+    into: str
+    vectors: Callable[[Curvature], tuple[Mapping[str, LowRank], Mapping[str, LowRank]]]
+    freedom: Literal["global", "module"] = "global"
+
+
+@dataclass(frozen=True)
 class Method:
     """What a method computes, what it needs, and where its training starts.
 
-    about: its equation in one line. needs: the data it needs besides the adapters. cost: the dominant work.
-    fold: can fold one new adapter into a running merge (terms = running merge, task). batch: can merge N at once.
-    train_from: the model that a task must be trained from for the method's mathematics to hold: the running merge,
-    the last task's optimum, or the pretrained base. Methods with "last" or "base" take task vectors relative to θ0.
-    kernel: None means Σ wᵢΔᵢ. prepare: what must be known of the whole model first. dense: the kernel returns a
-    dense tensor, which has to be factored. weight: default weight of each of N adapters; None is 1/N.
-    curvature: "sums" is the running file of `pm`, "fisher" and "gram" are one file for each adapter.
-    learned: needs coefficients that are learned from unlabelled inputs. factors: works on A and B themselves, not on
-    their product, so the running merge must keep its factors.
+    name: how it is asked for. about: its equation in one line. needs: the data it needs besides the adapters. cost: the
+    dominant work. fold: can fold one new adapter into a running merge (terms = running merge, task). batch: can merge N
+    at once. train_from: the model that a task must be trained from for the method's mathematics to hold: the running
+    merge, the last task's optimum, or the pretrained base. Methods with "last" or "base" take task vectors relative to
+    θ0. starts: all models from which a task may be trained. coefficient: α of a fold without a kernel (`Fold` says from
+    what); None where it only merges several. kernel: None means Σ wᵢΔᵢ. prepare: what must be known of the whole model
+    first. dense: the kernel returns a dense tensor, which has to be factored. weight: default weight of each of N
+    adapters; None is 1/N. curvature: "sums" is the running file of all tasks, "fisher" and "gram" are one file for each
+    adapter. learned: what of each matrix is learned from unlabelled inputs, a list with an entry for each adapter.
+    factors: works on A and B themselves, not on their product, so the running merge must keep its factors. in_streams:
+    whether a stream of tasks may use it.
     """
 
+    name: str
     about: str
     paper: str
     needs: str
     cost: str
     fold: bool
     batch: bool
-    train_from: Literal["merged", "last", "base"]
+    train_from: Start
+    starts: tuple[Start, ...]
+    coefficient: Callable[[Fold], Coefficient] | None = None
     kernel: Kernel | None = None
     prepare: Prepare | None = None
     dense: bool = False
     weight: float | None = None
     curvature: Literal["sums", "fisher", "gram"] | None = None
-    learned: bool = False
+    learned: tuple[str, ...] = ()
     factors: bool = False
+    in_streams: bool = False
     options: Mapping[str, Option] = field(default_factory=dict)
+
+    @property
+    def sums(self) -> bool:
+        """Whether it reads the curvature of all tasks added up; otherwise one of each adapter, or none."""
+        return self.curvature == "sums"
 
 
 SUM_COST = "a weighted sum of the factors"
-
-
 DENSE_COST = "a dense matrix for each adapter of a module"
-
-
 TINY = 1e-12  # the lowest value of an option for which 0 makes no sense
-
-
 TRIM = Option(0.2, "share of the entries of a task vector that is kept, the largest, in (0, 1]", TINY, 1.0)
-
-
-MAJORITY = Option(
-    "total", "an entry's sign is elected by the sum of the values or by their number", choices=("total", "frequency")
-)
-
-
-DROP = Option(0.5, "share of the entries that is kept at random (1 − p) and rescaled by 1/density, in (0, 1]", TINY, 1)
-
-
-SEED = Option(0, "seed of the random masks, an integer from 0", 0, 2**32 - 1)
-
-
 STEP = Option(0.4, "λ, weight of the new task against the running merge, in [0, 1]", 0.0, 1.0)
 
 

@@ -9,7 +9,7 @@ from pm_hf.errors import InputError
 from pm_hf.merging.coefficient import solve_right
 from pm_hf.merging.curvature import shrink
 from pm_hf.merging.lowrank import LowRank
-from pm_hf.merging.methods.base import Matrix, dtype_of, map_rows, mean_weights
+from pm_hf.merging.methods.base import DENSE_COST, STEP, TINY, Matrix, Method, Option, dtype_of, map_rows, mean_weights
 
 
 def cofima(matrix: Matrix, state: Any, *, coefficient: float) -> Tensor:
@@ -52,3 +52,39 @@ def lot(matrix: Matrix, state: Any, *, scale: float, shrinkage: float) -> LowRan
         raise InputError(f"{matrix.name}: the weighted sum of the Grams is zero or not finite; measure them again")
     columns = torch.cat([term.B.double() for term in matrix.terms], dim=1)
     return LowRank(columns, solve_right(torch.cat(rows), total)).scale(scale).to(dtype_of(matrix))
+
+
+COFIMA = Method(
+    "cofima",
+    "θ = Σ wᵢFᵢθᵢ / Σ wᵢFᵢ per entry; in a fold w = (1−λ, λ)",
+    "CoFiMA, arXiv 2312.08977; Fisher merging, arXiv 2111.09832",
+    "one diagonal Fisher for each adapter",
+    DENSE_COST,
+    fold=True,
+    batch=True,
+    train_from="merged",
+    starts=("merged",),
+    kernel=cofima,
+    dense=True,
+    curvature="fisher",
+    options={"coefficient": STEP},
+    in_streams=True,
+)
+
+LOT = Method(
+    "lot",
+    "Θ = (Σ wᵢΘᵢGᵢ)(Σ wᵢGᵢ)⁺, the optimum of Σ wᵢ‖(Θ − Θᵢ)Xᵢ‖²",
+    "LOT Merging, arXiv 2505.23859; RegMean, arXiv 2212.09849",
+    "one Gram file for each adapter",
+    "a Cholesky factor of in×in a module",
+    fold=False,
+    batch=True,
+    train_from="base",
+    starts=("last", "base"),
+    kernel=lot,
+    curvature="gram",
+    options={
+        "scale": Option(1.0, "factor of the merged matrix; the paper uses 1 to 1.5", TINY),
+        "shrinkage": Option(0.0, "ρ of (1−ρ)G + ρ·diag(G), on top of what the file has, in [0, 1]", 0.0, 1.0),
+    },
+)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pm_hf.merging.lowrank import LowRank, common_bases
-from pm_hf.merging.methods.base import Matrix, from_core, mean_weights
+from pm_hf.merging.methods.base import Matrix, Method, Option, from_core, mean_weights
 
 
 def lore(matrix: Matrix, state: Any, *, threshold: float, rounds: int, scale: float) -> LowRank:
@@ -31,3 +31,22 @@ def _soft_threshold(stack: Tensor, threshold: float) -> Tensor:
     """Singular value thresholding of every matrix of (N, p, q)."""
     U, s, Vh = torch.linalg.svd(stack, full_matrices=False)
     return U * (s - threshold).clamp_min(0)[:, None, :] @ Vh
+
+
+LORE = Method(
+    "lore",
+    "θ_0 + λ Σ wᵢδᵢ from min Σ wᵢ(½‖θ_0 + δᵢ − θᵢ‖² + μ‖δᵢ‖_*), by turns",
+    "LoRE-Merging, arXiv 2502.10749, algorithm 1",
+    "nothing",
+    "an SVD of R×R for each adapter and round of a module",
+    fold=False,
+    batch=True,
+    train_from="base",
+    starts=("last", "base"),
+    kernel=lore,
+    options={
+        "threshold": Option(0.01, "μ, what every singular value loses, in units of the weights", 0.0),
+        "rounds": Option(20, "number of alternations, at least 1", 1),
+        "scale": Option(1.0, "λ, factor of the mean low-rank part", 0.0),
+    },
+)

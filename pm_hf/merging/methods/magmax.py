@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pm_hf.merging.methods.base import Matrix, map_rows
+from pm_hf.merging.methods.base import DENSE_COST, Matrix, Method, map_rows
 
 
 def magmax(matrix: Matrix, state: Any) -> Tensor:
@@ -25,3 +25,20 @@ def magmax(matrix: Matrix, state: Any) -> Tensor:
         return scaled
 
     return map_rows(matrix, select)
+
+
+MAGMAX = Method(
+    "magmax",
+    "per entry the wᵢτᵢ whose |τᵢ| is largest",
+    "MagMax, arXiv 2407.06322",
+    "nothing",
+    DENSE_COST,
+    fold=True,
+    batch=True,
+    train_from="last",
+    starts=("last", "base"),
+    kernel=magmax,
+    dense=True,
+    weight=1.0,
+    in_streams=True,
+)

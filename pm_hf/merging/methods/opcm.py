@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pm_hf.errors import InputError
 from pm_hf.merging.lowrank import LowRank, common_bases, numerical_rank
-from pm_hf.merging.methods.base import Matrix, dtype_of, from_core
+from pm_hf.merging.methods.base import Matrix, Method, dtype_of, from_core
 
 LEADING_SHARE = 0.5  # of the sum of the singular values: α of OPCM
 
@@ -70,3 +70,19 @@ def _opcm_core(matrix: Matrix, previous: float) -> tuple[Tensor, Tensor, Tensor]
     mask = torch.eye(rank, dtype=torch.bool)
     mask[:leading, :leading] = True
     return U, previous * merged + task - left @ (mask * C) @ right.T, V
+
+
+OPCM = Method(
+    "opcm",
+    "P_t = (λ_{t−1}P_{t−1} + τ_t projected off the leading directions of P_{t−1})/λ_t",
+    "OPCM, arXiv 2501.09522, algorithm 1",
+    "nothing",
+    "twice a QR and an SVD of R×R a module",
+    fold=True,
+    batch=False,
+    train_from="base",
+    starts=("last", "base"),
+    kernel=opcm,
+    prepare=opcm_scale,
+    in_streams=True,
+)

@@ -7,7 +7,7 @@ import torch
 
 from pm_hf.errors import InputError
 from pm_hf.merging.lowrank import LowRank
-from pm_hf.merging.methods.base import Matrix
+from pm_hf.merging.methods.base import SUM_COST, Matrix, Method
 
 
 def slao(matrix: Matrix, state: Mapping[str, float]) -> LowRank:
@@ -30,3 +30,19 @@ def slao(matrix: Matrix, state: Mapping[str, float]) -> LowRank:
             f"{task.rank} in the task; train with one rank and merge without max_rank, or use another method"
         )
     return LowRank(torch.lerp(running.B, task.B, step), task.A)
+
+
+SLAO = Method(
+    "slao",
+    "A ← A_t, B ← B + (B_t − B)/√t on the factors, ranks all equal",
+    "SLAO, arXiv 2512.23017",
+    "nothing",
+    SUM_COST,
+    fold=True,
+    batch=False,
+    train_from="last",
+    starts=("last", "base"),
+    kernel=slao,
+    factors=True,
+    in_streams=True,
+)

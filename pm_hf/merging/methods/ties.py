@@ -7,7 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pm_hf.merging.methods.base import Matrix, map_rows, smallest_kept, trim, weighted_rows
+from pm_hf.merging.methods.base import (
+    DENSE_COST,
+    TINY,
+    TRIM,
+    Matrix,
+    Method,
+    Option,
+    map_rows,
+    smallest_kept,
+    trim,
+    weighted_rows,
+)
 
 
 def ties(matrix: Matrix, state: Any, *, density: float, majority: str) -> Tensor:
@@ -65,3 +76,60 @@ def _elect(tau: Tensor, weights: Sequence[float], majority: str) -> Tensor:
     elected = torch.where(votes.sum(0) >= 0, 1.0, -1.0)
     agree = tau.sign() == elected
     return weighted_rows(tau * agree, weights) / agree.sum(0).clamp_min(1)
+
+
+MAJORITY = Option(
+    "total", "an entry's sign is elected by the sum of the values or by their number", choices=("total", "frequency")
+)
+
+DROP = Option(0.5, "share of the entries that is kept at random (1 − p) and rescaled by 1/density, in (0, 1]", TINY, 1)
+
+SEED = Option(0, "seed of the random masks, an integer from 0", 0, 2**32 - 1)
+
+TIES = Method(
+    "ties",
+    "trim each τᵢ to its largest entries, elect a sign for each entry, mean of the wᵢτᵢ that agree",
+    "TIES-Merging, arXiv 2306.01708, algorithm 1",
+    "nothing",
+    DENSE_COST,
+    fold=False,
+    batch=True,
+    train_from="base",
+    starts=("last", "base"),
+    kernel=ties,
+    dense=True,
+    weight=1.0,
+    options={"density": TRIM, "majority": MAJORITY},
+)
+
+DARE = Method(
+    "dare",
+    "Σ wᵢ mᵢ∘τᵢ/(1−p), mᵢ random with P(0) = p (wᵢ = 0.3)",
+    "DARE, arXiv 2311.03099",
+    "nothing",
+    DENSE_COST,
+    fold=False,
+    batch=True,
+    train_from="base",
+    starts=("last", "base"),
+    kernel=dare,
+    dense=True,
+    weight=0.3,
+    options={"density": DROP, "seed": SEED},
+)
+
+DARE_TIES = Method(
+    "dare_ties",
+    "TIES with the random drop and rescale of DARE in place of trimming",
+    "DARE, arXiv 2311.03099, with TIES-Merging, arXiv 2306.01708",
+    "nothing",
+    DENSE_COST,
+    fold=False,
+    batch=True,
+    train_from="base",
+    starts=("last", "base"),
+    kernel=dare_ties,
+    dense=True,
+    weight=1.0,
+    options={"density": DROP, "majority": MAJORITY, "seed": SEED},
+)

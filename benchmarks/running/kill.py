@@ -1,0 +1,239 @@
+"""SIGKILL at random moments, then the same command: is everything the same in the end? results/running/kill-N.json
+
+python benchmarks/running/kill.py --times 20 [--seed 0]
+
+The run is `pm-hf train` on docstrings (MiniLM, P&M, three tasks, LoRA dropout, a checkpoint every few steps). One run
+is left alone. Then runs are started and killed, started again and killed again, until --times kills have hit. Each kill
+has a phase of the run (training, measuring, …, in turn) and comes a random part of that phase's duration after the run
+has entered it for the first or second time since its start; the phase in which it really landed is read afterwards.
+Every run that was killed is brought to its end by the same command, and compared with the run that was left alone: the
+tensors of every adapter and of the curvature bit for bit, and every step.json without its seconds and megabytes.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import median
+
+from safetensors import safe_open
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from environment import ROOT, environment
+
+from pm_hf.files import read_json, write_json
+
+LIBRARIES = ("accelerate", "aiohttp", "fsspec", "jinja2", "networkx", "huggingface_hub")
+SETTINGS = {
+    "method": "pm",
+    "stream.class_groups": 3,
+    "lora.dropout": 0.1,
+    "training.bf16": False,
+    "training.per_device_train_batch_size": 8,
+    "training.num_train_epochs": 3,
+    "training.save_strategy": "steps",
+    "training.save_steps": 7,
+}
+ROWS = 40  # for training and as many for testing, of each library
+PHASES = ("training", "checkpoint", "measuring", "saving", "merging", "scoring", "finishing", "publishing")
+LONGEST = 300.0  # seconds after which a run counts as hanging
+KILLS = 7  # of one run at most; then it is left alone
+MEASURED = ("seconds", "step_seconds", "process_peak_memory_mb")
+
+
+def main() -> int:
+    """Kill, continue, compare; 1 where anything differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=Path, default=Path("runs/kill"))
+    options = parser.parse_args()
+    began, draw = time.perf_counter(), random.Random(options.seed)
+    shutil.rmtree(options.runs, ignore_errors=True)
+    collect(options.runs / "data")
+    durations, kills, folders = undisturbed(options.runs), list[dict](), list[str]()
+    while len(kills) < options.times:
+        folders.append(f"killed-{len(folders):02d}")
+        kills += until_done(options.runs, folders[-1], draw, durations, options.times, len(kills))
+        print(f"{len(kills)} kills in {len(folders)} runs", file=sys.stderr, flush=True)
+    expected = outcome(options.runs / "whole")
+    different = {name: differences(outcome(options.runs / name), expected) for name in folders}
+    different = {name: keys for name, keys in different.items() if keys}
+    landed = Counter(kill["landed"] for kill in kills)
+    figures = {
+        "kills": len(kills),
+        "runs": len(folders),
+        "different": different,
+        "landed": dict(landed.most_common()),
+        "compared": sorted(expected),
+        "phase_seconds": durations,
+        "moments": kills,
+        "seconds": time.perf_counter() - began,
+    }
+    path = ROOT / "results" / "running" / f"kill-{options.times}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**figures, **environment()})
+    where = ", ".join(f"{phase} {count}" for phase, count in landed.most_common())
+    print(f"{len(kills)} kills in {len(folders)} runs ({where}), {len(different)} runs ended otherwise")
+    return int(bool(different))
+
+
+def collect(folder: Path) -> None:
+    """Docstrings of six libraries, as the embedded demo collects them."""
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import demo
+
+    demo.TRAIN, demo.TEST = ROWS, ROWS
+    demo.write({library: demo.collect(library, 2 * ROWS) for library in LIBRARIES}, folder)
+
+
+def undisturbed(runs: Path) -> dict[str, float]:
+    """Run once to the end; the median seconds of each phase."""
+    status = wait(start(runs, "whole"), LONGEST)
+    assert status == 0, f"the run that is left alone ended with {status}; see {runs / 'whole.log'}"
+    entered = [(float(at), phase) for phase, at in (line.split() for line in read(runs / "whole.phases"))]
+    spans: dict[str, list[float]] = {}
+    for (begin, phase), (end, _) in zip(entered, entered[1:], strict=False):
+        spans.setdefault(phase, []).append(end - begin)
+    assert set(PHASES) <= set(spans), f"the run went through {sorted(spans)} only"
+    return {phase: median(seconds) for phase, seconds in spans.items()}
+
+
+def start(runs: Path, name: str) -> subprocess.Popen:
+    """pm-hf train in a process of its own, which notes its phases."""
+    (runs / f"{name}.phases").unlink(missing_ok=True)
+    changes = {"data_dir": runs / "data", "output_dir": runs / name, **SETTINGS}
+    arguments = ["--config", str(ROOT / "configs/demo.yaml"), *(f"{k}={v}" for k, v in changes.items())]
+    program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import kill; sys.exit(kill.worker())"
+    command = [sys.executable, "-c", program, str(runs / f"{name}.phases"), *arguments]
+    environ = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    with open(runs / f"{name}.log", "a", encoding="utf-8") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environ, start_new_session=True)
+
+
+def worker() -> int:
+    """What runs in that process: the command line, with a line in the file of phases wherever one begins."""
+    import pm_hf.runs.learner as learner
+    from pm_hf.cli import main as command_line
+    from pm_hf.measuring.scores import Scorer
+    from pm_hf.runs.folder import RunFolder
+    from pm_hf.training.checkpoints import AtomicCheckpoints
+
+    phases = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def note(phase: str) -> None:
+        os.write(phases, f"{phase} {time.perf_counter()}\n".encode())
+
+    def noted(owner: object, name: str, phase: str, after: str) -> None:
+        function = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            note(phase)
+            result = function(*args, **kwargs)
+            note(after)
+            return result
+
+        setattr(owner, name, wrapped)
+
+    for owner, name, phase, after in (
+        (learner, "build_task_model", "building", "between"),
+        (learner, "train", "training", "between"),
+        (AtomicCheckpoints, "_save_checkpoint", "checkpoint", "training"),
+        (learner, "estimate_curvature", "measuring", "saving"),
+        (learner, "merge_adapters", "merging", "between"),
+        (Scorer, "score", "scoring", "between"),
+        (RunFolder, "finish_task", "finishing", "between"),
+        (RunFolder, "publish", "publishing", "between"),
+    ):
+        noted(owner, name, phase, after)
+    return command_line(["train", *sys.argv[2:]])
+
+
+def until_done(runs: Path, name: str, draw: random.Random, durations: dict, times: int, done: int) -> list[dict]:
+    """Start and kill one run until it ends by itself, left alone after KILLS kills; what each kill was."""
+    kills: list[dict] = []
+    while True:
+        process = start(runs, name)
+        if len(kills) == KILLS or done + len(kills) == times:
+            status = wait(process, LONGEST)
+        else:
+            phase, entry = PHASES[(done + len(kills)) % len(PHASES)], draw.choice((1, 2))
+            after = draw.uniform(0, durations[phase])
+            status = enter(process, runs / f"{name}.phases", phase, entry)
+            if status is None and (status := wait(process, after)) is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                landed = read(runs / f"{name}.phases")[-1].split()[0]
+                step = len(list((runs / name).glob("task-*/step.json")))
+                kills.append({"run": name, "aim": phase, "after_s": after, "landed": landed, "finished_tasks": step})
+                continue
+        assert status == 0, f"{name} ended with {status}; see {runs / name}.log"
+        return kills
+
+
+def enter(process: subprocess.Popen, phases: Path, phase: str, entry: int) -> int | None:
+    """Wait until the run enters a phase for the `entry`-th time; its exit status if it ends before, else None."""
+    until = time.perf_counter() + LONGEST
+    while (status := process.poll()) is None:
+        if sum(line.split()[0] == phase for line in read(phases)) >= entry:
+            return None
+        assert time.perf_counter() < until, f"{phases.stem} hangs"
+        time.sleep(0.002)
+    return status
+
+
+def read(phases: Path) -> list[str]:
+    """Whole lines of a file of phases."""
+    return [] if not phases.exists() else phases.read_text(encoding="utf-8").splitlines()
+
+
+def wait(process: subprocess.Popen, seconds: float) -> int | None:
+    """Its exit status, or None while it runs on."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """What must be equal: {file: digest, or what a step.json says without what it measured}."""
+    contents: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.name == "step.json":
+            contents[name] = {key: value for key, value in read_json(path).items() if key not in MEASURED}
+        elif path.suffix == ".safetensors":
+            contents[name] = tensors_digest(path)
+        elif path.name in ("labels.json", "adapter_config.json"):
+            contents[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif path.is_file():
+            contents[name] = "there"
+    return contents
+
+
+def tensors_digest(path: Path) -> str:
+    """Digest of the metadata (safetensors writes them in any order) and of every tensor's name, kind and bytes."""
+    digest = hashlib.sha256()
+    with safe_open(path, "pt") as file:
+        digest.update(repr(sorted((file.metadata() or {}).items())).encode())
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def differences(left: dict, right: dict) -> list[str]:
+    """Names of the files that differ or are missing on one side."""
+    return sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""Merge x head x drift x start on training rows: what `best` is made of was chosen here, never on test rows.
+
+python benchmarks/streams/ablation.py --streams clinc150 pacs --seeds 0 [--cells fisher average …]
+python benchmarks/streams/ablation.py                                   only the table of what is in results/ablation/
+
+Scored is a fifth of each task's training rows, which is held out. A cell is a way to train and to merge; those with
+linear heads are trained once, and the other heads are computed from the features of their merges, so that they differ
+in nothing else. Controls with the same heads: the frozen backbone, the first task's LoRA, joint training. Writes
+results/ablation/STREAM/CELL-seedK.json and table.md.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import SHARED, anywhere, data_settings, lacking_input, pooled
+from environment import ROOT, environment
+from grid import STREAMS
+from tables import spread
+
+from pm_hf.config.loading import load_config
+from pm_hf.data.stream import Task, load_stream
+from pm_hf.files import write_json
+from pm_hf.measuring.analytic_head import HeadStatistics, class_logits, ridge_drift
+from pm_hf.runs.learner import Run, learn
+
+SHARE = 0.2  # of the training rows, held out where settings are chosen
+PROJECTION = 2048  # random features of RanPAC
+RIDGES = tuple(10.0**power for power in range(9))  # RanPAC's, chosen on a fifth of its training rows
+DRAWS = 200  # features drawn a class for an aligned head
+
+
+SEEN: dict[str, Any] = {"method": "best", "merge.on_zero_curvature": "average"}  # whose head.training is seen
+MEAN: dict[str, Any] = {"method": "average", "head.kind": "lda", "head.training": "seen"}
+PRIOR = {"merge.options": {"prior": 1.0}}
+SLOW = {"training.learning_rate": 1e-3}
+STEP = {"merge.options": {"coefficient": 0.2}}
+
+
+def _merge(method: str, start: str = "merged", more: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"method": method, "merge.train_from": start, "perturbation.scale": 0.0, "head.kind": "linear"} | (
+        more or {}
+    )
+
+
+# {name in paths: (title, settings)}
+CELLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sequential": ("α = 1, from the merge", _merge("sequential")),
+    "average": ("1/t, from the merge", _merge("average")),
+    "average-last": ("1/t, from the last optimum", _merge("average", "last")),
+    "constant": ("α = 0.2, from the merge", _merge("coma", more=STEP)),
+    "constant-last": ("α = 0.2, from the last optimum", _merge("coma", "last", STEP)),
+    "fisher": ("Fisher α, from the merge", _merge("merge_only")),
+    "fisher-last": ("Fisher α, from the last optimum", _merge("merge_only", "last")),
+    "fisher-perturbed": ("Fisher α, perturbed, from the merge", _merge("pm", more={"perturbation.scale": 0.5})),
+    "fisher-seen": ("Fisher α, against all classes seen", SEEN),
+    "average-seen": ("1/t, against all classes seen", MEAN),
+    "average-seen-slow": ("1/t, against all classes seen, learning rate 1e-3", MEAN | SLOW),
+    "prior-seen": ("1/(t + 1), against all classes seen", MEAN | PRIOR),
+    "prior-seen-slow": ("1/(t + 1), against all classes seen, learning rate 1e-3", MEAN | PRIOR | SLOW),
+    "prior": ("1/(t + 1), from the merge", _merge("average", more=PRIOR)),
+    "prior-slow": ("1/(t + 1), from the merge, learning rate 1e-3", _merge("average", more=PRIOR | SLOW)),
+    "fisher-slow": ("Fisher α, learning rate 1e-3", _merge("merge_only", more=SLOW)),
+    "gram": ("free Gram, from the merge", _merge("pm_gram")),
+    "frozen": ("frozen backbone", {"method": "frozen"}),
+    "joint": ("joint training", {"method": "joint", "head.kind": "linear"}),
+}
+FIRST = "first"  # a control made of the features of another cell
+TITLES = {cell: title for cell, (title, _) in CELLS.items()} | {FIRST: "first task's LoRA"}
+DRIFTS = ("lda, none", "lda, mean shift", "lda, ridge", "lda, oracle")
+HEADS = ("linear", "aligned", *DRIFTS, "lda, one mean a class", "joint head", "RanPAC")
+
+
+def main() -> int:
+    """Train what is missing, compute the heads, write the table; 1 where a cell failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", nargs="*", choices=list(STREAMS), default=[])
+    parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--data", type=Path, default=SHARED / "data", help="folder with text/ and image/")
+    parser.add_argument("--backbone", type=Path, default=SHARED / "models" / "vit-tiny-imagenet150", help="of pictures")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time, one thread each")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder for the runs themselves")
+    options = parser.parse_args()
+    if lacking := lacking_input(options.streams, options):
+        parser.error(lacking)
+    asked = [(name, cell, seed) for name in options.streams for seed in options.seeds for cell in options.cells]
+    failed = pooled(cell_result, [job for job in asked if not result_path(*job).exists()], options)
+    (ROOT / "results" / "ablation" / "table.md").write_text(text := table(), encoding="utf-8")
+    print(text)
+    return int(failed > 0)
+
+
+def result_path(name: str, cell: str, seed: int) -> Path:
+    """The file of one cell."""
+    return ROOT / "results" / "ablation" / name / f"{cell}-seed{seed}.json"
+
+
+def cell_result(job: tuple[str, str, int], options: argparse.Namespace) -> None:
+    """One run, the heads on its features, and the file of them."""
+    name, cell, seed = job
+    folder = options.runs / name / f"{cell}-{seed}"
+    source, changes = data_settings(name, seed, folder, options)
+    report = learn(source, seed=seed, **(changes | held_out(source, changes) | CELLS[cell][1]))
+    config = load_config(folder / "config.yaml")
+    scores = {} if config.head.kind == "lda" else {"linear": report.metrics["ACC"]}
+    run = Run(config, load_stream(config))
+    accuracies: dict[str, Any] = {cell: scores | heads(run, cell)}
+    if cell == "fisher":
+        accuracies[FIRST] = heads(run, FIRST)
+    path = result_path(*job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        path,
+        {
+            "stream": name,
+            "cell": cell,
+            "seed": seed,
+            "ACC": accuracies,
+            "config": anywhere(config.to_dict()),
+            **environment(),
+        },
+    )
+
+
+def held_out(source: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that score on a fifth of the training rows in place of the test rows."""
+    listed = changes.get("stream.tasks") or yaml.safe_load(source.read_text(encoding="utf-8"))["stream"].get("tasks")
+    settings: dict[str, Any] = {"stream.test": None, "stream.test_share": SHARE}
+    return settings | ({"stream.tasks": [{**task, "test": None} for task in listed]} if listed else {})
+
+
+class Features:
+    """Input of the head under the merges of one run, read once."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.tasks = run, run.stream.tasks
+        self.scored = run.stream.scored or run.stream.tasks  # joint training has one task, and is scored on each
+        self.known: dict[tuple[int, int, bool], Tensor] = {}
+
+    def of(self, merge: int, task: int, *, test: bool = False) -> Tensor:
+        """Features (n, d) of a task's rows under the merge after task `merge`."""
+        key = (merge, task, test)
+        if key not in self.known:
+            part, folder = (self.scored if test else self.tasks)[task], self.run.folder
+            rows = part.test if test else part.train
+            head = str(folder.record(merge).head)
+            self.known[key] = self.run.scorer.features(folder.task(merge).merged, rows, part.own, head).double()
+        return self.known[key]
+
+
+def heads(run: Run, cell: str) -> dict[str, float]:
+    """{head: ACC, the mean over tasks of the accuracy among all classes} on the features of the last merge."""
+    features = Features(run)
+    tasks = features.tasks
+    end = 0 if cell == FIRST else len(tasks) - 1
+    labels = list(dict.fromkeys(label for task in tasks for label in task.own))
+    train = [(features.of(end, i), _targets(task, labels, test=False)) for i, task in enumerate(tasks)]
+    test = [
+        (features.of(end, i, test=True), _targets(task, labels, test=True)) for i, task in enumerate(features.scored)
+    ]
+
+    def score(logits: Callable[[Tensor], Tensor]) -> float:
+        return fmean(float((logits(rows).argmax(1) == truth).double().mean()) for rows, truth in test)
+
+    everything = torch.cat([rows for rows, _ in train]), torch.cat([truth for _, truth in train])
+    domains = run.stream.scenario == "domain_incremental"
+    oracle = HeadStatistics()
+    for (rows, _), task in zip(train, tasks, strict=True):
+        oracle = oracle.added(
+            rows, _targets(task, list(task.own), test=False), list(task.own), one_mean_per_task=domains
+        )
+    moving = cell not in (FIRST, "frozen", "joint")
+    accuracies = {"lda, oracle" if moving else "lda, none": score(_linear(oracle))}
+    if moving:
+        followed = {
+            drift: _followed(features, drift, one_mean_per_task=domains) for drift in ("none", "mean shift", "ridge")
+        }
+        accuracies |= {f"lda, {drift}": score(_linear(statistics)) for drift, statistics in followed.items()}
+        accuracies["aligned"] = score(_aligned(followed["ridge"], labels))
+        if domains:
+            accuracies["lda, one mean a class"] = score(_linear(_followed(features, "ridge", one_mean_per_task=False)))
+    else:
+        accuracies["RanPAC"] = score(_random_projection(*everything, len(labels)))
+    return accuracies | {"joint head": score(_logistic(*everything))}
+
+
+def _targets(task: Task, labels: list[str], *, test: bool) -> Tensor:
+    index = {label: i for i, label in enumerate(labels)}
+    return torch.tensor([index[label] for label in (task.test if test else task.train).labels])
+
+
+def _followed(features: Features, drift: str, *, one_mean_per_task: bool) -> HeadStatistics:
+    """The statistics after the last task, each merge's drift estimated from the rows of its own task."""
+    statistics = HeadStatistics()
+    for index, task in enumerate(features.tasks):
+        now = features.of(index, index)
+        if index and drift != "none":
+            before = features.of(index - 1, index)
+            if drift == "ridge":
+                statistics = statistics.moved(ridge_drift(before, now, features.run.config.head.ridge))
+            else:
+                statistics.means += (now - before).mean(0)
+        statistics = statistics.added(
+            now, _targets(task, list(task.own), test=False), list(task.own), one_mean_per_task=one_mean_per_task
+        )
+    return statistics
+
+
+def _linear(statistics: HeadStatistics) -> Callable[[Tensor], Tensor]:
+    """Logits of every class, the largest of its rows."""
+    weight, bias = statistics.solve()
+    return lambda rows: class_logits(rows @ weight.T + bias, statistics.labels)[0]
+
+
+def _aligned(statistics: HeadStatistics, labels: list[str]) -> Callable[[Tensor], Tensor]:
+    """Logistic regression on draws from the stored Gaussians, one covariance for all classes (after SLCA)."""
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.tensor([labels.index(label) for label in statistics.labels])
+    factor = torch.linalg.cholesky(statistics.pooled_covariance())
+    drawn = [
+        torch.randn(DRAWS, len(factor), generator=generator, dtype=torch.float64) @ factor.T + mean
+        for mean in statistics.means
+    ]
+    return _logistic(torch.cat(drawn), classes.repeat_interleave(DRAWS))
+
+
+def _logistic(rows: Tensor, truth: Tensor) -> Callable[[Tensor], Tensor]:
+    """Multinomial logistic regression on standardised features, scikit-learn's default penalty."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
+    model.fit(rows.numpy(), truth.numpy())
+    return lambda inputs: torch.from_numpy(np.asarray(model.decision_function(inputs.numpy())).reshape(len(inputs), -1))
+
+
+def _random_projection(rows: Tensor, truth: Tensor, classes: int) -> Callable[[Tensor], Tensor]:
+    """RanPAC (arXiv 2307.02251): ridge regression on ReLU of a frozen random projection; not linear in the features."""
+    generator = torch.Generator().manual_seed(0)
+    projection = torch.randn(rows.shape[1], PROJECTION, generator=generator, dtype=torch.float64)
+    project = lambda inputs: (inputs @ projection).relu()  # noqa: E731
+    hidden, answers = project(rows), torch.nn.functional.one_hot(truth, classes).double()
+    order = torch.randperm(len(rows), generator=generator)
+    held, kept = order[: len(rows) // 5], order[len(rows) // 5 :]
+    gram, pull = hidden[kept].T @ hidden[kept], hidden[kept].T @ answers[kept]
+    unit = torch.eye(PROJECTION, dtype=torch.float64)
+    scored = [
+        ((hidden[held] @ torch.linalg.solve(gram + ridge * unit, pull)).argmax(1) == truth[held]).sum()
+        for ridge in RIDGES
+    ]
+    ridge = RIDGES[int(torch.stack(scored).argmax())]
+    weight = torch.linalg.solve(hidden.T @ hidden + ridge * unit, hidden.T @ answers)
+    return lambda inputs: project(inputs) @ weight
+
+
+def table() -> str:
+    """ACC of every cell with every head, a table for each stream, as Markdown."""
+    values: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for path in sorted((ROOT / "results" / "ablation").glob("*/*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for cell, scores in result["ACC"].items():
+            for head, value in scores.items():
+                values.setdefault(path.parent.name, {}).setdefault(cell, {}).setdefault(head, []).append(value)
+    parts = []
+    for name in (name for name in STREAMS if name in values):
+        lines = [f"### {STREAMS[name].title}", "", "| merge and start | " + " | ".join(HEADS) + " |"]
+        lines.append("|---" * (len(HEADS) + 1) + "|")
+        for cell, title in TITLES.items():
+            if cell not in values[name]:
+                continue
+            scores = values[name][cell]
+            shown = [spread(scores[head], interval=False) if head in scores else "–" for head in HEADS]
+            lines.append(f"| {title} | " + " | ".join(shown) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

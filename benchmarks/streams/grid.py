@@ -1,0 +1,120 @@
+"""What the suite runs: streams, methods with the changes that make them, presets. Nothing here computes anything."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+NAMES = {
+    "sequential": "sequential LoRA (α = 1)",
+    "average": "running mean (α = 1/t)",
+    "coma": "CoMA (α = 0.4)",
+    "cofima": "CoFiMA (λ = 0.4)",
+    "magmax": "MagMax",
+    "opcm": "OPCM",
+    "slao": "SLAO",
+    "sfa": "SFA",
+    "ewc": "EWC",
+    "olora": "O-LoRA",
+    "base_kl": "KL to the base",
+    "replay": "replay, 5 rows a class",
+    "merge_only": "merging alone (Fisher α)",
+    "pm": "P&M: perturbation + Fisher α",
+    "pm_trace": "P&M, each task's Fisher over its mean",
+    "pm_gram": "perturbation + free Gram",
+    "pm_gram_lda": "perturbation + free Gram + analytic head",
+    "pm_lda": "P&M + analytic head",
+    "average_lda": "running mean + analytic head",
+    "gram_lda": "free Gram + analytic head",
+    "best_no_drift": "`best` without drift correction",
+    "best_local": "`best` trained against the task's own classes",
+    "best_average": "`best` with the running mean (α = 1/t)",
+    "first_lda": "first task's LoRA + analytic head",
+    "best": "`best`: Fisher α + analytic head, trained against all classes seen",
+    "individual": "one adapter a task (upper bound)",
+    "joint": "joint training (upper bound)",
+    "joint_lda": "joint training + analytic head (upper bound)",
+    "frozen": "control: frozen backbone + analytic head",
+    "untouched": "control: the base, untouched",
+}
+# rows that are no method of their own: a method, and what is changed of it
+VARIANTS: dict[str, dict[str, Any]] = {
+    "untouched": {"method": "joint", "trains": False},  # the base is scored and left alone
+    "pm_lda": {"method": "pm", "head.kind": "lda"},
+    "average_lda": {"method": "average", "head.kind": "lda"},
+    "gram_lda": {"method": "pm_gram_lda", "perturbation.scale": 0.0},
+    "best_no_drift": {"method": "best", "head.drift": "none"},
+    "best_local": {"method": "best", "head.training": "task"},
+    "best_average": {"method": "best", "merge.method": "average"},
+    "joint_lda": {"method": "joint", "head.kind": "lda"},
+    "first_lda": {"method": "best", "head.strict": True},
+}
+CLASSES = {"ACC": "ACC", "AAA": "AAA", "forgetting": "forgetting", "ACC, task given": "task_incremental"}
+ANSWERS = {
+    "choice among all answers": "ACC",
+    "forgetting": "forgetting",
+    "choice, task given": "task_incremental",
+    "exact match": "exact_match",
+    "bits/byte of answers": "bits_per_byte",
+}
+TEXT = {"bits/byte": "ACC", "AAA": "AAA", "forgetting": "forgetting", "bits/byte, held-out text": "held_out"}
+CORE = ("sequential", "average", "pm", "best", "frozen", "joint", "joint_lda")
+ENGINES = ("coma", "cofima", "magmax", "opcm", "slao", "sfa", "ewc", "olora", "base_kl", "replay", "individual")
+LDA = ("pm_gram_lda", "pm_lda", "average_lda", "gram_lda", "best_no_drift", "best_local", "best_average", "first_lda")
+REST = ("merge_only", "pm_trace", "pm_gram", *LDA, *ENGINES)
+RIVALS = ("sequential", "average", "olora", "slao", "sfa", "merge_only", "pm", "pm_trace", "joint", "untouched")
+TEXTS = ("sequential", "average", "pm", "pm_trace", "joint", "untouched")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One stream: its YAML, the folder of its data below --data, its methods and the columns of its table."""
+
+    title: str
+    config: str
+    data: str
+    methods: Sequence[str] = CORE
+    columns: Sequence[tuple[str, str]] = tuple(CLASSES.items())  # (title, key)
+    tasks: int | None = None  # the first so many tasks of the YAML only
+    orders: bool = False  # seed k starts with task k; ± is then the 95 % t interval
+
+
+# named as their file in configs/; four-sets is the first four tasks of ten-sets
+STREAMS = {
+    "clinc150": Stream("CLINC150, 10 domains", "text/clinc150.yaml", "text"),
+    "banking77": Stream("BANKING77, 11 x 7 intents", "text/banking77.yaml", "text"),
+    "ten-sets": Stream("ten text sets", "text/ten-sets.yaml", "text"),
+    "four-sets": Stream("four text sets", "text/ten-sets.yaml", "text", tasks=4),
+    "pacs": Stream("PACS, 4 domains", "image/pacs.yaml", "image"),
+    "tiny-imagenet-50": Stream("Tiny-ImageNet-50, 10 x 5 classes", "image/tiny-imagenet-50.yaml", "image"),
+    "cifar10": Stream("CIFAR-10, 5 x 2 classes", "image/cifar10.yaml", "image"),
+    "smollm2-text-sets": Stream(
+        *("SmolLM2-135M, 4 text sets", "language/smollm2-text-sets.yaml", "text", RIVALS, tuple(ANSWERS.items())),
+        orders=True,
+    ),
+    "smollm2-domains": Stream(
+        *(
+            "SmolLM2-135M, 4 domains of text and code",
+            "language/smollm2-domains.yaml",
+            "text",
+            TEXTS,
+            tuple(TEXT.items()),
+        ),
+        orders=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Which streams, methods and seeds one command runs. methods: None for those of each stream."""
+
+    streams: Sequence[str]
+    methods: Sequence[str] | None
+    seeds: Sequence[int]
+
+
+PRESETS = {
+    "quick": Preset(("clinc150", "pacs", "four-sets"), None, (0,)),
+    "standard": Preset(tuple(name for name in STREAMS if name != "four-sets"), None, (0, 1, 2)),
+    "methods": Preset(("clinc150", "pacs"), REST, (0,)),
+}

@@ -1,0 +1,165 @@
+"""The tables and pictures of what the suite left in results/streams/STREAM/METHOD-seedK.json."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from statistics import fmean, stdev
+
+from environment import ROOT
+from grid import NAMES, STREAMS
+from scipy.stats import t as student
+from scipy.stats import ttest_rel
+
+from pm_hf.reports.charts import plot_means
+from pm_hf.runs.records import Report
+
+BLOCK = re.compile(r"(<!-- (\S+) -->\n\n).*?(<!-- end -->)", re.S)
+OVERVIEW = (
+    "clinc150",
+    "banking77",
+    "ten-sets",
+    "four-sets",
+    "pacs",
+    "tiny-imagenet-50",
+    "cifar10",
+)  # judged by accuracy
+REHEARSAL = ("replay", "individual", "joint", "joint_lda")  # see old data, or do not make one model
+
+
+def result_path(name: str, method: str, seed: int) -> Path:
+    """The file of one result."""
+    return ROOT / "results" / "streams" / name / f"{method}-seed{seed}.json"
+
+
+def results(name: str, method: str) -> dict[int, dict]:
+    """The results of one method by seed."""
+    folder = result_path(name, method, 0).parent
+    seeds = sorted(int(path.stem.rpartition("seed")[2]) for path in folder.glob(f"{method}-seed*.json"))
+    return {seed: json.loads(result_path(name, method, seed).read_text(encoding="utf-8")) for seed in seeds}
+
+
+def write(name: str) -> str:
+    """Write table.md and methods.png of one stream; the table."""
+    text, folder = table(name), ROOT / "results" / "streams" / name
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    picture(name)
+    return text
+
+
+def write_readme() -> None:
+    """Put the tables as they are now into results/README.md."""
+    readme = ROOT / "results" / "README.md"
+    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def with_tables(text: str) -> str:
+    """A text with every block `<!-- NAME --> … <!-- end -->` filled: the overview, or a table file of results/."""
+
+    def filled(block: re.Match) -> str:
+        start, name, end = block.groups()
+        rows = overview() if name == "overview" else (ROOT / "results" / name).read_text(encoding="utf-8")
+        return f"{start}{rows}\n{end}"
+
+    return BLOCK.sub(filled, text)
+
+
+def table(name: str) -> str:
+    """Mean ± spread over the seeds of every method in results/, as Markdown.
+
+    minus P&M, minus joint: mean difference of the seeds that both have, with the p of a paired t test where there are
+    two or more.
+    """
+    stream = STREAMS[name]
+    by_method = {method: results(name, method) for method in NAMES}
+    (first, key), *_ = stream.columns
+    head = ["method", "orders" if stream.orders else "seeds", *(title for title, _ in stream.columns)]
+    head += [f"{first}: minus P&M", "minus joint"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for method in (method for method in NAMES if by_method[method]):
+        columns = [[value(result, of) for result in by_method[method].values()] for _, of in stream.columns]
+        cells = [spread(column, interval=stream.orders) for column in columns]
+        for rival in ("pm", "joint"):
+            pairs = paired(by_method[method], by_method[rival], key)
+            cells.append("" if method == rival else difference(pairs, interval=stream.orders))
+        lines.append(f"| {NAMES[method]} | {len(by_method[method])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def overview() -> str:
+    """ACC of every method on every stream that is judged by accuracy, mean ± standard deviation; as Markdown.
+
+    The best method that keeps no rows of old tasks is bold in each column.
+    """
+    shown = [name for name in OVERVIEW if any(results(name, method) for method in NAMES)]
+    columns = {
+        method: [[value(result, "ACC") for result in results(name, method).values()] for name in shown]
+        for method in NAMES
+    }
+    tops = [max((_mean(columns[m][i]) for m in NAMES if m not in REHEARSAL), default=-1.0) for i in range(len(shown))]
+    head = ["method", *(STREAMS[name].title for name in shown)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for method in (method for method in NAMES if sum(map(bool, columns[method])) >= 2):
+        cells = [spread(column, interval=False) if column else "–" for column in columns[method]]
+        bold = [method not in REHEARSAL and _mean(c) == top for c, top in zip(columns[method], tops, strict=True)]
+        cells = [f"**{cell}**" if best else cell for cell, best in zip(cells, bold, strict=True)]
+        lines.append(f"| {NAMES[method]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean(column: Sequence[float | None]) -> float:
+    known = [x for x in column if x is not None]
+    return fmean(known) if known else -1.0
+
+
+def value(result: Mapping, key: str) -> float | None:
+    """A metric of the stream, or the mean over tasks of another one at the end."""
+    if key == "held_out":
+        return fmean(text["bits_per_byte"] for text in result["held_out"][-1].values())
+    metrics = result["metrics"]
+    if key == "task_incremental":
+        return metrics[key]["ACC"]
+    return metrics[key] if key in metrics else metrics["final"].get(key)
+
+
+def paired(ours: Mapping[int, dict], theirs: Mapping[int, dict], key: str) -> list[tuple[float, float]]:
+    """A metric of both in each seed that both have."""
+    pairs = [(value(ours[seed], key), value(theirs[seed], key)) for seed in sorted(ours.keys() & theirs.keys())]
+    return [(our, their) for our, their in pairs if our is not None and their is not None]
+
+
+def difference(pairs: Sequence[tuple[float, float]], *, interval: bool) -> str:
+    """Mean difference ± spread, and the p of a paired t test where that is defined."""
+    if not pairs:
+        return "–"
+    gaps = [our - their for our, their in pairs]
+    shown = spread(gaps, interval=interval, sign="+")
+    if len(gaps) < 2 or stdev(gaps) == 0:
+        return shown
+    p = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
+    return f"{shown} (p {p:.3f})" if p >= 0.001 else f"{shown} (p < 0.001)"
+
+
+def spread(values: Sequence[float | None], *, interval: bool, sign: str = "") -> str:
+    """Mean ± standard deviation, or ± half-width of the 95 % t interval; of one value: the value."""
+    known = [x for x in values if x is not None]
+    if len(known) < 2:
+        return f"{known[0]:{sign}.3f}" if known else "–"
+    factor = float(student.ppf(0.975, len(known) - 1)) / len(known) ** 0.5 if interval else 1.0
+    return f"{fmean(known):{sign}.3f} ± {factor * stdev(known):.3f}"
+
+
+def picture(name: str) -> None:
+    """methods.png: mean score on the tasks seen after each task, first seed of every method that has more than one."""
+    reports = []
+    for method in NAMES:
+        for result in list(results(name, method).values())[:1]:
+            if len(result["scores"]) < len(result["scores"][0]):
+                continue
+            scores = {"class_incremental": result["scores"], "task_incremental": result["task_incremental"]}
+            known = {"metric": "class_incremental", "matrices": scores} | result  # results of before 0.2 name neither
+            names = [field.name for field in fields(Report) if field.name != "folder"]
+            reports.append(Report(folder=ROOT, **{name: known[name] for name in names if name in known}))
+    if reports:
+        plot_means(reports, ROOT / "results" / "streams" / name / "methods.png")

@@ -1,0 +1,84 @@
+"""The tables of methods.md, made from the code: python docs/tables.py writes them between their marks."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pm_hf.config.presets import PRESETS
+from pm_hf.config.schema import StrategySettings
+from pm_hf.merging.methods import METHODS
+
+PAGE = Path(__file__).with_name("methods.md")
+BLOCK = re.compile(r"(<!-- ([\w ]+) -->\n\n).*?(<!-- end -->)", re.S)
+OFF = StrategySettings()
+
+
+def main() -> None:
+    """Write the tables as they are now."""
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def with_tables(text: str) -> str:
+    """A text with every block `<!-- NAME --> … <!-- end -->` filled by the table of that name."""
+    return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}\n\n{block[3]}", text)
+
+
+def merging_methods() -> str:
+    """One line a method: equation, paper, what it merges, where its training starts, needs and cost."""
+    head = ["method", "result", "paper", "merges", "trained from", "needs", "cost"]
+    rows = []
+    for name, method in METHODS.items():
+        kinds = " and ".join(kind for kind, has in (("folds", method.fold), ("several", method.batch)) if has)
+        about, paper = method.about.replace("*", r"\*"), _links(method.paper)
+        rows.append([f"`{name}`", about, paper, kinds, method.train_from, method.needs, method.cost])
+    return table(head, rows)
+
+
+def merging_options() -> str:
+    """One line an option of a method: default and meaning."""
+    rows = [
+        [f"`{name}`", f"`{key}`", f"`{option.default}`", option.about]
+        for name, method in METHODS.items()
+        for key, option in method.options.items()
+    ]
+    return table(["method", "option", "default", "what it is"], rows)
+
+
+def stream_methods() -> str:
+    """One line a method of a stream: what it sets where the YAML is silent."""
+    head = ["`method:`", "`merge.method`", "`merge.freedom`", "`merge.max_rank`", "`perturbation.scale`"]
+    return table([*head, "`curvature`", "`head.kind`", "further"], [_stream_row(*pair) for pair in PRESETS.items()])
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    names = list(head)
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def _stream_row(name: str, sets: Mapping[str, Any]) -> list[object]:
+    merge, curvature = sets["merge"], {key: value for key, value in sets["curvature"].items() if value is not None}
+    further = [f"`strategy.{key}: {value}`" for key, value in sets["strategy"].items() if value != getattr(OFF, key)]
+    further += ["`head.training: seen`"] if sets["head"].get("training") == "seen" else []
+    further += [] if sets["trains"] else ["`trains: false`"]
+    rank = "exact" if merge["max_rank"] is None else merge["max_rank"]
+    scale = sets["perturbation"]["scale"] or ""
+    cells = (merge["method"], merge["freedom"], rank, scale, ", ".join(curvature.values()), sets["head"]["kind"])
+    return [f"`{name}`", *cells, ", ".join(further)]
+
+
+def _links(paper: str) -> str:
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"arXiv [\1](https://arxiv.org/abs/\1)", paper)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "merging methods": merging_methods,
+    "merging options": merging_options,
+    "stream methods": stream_methods,
+}
+
+
+if __name__ == "__main__":
+    main()

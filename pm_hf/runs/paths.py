@@ -1,0 +1,63 @@
+"""Names of the files and folders of a run: the only place that writes them."""
+
+from pathlib import Path
+
+CONFIG_FILE, REPORT_FILE, STEP_FILE = "config.yaml", "report.json", "step.json"
+MERGE_LINE_FILE = "coefficient.json"  # what `pm_hf.merge_line` has measured
+ROWS_FILE = "rows.json"  # rows of the task that is being trained, and under which conditions
+CURVATURE_FILE, STATISTICS_FILE = "curvature.safetensors", "head_statistics.safetensors"
+PAGE_FILE, PLOTS_FOLDER = "report.html", "plots"
+LOGS_FOLDER, TRACKERS_FILE = "logs", "trackers.json"
+TASK_PREFIX = "task-"
+ADAPTER_FOLDER, MERGED_FOLDER, CHECKPOINTS_FOLDER = "adapter", "merged", "checkpoints"
+OPTIMUM_FOLDER = "optimum"  # adapter folder of the last task's own optimum, for methods that train from it
+# adapter folder of θ*_t − θ̂_{t−1}, where training started from the last optimum and not from θ̂_{t−1}
+CHANGE_FOLDER = "change"
+
+
+class TaskPaths:
+    """Files of one task's folder; any folder will do where a task's files are made for a moment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, folder.name
+        self.step, self.rows = folder / STEP_FILE, folder / ROWS_FILE
+        self.adapter, self.merged = folder / ADAPTER_FOLDER, folder / MERGED_FOLDER
+        self.curvature, self.statistics = folder / CURVATURE_FILE, folder / STATISTICS_FILE
+        self.optimum, self.change = folder / OPTIMUM_FOLDER, folder / CHANGE_FOLDER
+        self.checkpoints = folder / CHECKPOINTS_FOLDER
+
+    @property
+    def finished(self) -> bool:
+        """Whether the task is finished: its step.json is written last."""
+        return self.step.is_file()
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether its training got as far as a checkpoint."""
+        return any(self.checkpoints.glob("checkpoint-*"))
+
+
+class RunPaths:
+    """Files of a run's output folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self.config, self.report = self.folder / CONFIG_FILE, self.folder / REPORT_FILE
+        self.merge_line, self.merged = self.folder / MERGE_LINE_FILE, self.folder / MERGED_FOLDER
+        self.page, self.plots = self.folder / PAGE_FILE, self.folder / PLOTS_FOLDER
+        self.logs = self.folder / LOGS_FOLDER
+        self.trackers = self.logs / TRACKERS_FILE
+
+    def task(self, index: int, name: str) -> TaskPaths:
+        """Files of one task, `task-NN-name`."""
+        safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+        return TaskPaths(self.folder / f"{TASK_PREFIX}{index:02d}-{safe}")
+
+    def tasks(self) -> list[TaskPaths]:
+        """The task folders that exist, by their numbers."""
+        numbered = []
+        for folder in self.folder.glob(f"{TASK_PREFIX}*"):
+            number = folder.name.removeprefix(TASK_PREFIX).partition("-")[0]
+            if number.isdigit() and folder.is_dir():
+                numbered.append((int(number), folder))
+        return [TaskPaths(folder) for _, folder in sorted(numbered)]

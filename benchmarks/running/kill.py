@@ -151,7 +151,7 @@ def worker() -> int:
         (learner, "merge_adapters", "merging", "between"),
         (Scorer, "score", "scoring", "between"),
         (RunFolder, "finish_task", "finishing", "between"),
-        (RunFolder, "publish", "publishing", "between"),
+        (RunFolder, "promote", "publishing", "between"),
     ):
         noted(owner, name, phase, after)
     return command_line(["train", *sys.argv[2:]])

@@ -160,7 +160,7 @@ def _results(run: ReleasedRun) -> str:
 
 def _matrix(report: Report) -> list[str]:
     """Score on each task after each task, or of many tasks only the first and the last score."""
-    scores, tasks = report.scores, report.tasks
+    scores, tasks = report.scores, report.titles
     steps = len(scores)
     if steps == 1 or len(tasks) <= MANY:
         header = ["task", *(f"after {step}" for step in range(1, steps + 1))] if steps > 1 else ["task", "at the end"]

@@ -18,11 +18,11 @@ SOFT = "#5b6470"  # of what is not a series
 
 
 def _variables(colours: Sequence[str]) -> str:
-    return "".join(f"--c{i}:{colour};" for i, colour in enumerate(colours))
+    return ";".join(f"--c{i}:{colour}" for i, colour in enumerate(colours))
 
 
 STYLE = (
-    f".chart{{--ink:#1a1d21;--soft:{SOFT};--rule:#d5dae0;{_variables(LIGHT)}"
+    f".chart{{--ink:#1a1d21;--soft:{SOFT};--rule:#d5dae0;{_variables(LIGHT)};"
     "font:13px system-ui,sans-serif;max-width:100%;height:auto}\n"
     f"@media (prefers-color-scheme:dark){{.chart{{--ink:#e8eaed;--soft:#a8b0ba;--rule:#3a4149;{_variables(DARK)}}}}}\n"
     ".chart text{fill:var(--ink)}.chart .tick{fill:var(--soft)}.chart .rule{stroke:var(--rule);stroke-width:1}\n"

@@ -178,7 +178,7 @@ def _matrices(run: Report, runs: list[Report]) -> str:
 def _matrix(run: Report, metric: str, ends: tuple[float, float]) -> str:
     R, lower = run.matrices[metric], metric in LOWER_IS_BETTER
     rows = []
-    for i, task in enumerate(run.tasks):
+    for i, task in enumerate(run.titles):
         scores = [row[i] for row in R]
         rows.append([f"{i + 1} {task}", *(cell(score, _share(score, *ends, lower)) for score in scores)])
     after = "all were learned at once" if run.joint else "each task was learned (column)"
@@ -187,9 +187,9 @@ def _matrix(run: Report, metric: str, ends: tuple[float, float]) -> str:
 
 
 def _at_the_end(runs: list[Report]) -> str:
-    tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
-    last = [dict(zip(run.tasks, run.scores[-1], strict=True)) for run in runs]
-    lost = [dict(zip(run.tasks, run.forgetting, strict=True)) for run in runs]
+    tasks = list(dict.fromkeys(task for run in runs for task in run.titles))
+    last = [dict(zip(run.titles, run.scores[-1], strict=True)) for run in runs]
+    lost = [dict(zip(run.titles, run.forgetting, strict=True)) for run in runs]
     low, high = _ends([[list(scores.values())] for scores in last])
     header = ["task", *(run.label for run in runs)]
     ends = [

@@ -183,7 +183,7 @@ class RunFolder:
             rows = [record.scores.get(name, []) for record in records]
             return [[*row, *[None] * (width - len(row))] for row in rows]
 
-        scored = self.stream.seen(done - 1)
+        scored, numbered = self.stream.seen(done - 1), isinstance(self.config.stream.class_groups, int)
         return Report(
             folder=self.path,
             method=self.config.method,
@@ -200,6 +200,7 @@ class RunFolder:
             train_from=records[-1].train_from,
             held_out=[record.held_out for record in records if record.held_out],
             notes=notes,
+            classes={task.name: list(task.own) for task in scored} if numbered else {},
         )
 
 

@@ -143,7 +143,7 @@ class Report:
 
     matrices: {metric: R}, `R[t][i]` the score on task i after task t, None above the diagonal. A joint run has one row.
     metric: the one the stream is judged by. coefficients: one a task. merge_errors: relative Frobenius error of each
-    merge, of the module where it is largest.
+    merge, of the module where it is largest. classes: {task: its labels} of tasks that are named by a number alone.
     Of a run that was read from its folder also: records, one of each learned task, None where its step.json is not
     there; config, its settings; line, coefficient.json; label, how it is called beside other runs.
     """
@@ -163,6 +163,7 @@ class Report:
     merge_errors: list[float] = field(default_factory=list)
     held_out: list[dict] = field(default_factory=list)  # {text: {metric: score}} after each task, never trained on
     notes: list[str] = field(default_factory=list)
+    classes: dict[str, list[str]] = field(default_factory=dict)
     saved_metrics: dict[str, Any] = field(default_factory=dict)  # of a report.json that was read
     versions: dict[str, str] = field(default_factory=versions)
     label: str = ""
@@ -209,19 +210,25 @@ class Report:
         return final_losses([[None if score is None else sign * score for score in row] for row in self.scores])
 
     @property
+    def titles(self) -> list[str]:
+        """Names of the tasks as a reader understands them: with the classes behind a number."""
+        return [f"{task} ({_listed(self.classes[task])})" if task in self.classes else task for task in self.tasks]
+
+    @property
     def learned(self) -> list[str]:
-        """Names of what was trained, one for each row of the matrix; a joint training is called by its record."""
+        """Titles of what was trained, one for each row of the matrix; a joint training is called by its record."""
         if not self.joint:
-            return self.tasks
+            return self.titles
         return ["all tasks" if record is None else record.task for record in self.records]
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json."""
-        beside = ("folder", "matrices", "saved_metrics", "versions", "label", "records", "config", "line")
+        beside = ("folder", "matrices", "classes", "saved_metrics", "versions", "label", "records", "config", "line")
         content = {key: value for key, value in vars(self).items() if key not in beside}
         content["coefficients"] = [None if alpha is None else asdict(alpha) for alpha in self.coefficients]
         more = {"scores": self.scores, "task_incremental": self.task_incremental, "matrices": self.matrices}
-        return {**content, **more, "metrics": self.metrics, "versions": self.versions}
+        classes = {"classes": self.classes} if self.classes else {}
+        return {**content, **more, **classes, "metrics": self.metrics, "versions": self.versions}
 
     def save(self) -> None:
         """Write report.json into the run's folder."""
@@ -259,6 +266,7 @@ class Report:
             merge_errors=content.get("merge_errors") or [],
             held_out=content.get("held_out") or [],
             notes=content.get("notes") or [],
+            classes=content.get("classes") or {},
             saved_metrics=content["metrics"],
             versions=content.get("versions") or {},
             records=_read_records(paths, rows) if whole else [None] * rows,
@@ -268,12 +276,12 @@ class Report:
 
     def table(self) -> str:
         """The matrix of the metric, the metrics and the coefficients as text."""
-        width = max(12, *(len(name) for name in self.tasks))
+        width = max(12, *(len(title) for title in self.titles))
         count = len(self.scores)
         header = " " * (width + 2) + " ".join(f"{i:>6d}" for i in range(count))
         name = format_metric(self.metric)
         lines = [f"{self.method}, seed {self.seed}: {name} on each task (row) after each task (column)", header]
-        for i, task in enumerate(self.tasks):
+        for i, task in enumerate(self.titles):
             cells = " ".join(f"{format_number(self.scores[t][i]):>6}" for t in range(count))
             lines.append(f"{task:<{width}}  {cells}")
         metrics = self.metrics
@@ -320,6 +328,11 @@ def _summary(matrices: Mapping[str, ScoreRows], metric: str) -> dict[str, float 
         scores = [score for score in R[-1] if score is not None]
         return {"ACC": fmean(scores), "AAA": None, "BWT": None, "forgetting": None}
     return summary(R, lower_is_better=metric in LOWER_IS_BETTER)
+
+
+def _listed(labels: Sequence[str]) -> str:
+    """A few labels, or the first ones of many and their number."""
+    return ", ".join(labels) if len(labels) <= 3 else f"{labels[0]}, {labels[1]}, …, {len(labels)} classes"
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Report]:

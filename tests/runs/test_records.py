@@ -200,3 +200,17 @@ def test_a_record_without_training_has_no_keys_of_one(tmp_path):
 )
 def test_who_decided_a_coefficient_is_told_of_older_files_too(content, source):
     assert read_coefficient({"raw": 0.5, "used": 0.5, "one_over_t": 0.5, **content}).source == source
+
+
+def test_a_task_named_by_a_number_is_shown_with_its_classes(report, tmp_path):
+    tasks = ["classes-00", "classes-01", "mail"]
+    classes = {"classes-00": ["ant", "bee"], "classes-01": ["cat", "cow", "dog", "eel"]}
+    numbered = replace(report, tasks=tasks, classes=classes)
+    lines = numbered.table().splitlines()
+    assert lines[2].startswith("classes-00 (ant, bee)  ")
+    assert lines[3].startswith("classes-01 (cat, cow, …, 4 classes)  ")
+    assert lines[4].startswith("mail  ")
+    assert len({len(line) for line in lines[1:5]}) == 1
+    numbered.save()
+    assert Report.load(tmp_path / "report.json").titles == numbered.titles
+    assert "classes" not in report.to_dict()

@@ -205,6 +205,7 @@ PNG_MARKERS, PNG_LINES = "os^vDX", ("-", "--", ":", "-.")
 def write_chart(chart: Chart, path: Path) -> None:
     """The chart as PNG, 150 dots per inch."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -226,7 +227,7 @@ def write_chart(chart: Chart, path: Path) -> None:
     across, up = chart.ranges
     axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y, xlim=across, ylim=up)
     if chart.whole:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

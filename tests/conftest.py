@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.rows import CLASSES, WORDS, write_rows
+from helpers.streams import CLASSES, WORDS, write_language_data, write_rows
 
 GPU = torch.cuda.is_available()  # only with PM_HF_TEST_GPU, for tests/test_gpu.py
 
@@ -83,3 +83,9 @@ def stream_config(tiny_base, tmp_path) -> dict:
             "head_learning_rate": 2e-2,
         },
     }
+
+
+@pytest.fixture(scope="session")
+def language_data(tmp_path_factory) -> Path:
+    """Texts with their kind, plain texts by domain, a held-out text, conversations, tiny language models."""
+    return write_language_data(tmp_path_factory.mktemp("language"))

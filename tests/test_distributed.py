@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from helpers.forked import run
+from helpers.processes import run
 from torch import distributed
 
 from pm_hf.distributed import (

@@ -6,12 +6,10 @@ import helpers.per_example as slow
 import pytest
 import torch
 from conftest import GPU
+from helpers.models import OLD_NAME
 from helpers.per_example import batches, examples
-from helpers.streams import dense, first, settings, steps, write_data
-from helpers.tiny_training import OLD_NAME
-from measuring.test_learned_coefficients_stream import accuracy, trained
-from runs.test_learner_language import data as language_data  # noqa: F401
-from runs.test_learner_language import settings as language
+from helpers.streams import dense, first, merged_accuracy, settings, steps, trained_adapter, write_data
+from helpers.streams import language_settings as language
 
 from pm_hf import estimate_curvature, learn_coefficients, merge_adapters
 from pm_hf.config.loading import load_config
@@ -59,7 +57,7 @@ def test_streams_train_on_the_gpu_with_the_factors_of_the_cpu(tiny_base, data, t
 
 
 @pytest.mark.parametrize("model", ["llama", "t5"])
-def test_language_streams_are_scored_as_on_the_cpu(language_data, tmp_path, model):  # noqa: F811
+def test_language_streams_are_scored_as_on_the_cpu(language_data, tmp_path, model):
     learn(language(language_data, tmp_path / "run", model))
     for name, value in dense(tmp_path / "run" / "merged").items():
         assert value.isfinite().all(), name
@@ -75,7 +73,9 @@ def test_language_streams_are_scored_as_on_the_cpu(language_data, tmp_path, mode
 
 def test_coefficients_are_learned_on_the_gpu(stream_config, tiny_base, tmp_path):
     tasks = load_stream(load_config(stream_config)).tasks
-    adapters, inputs = zip(*(trained(t, i, tiny_base, tmp_path / t.name) for i, t in enumerate(tasks)), strict=True)
+    adapters, inputs = zip(
+        *(trained_adapter(t, i, tiny_base, tmp_path / t.name) for i, t in enumerate(tasks)), strict=True
+    )
     base, _ = load_base(ModelSettings(base=str(tiny_base)), [label for task in tasks for label in task.labels], 0)
     base.config.hidden_dropout_prob = 0.0
     found = [
@@ -84,5 +84,5 @@ def test_coefficients_are_learned_on_the_gpu(stream_config, tiny_base, tmp_path)
     ]
     assert found[0].history == pytest.approx(found[1].history, rel=1e-2)
     merge_adapters(adapters, tmp_path / "learned", method="adamerging", learned=found[1])
-    assert accuracy(tasks, tiny_base, tmp_path / "learned") > 0.4
+    assert merged_accuracy(tasks, tiny_base, tmp_path / "learned") > 0.4
     assert json.loads((tmp_path / "learned" / "merge_report.json").read_text())["method"] == "adamerging"

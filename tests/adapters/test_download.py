@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.adapter_folders import assert_same, dense, tree, write_folder
-from helpers.hub_server import TOKEN, run_with_hub, serving
+from helpers.hub import TOKEN, run_with_hub, serving
 
 from pm_hf import InputError
 from pm_hf.adapters.download import _download_error, _parse, adapter_folder

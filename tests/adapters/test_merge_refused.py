@@ -169,8 +169,12 @@ def test_settings_of_another_type(pair, tmp_path, key, value):
 
 @pytest.mark.parametrize("value", [None, "GAUSSIAN", True])
 def test_spellings_that_peft_accepts(pair, tmp_path, value):
+    merge_adapters(pair[0], tmp_path / "usual", coefficient=1)
     edit(pair[0], CONFIG, init_lora_weights=value, bias=None)
     merge_adapters(pair[0], tmp_path / "out", coefficient=1)
+    usual, merged = (load_file(tmp_path / name / WEIGHTS) for name in ("usual", "out"))
+    assert usual.keys() == merged.keys()
+    assert all(torch.equal(usual[name], merged[name]) for name in usual)
 
 
 @pytest.mark.parametrize(

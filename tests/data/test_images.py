@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_images import SHAPES, SIZE, draw, encoded, save_processor, write_npz
+from helpers.models import PICTURE_SIZE, SHAPES, draw, encoded, save_processor, write_npz
 from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
@@ -161,7 +161,7 @@ def test_every_kind_of_file_becomes_upright_rgb():
     image.save(turned, "PNG", exif=tag)
     cases = {
         "colour": (encoded(colour), colour),
-        "alpha": (encoded(np.dstack([colour, np.full((SIZE, SIZE), 9, np.uint8)])), colour),
+        "alpha": (encoded(np.dstack([colour, np.full((PICTURE_SIZE, PICTURE_SIZE), 9, np.uint8)])), colour),
         "grey": (encoded(grey), np.dstack([grey] * 3)),
         "grey and alpha": (encoded(colour, mode="LA"), np.dstack([grey] * 3)),
         "16 bits": (saved(deep), np.dstack([grey] * 3)),
@@ -310,7 +310,7 @@ def test_batches_are_what_the_checkpoint_s_processor_makes(processor):
     batch = encoder.collate([made[i] for i in range(3)])
     assert batch["labels"].tolist() == [1, 4, 0]
     for found, picture in zip(batch["pixel_values"], drawn, strict=True):
-        resized = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR), np.float32)
+        resized = np.asarray(picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BILINEAR), np.float32)
         assert torch.allclose(found, torch.from_numpy((resized / 255 - 0.5) / 0.5).permute(2, 0, 1), atol=1e-6)
 
 

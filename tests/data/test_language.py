@@ -3,7 +3,7 @@ import importlib.util
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from helpers.tiny_language import byte_tokenizer, tiny_model, tiny_tokenizer, word_tokenizer
+from helpers.models import byte_tokenizer, tiny_model, tiny_tokenizer, word_tokenizer
 from torch.nn.functional import cross_entropy
 
 from pm_hf.data.encoders import check_encoding

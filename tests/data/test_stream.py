@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from helpers.rows import CLASSES, write_rows
+from helpers.streams import CLASSES, write_rows
 
 from pm_hf.config.loading import load_config
 from pm_hf.data.encoders import TextEncoder

@@ -1,19 +1,45 @@
-"""Tiny streams for the learner's tests, and what they leave on disk."""
+"""Tiny streams: their rows and settings, and what a run of them leaves on disk."""
 
+import csv
 import json
-import os
-import sys
-import traceback
-import warnings
+import random
 from pathlib import Path
 
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from helpers.rows import CLASSES, write_rows
+import pm_hf.runs.learner
+from helpers.adapter_folders import peft_quiet
+from helpers.models import KINDS, TARGETS, tiny_folder
 from pm_hf.adapters.folder import open_adapter
 from pm_hf.adapters.layout import ADAPTER_WEIGHTS, PEFT_PREFIX
+from pm_hf.config.schema import LoraSettings, ModelSettings
+from pm_hf.data.encoders import TextEncoder
+from pm_hf.data.stream import batches
+from pm_hf.models.loading import load_merged, load_tokenizer
+from pm_hf.models.lora import adapted_layers, layer_product
+from pm_hf.models.task_model import TASK_ADAPTER, build_task_model
+
+WORDS = [f"{kind}{i}" for kind in ("apple", "bird", "car", "dog", "egg", "fog", "the", "of") for i in range(6)]
+CLASSES = ("apple", "bird", "car", "dog", "egg", "fog")  # a text's class is the kind of word it has most of
+
+
+def write_rows(path: Path, classes, per_class: int, seed: int, **columns) -> Path:
+    """CSV of texts with `per_class` rows of each class; further columns hold a constant, or one value a row."""
+    rng = random.Random(seed)
+    rows = []
+    for label in classes:
+        for _ in range(per_class):
+            kinds = [label] * 3 + rng.choices(["the", "of"], k=rng.randint(1, 4))
+            rng.shuffle(kinds)
+            rows.append({"text": " ".join(f"{kind}{rng.randrange(6)}" for kind in kinds), "label": label, **columns})
+    with open(path, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
 
 GROUPS = {"first": ["apple", "bird"], "second": ["car", "dog"], "third": ["egg", "fog"]}
 TRAINING = {
@@ -23,6 +49,9 @@ TRAINING = {
     "learning_rate": 2e-2,
     "head_learning_rate": 2e-2,
 }
+FEW = {"training__num_train_epochs": 2, "curvature__samples": 8, "training__save_strategy": "no"}
+HEAD = "classifier"
+LANGUAGE_TASKS = {"first": ("red", "blue"), "second": ("green", "gold")}
 
 
 def first(count):
@@ -81,32 +110,6 @@ def write_yaml(path, config):
     return path
 
 
-def forked(work):
-    """(status, what it wrote to stdout and stderr) of a child process that does `work`; status below 0: killed by that.
-
-    A fork is a process of its own without the seconds that a new interpreter needs to import everything.
-    """
-    reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside idle threads
-        pid = os.fork()
-    if pid == 0:
-        code = 99
-        try:
-            os.dup2(writing, 1)
-            os.dup2(writing, 2)
-            sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-            code = work() or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    os.close(writing)
-    with open(reading, encoding="utf-8") as pipe:
-        text = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
-
-
 def contents(folder):
     """{relative path: bytes} of every file."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
@@ -135,3 +138,139 @@ def dense(adapter):
         module: scale * values[f"{module}.lora_B.weight"].double() @ values[f"{module}.lora_A.weight"].double()
         for module, scale in opened.scaling.items()
     }
+
+
+# ---- what training was called with
+
+
+def tasks(folder):
+    """Folders of the finished tasks, in order."""
+    return [path.parent for path in sorted(folder.glob("task-*/step.json"))]
+
+
+class Seen:
+    """What `train` was called with: models, their products before and after by task, the last inputs."""
+
+    def __init__(self, monkeypatch):
+        self.before, self.after, self.models = [], [], []
+        train = pm_hf.runs.learner.train
+
+        def watched(built, examples, collate, *args, **kwargs):
+            self.inputs = collate(examples[:16])
+            self.models.append(built.model)
+            self.before.append(self._products(built.model))
+            found = train(built, examples, collate, *args, **kwargs)
+            self.after.append(self._products(built.model))
+            return found
+
+        monkeypatch.setattr(pm_hf.runs.learner, "train", watched)
+
+    def _products(self, model):
+        layers = adapted_layers(model, TASK_ADAPTER)
+        return {n: layer_product(layer, layer.active_adapters).to(torch.float64).dense() for n, layer in layers.items()}
+
+
+def assert_near(left, right, tolerance=1e-5):
+    """Same names, values equal up to `tolerance`."""
+    assert left.keys() == right.keys()
+    assert left
+    for name, value in left.items():
+        assert torch.allclose(value, right[name], atol=tolerance), name
+
+
+# ---- streams of a language model
+
+
+def words(kind, rng):
+    """A text of three words of a kind, and of none or one of any."""
+    found = [f"{kind}{rng.randrange(5)}" for _ in range(3)]
+    found += [f"{rng.choice(KINDS)}{rng.randrange(5)}" for _ in range(rng.randrange(2))]
+    rng.shuffle(found)
+    return " ".join(found)
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def talk(kind, rng):
+    """A conversation of two turns."""
+    turns = [{"role": "user", "content": words(kind, rng)}, {"role": "assistant", "content": kind}]
+    return {"messages": [*turns, {"role": "user", "content": words(kind, rng)}, turns[1]]}
+
+
+def write_language_data(folder):
+    """Texts with their kind, plain texts by domain, a held-out text, conversations."""
+    rng = random.Random(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for name, kinds in LANGUAGE_TASKS.items():
+            pairs = [(words(kind, rng), kind) for _ in range(count) for kind in kinds]
+            write_lines(folder / f"{name}-{split}.jsonl", [{"text": t, "label": k} for t, k in pairs])
+            write_lines(folder / f"{name}-chat-{split}.jsonl", [talk(k, rng) for k in kinds for _ in range(count // 2)])
+        rows = [{"text": words(kind, rng), "source": kind} for kind in ("red", "gold") for _ in range(count)]
+        write_lines(folder / f"domains-{split}.jsonl", rows)
+    write_lines(folder / "held.jsonl", [{"text": words("dark", rng)} for _ in range(4)])
+    for kind in TARGETS:
+        tiny_folder(kind, folder / kind)
+    return folder
+
+
+def language_settings(data, output, model="llama", method="pm", **changes):
+    """A stream of two tasks of prompts; `changes` are dotted keys with __ for the dot."""
+    config = {
+        "output_dir": str(output),
+        "data_dir": str(data),
+        "method": method,
+        "model__base": str(data / model),
+        "stream__kind": "seq2seq-lm" if model == "t5" else "causal-lm",
+        "stream__prompt_template": "Text: {text}\nAnswer:",
+        "stream__max_length": 24,
+        "stream__tasks": [{"name": n, "train": f"{n}-train.jsonl", "test": f"{n}-test.jsonl"} for n in LANGUAGE_TASKS],
+        "lora": {"r": 4, "alpha": 8, "target_modules": TARGETS[model]},
+        "curvature__samples": 12,
+        "training": {"num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": 3e-2},
+    }
+    made: dict = {}
+    for key, value in (config | changes).items():
+        *parents, last = key.split("__")
+        place = made
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return made
+
+
+# ---- adapters trained without the learner
+
+
+def trained_adapter(task, number, base, folder):
+    """An adapter trained from the base on one task, and its training inputs."""
+    model_settings = ModelSettings(base=str(base))
+    encoder = TextEncoder(load_tokenizer(model_settings), 16)
+    lora = LoraSettings(r=2, alpha=4, target_modules=["key", "value"])
+    model = build_task_model(model_settings, lora, task.labels, None, 0, number).model
+    data = list(batches(encoder, encoder.examples(task.train, task.labels), 16))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    for inputs in data * 8:
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+    with peft_quiet():
+        model.save_pretrained(folder)
+    (folder / TASK_ADAPTER / "labels.json").write_text(json.dumps({"classifier": task.labels}))
+    return folder / TASK_ADAPTER, data
+
+
+def merged_accuracy(tasks, base, folder):
+    """Share of all test rows whose class is found among all classes."""
+    labels, model_settings = [label for task in tasks for label in task.labels], ModelSettings(base=str(base))
+    model, encoder, right = (
+        load_merged(model_settings, folder, labels),
+        TextEncoder(load_tokenizer(model_settings), 16),
+        [],
+    )
+    for task in tasks:
+        for inputs in batches(encoder, encoder.examples(task.test, labels), 16):
+            with torch.no_grad():
+                right += (model(**inputs).logits.argmax(-1) == inputs["labels"]).tolist()
+    return sum(right) / len(right)

@@ -2,8 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers.language_reference import greedy, log_probabilities, mean_log_probability
-from helpers.tiny_language import LENGTH, WORDS, tiny_model, tiny_tokenizer
+from helpers.models import LENGTH, WORDS, greedy, log_probabilities, mean_log_probability, tiny_model, tiny_tokenizer
 
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.data.rows import Rows

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 from helpers.adapter_folders import assert_same, dense, head, saved_tensors, write_folder
+from helpers.models import batch, rows, tiny_bert
 from helpers.peft_adapters import KINDS, build, gpt2, load, seeded, wrap
-from helpers.tiny_training import batch, rows, tiny_bert
 from peft import LoraConfig
 from torch.func import functional_call
 

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.rows import CLASSES
-from helpers.streams import settings, write_data
+from helpers.streams import CLASSES, settings, write_data
 
 from pm_hf.config.loading import load_config
 from pm_hf.data.encoders import make_encoder

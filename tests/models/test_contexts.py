@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.tiny_training import OLD_NAME, batch, lora_bert, rows
+from helpers.models import OLD_NAME, batch, lora_bert, rows
 from torch import nn
 
 from pm_hf.models.contexts import autocast, evaluating, gradients_put_aside, seeded, without_lora

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from helpers.tiny_training import OLD_NAME
-from runs.test_learner_language import write_lines
+from helpers.models import OLD_NAME
+from helpers.streams import write_lines
 
 from pm_hf.adapters.folder import base_name, open_adapter
 from pm_hf.config.schema import ModelSettings

@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.finished_runs import TASKS, finished_run
-from helpers.tiny_images import save_vit
-from helpers.tiny_language import TARGETS, tiny_folder, tiny_model
-from helpers.tiny_training import OLD_NAME
+from helpers.models import OLD_NAME, TARGETS, save_vit, tiny_folder, tiny_model
+from helpers.records import TASKS, finished_run
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import ViTForImageClassification

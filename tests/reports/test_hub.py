@@ -10,11 +10,10 @@ from io import StringIO
 
 import pytest
 import torch
-from helpers.finished_runs import finished_run
-from helpers.hub_server import TOKEN, run_with_hub, serving
-from helpers.rows import CLASSES, write_rows
-from helpers.streams import first, settings, tensors
-from helpers.tiny_training import OLD_NAME
+from helpers.hub import TOKEN, run_with_hub, serving
+from helpers.models import OLD_NAME
+from helpers.records import finished_run
+from helpers.streams import CLASSES, first, settings, tensors, write_rows
 
 from pm_hf import InputError
 from pm_hf.adapters.layout import ADAPTER_WEIGHTS

@@ -5,7 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from helpers.saved_reports import HOSTILE, matrix, page_of, write_run
+from helpers.records import HOSTILE, matrix, page_of, write_run
 
 from pm_hf.cli import main
 from pm_hf.errors import InputError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.saved_reports import HOSTILE, matrix, write_run
+from helpers.records import HOSTILE, matrix, write_run
 from PIL import Image
 
 from pm_hf.reports.page import write_report

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.finished_runs import finished_run
-from helpers.hub_server import TOKEN
+from helpers.hub import TOKEN
+from helpers.records import finished_run
 
 from pm_hf import InputError
 from pm_hf.reports.release import on_hub, read_finished_run, redact, valid_id

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.models import OLD_NAME
 from helpers.streams import domains, settings, write_data
-from helpers.tiny_training import OLD_NAME
 from repository.test_benchmarks import ROOT, load
 
 from pm_hf.config.loading import load_config
@@ -37,6 +37,7 @@ def run(tiny_base, data, tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 def test_heads_of_a_run_are_those_that_training_with_them_gives(ablation, run):
     _, linear = run("merge_only")
     accuracies = ablation.heads(linear, "fisher")
@@ -47,6 +48,7 @@ def test_heads_of_a_run_are_those_that_training_with_them_gives(ablation, run):
     assert all(0 < value <= 1 for value in accuracies.values())
 
 
+@pytest.mark.slow
 def test_domains_have_a_mean_each_and_the_largest_row_decides(ablation, tiny_base, tmp_path):
     config = load_config(domains(tiny_base, tmp_path, tmp_path / "run", "best"))
     report = learn(config)
@@ -55,6 +57,7 @@ def test_domains_have_a_mean_each_and_the_largest_row_decides(ablation, tiny_bas
     assert 0.5 < accuracies["lda, one mean a class"] <= 1
 
 
+@pytest.mark.slow
 def test_controls_have_the_features_of_their_own_backbone(ablation, run):
     report, frozen = run("frozen")
     assert ablation.heads(frozen, "frozen")["lda, none"] == pytest.approx(report.metrics["ACC"])
@@ -65,6 +68,7 @@ def test_controls_have_the_features_of_their_own_backbone(ablation, run):
     assert ablation.heads(joint, "joint")["lda, none"] == pytest.approx(whole.metrics["ACC"])
 
 
+@pytest.mark.slow
 def test_mean_shift_moves_old_means_by_what_the_new_rows_move(ablation, run):
     _, linear = run("average")
     features = ablation.Features(linear)

@@ -14,9 +14,10 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
-from helpers import miniatures, tiny_images
+from helpers import datasets as miniatures
+from helpers import models
+from helpers.models import tiny_folder
 from helpers.streams import steps
-from helpers.tiny_language import tiny_folder
 
 from pm_hf.adapters.folder import open_adapter
 from pm_hf.config.loading import load_config
@@ -86,7 +87,7 @@ class EnoughError(Exception):
 def backbones(tiny_base, tmp_path_factory):
     """Folder of each tiny backbone by name, made when first asked for."""
     made = {"bert": tiny_base}
-    builders = {"vit": tiny_images.save_vit} | {kind: partial(tiny_folder, kind) for kind in ("llama", "t5")}
+    builders = {"vit": models.save_vit} | {kind: partial(tiny_folder, kind) for kind in ("llama", "t5")}
 
     def backbone(name):
         if name not in made:

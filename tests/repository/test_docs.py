@@ -11,8 +11,8 @@ from types import ModuleType
 
 import pytest
 import yaml
-from helpers.doc_blocks import EXCEPTIONS, LANGUAGES, PAGES, ROOT, RUN, Block, blocks, to_run
-from helpers.forked_commands import forked_pm_hf
+from helpers.documents import EXCEPTIONS, LANGUAGES, PAGES, ROOT, RUN, Block, blocks, to_run
+from helpers.processes import forked_pm_hf
 from test_architecture import GROUND, MAY_IMPORT
 
 import pm_hf
@@ -67,7 +67,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_is_run_written_shown_or_an_exception(page):
-    from helpers.doc_folders import FOLDERS
+    from helpers.documents import FOLDERS
 
     for block in blocks(page):
         assert block.language in (LANGUAGES if page != "README.md" else (*LANGUAGES, "")), f"line {block.line}"
@@ -153,7 +153,7 @@ def test_plots_are_what_their_script_makes():
 @pytest.mark.filterwarnings("ignore")  # of trainers that miss a GPU
 @pytest.mark.parametrize("page", RUNNING)
 def test_every_command_and_snippet_of_the_page_runs(page, tiny_base, tmp_path, monkeypatch):
-    from helpers.doc_folders import FOLDERS
+    from helpers.documents import FOLDERS
 
     if page in NEEDS:
         pytest.importorskip(NEEDS[page], reason=f"{page} needs {NEEDS[page]}")

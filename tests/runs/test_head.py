@@ -4,10 +4,9 @@ import shutil
 
 import pytest
 import torch
+from helpers.models import OLD_NAME
 from helpers.streams import domains, settings, steps, tensors, write_data
-from helpers.tiny_training import OLD_NAME
-from runs.test_learner_language import data as language_data  # noqa: F401
-from runs.test_learner_language import settings as language
+from helpers.streams import language_settings as language
 
 import pm_hf.runs.learner
 from pm_hf.adapters.folder import open_adapter
@@ -166,7 +165,7 @@ def test_a_release_whose_statistics_are_of_other_labels_is_refused(tiny_base, da
     assert "its labels are not those of" in refused(settings(tiny_base, data, tmp_path / "x", "best") | start)
 
 
-def test_best_without_an_analytic_head_has_nothing_to_start_from(tiny_base, data, language_data, tmp_path):  # noqa: F811
+def test_best_without_an_analytic_head_has_nothing_to_start_from(tiny_base, data, language_data, tmp_path):
     linear = load_config(settings(tiny_base, data, tmp_path / "run", "best", head__kind="linear"))
     assert (linear.head.kind, linear.head.training) == ("linear", "task")
     model = load_config(language(language_data, tmp_path / "run", method="best"))

@@ -5,8 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers.rows import CLASSES
-from helpers.streams import GROUPS, contents, dense, settings, steps, tensors, write_data
+from helpers.streams import CLASSES, GROUPS, contents, dense, settings, steps, tensors, write_data
 
 from pm_hf.adapters.folder import open_adapter
 from pm_hf.config.loading import load_config

@@ -7,8 +7,9 @@ import signal
 
 import pytest
 import torch
-from helpers.streams import contents, forked, same_tensors, settings, steps, write_data, write_yaml
-from helpers.tiny_language import tiny_folder
+from helpers.models import tiny_folder
+from helpers.processes import forked
+from helpers.streams import contents, same_tensors, settings, steps, write_data, write_yaml
 
 import pm_hf.adapters.merge
 import pm_hf.runs.folder

@@ -7,9 +7,8 @@ import shutil
 import pytest
 import torch
 import transformers
+from helpers.models import OLD_NAME, TARGETS, WORDS, tiny_folder
 from helpers.streams import same_tensors, settings, steps, write_data
-from helpers.tiny_language import TARGETS, WORDS, tiny_folder
-from helpers.tiny_training import OLD_NAME
 from peft import PeftModel
 
 from pm_hf.config.kinds import STREAM_KINDS

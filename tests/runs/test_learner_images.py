@@ -8,9 +8,9 @@ import signal
 import numpy as np
 import pytest
 import torch
-from helpers.streams import contents, forked, same_tensors, steps, tensors, write_yaml
-from helpers.tiny_images import SHAPES, encoded, image_settings, save_vit, write_npz
-from helpers.tiny_training import OLD_NAME
+from helpers.models import OLD_NAME, SHAPES, encoded, image_settings, save_vit, write_npz
+from helpers.processes import forked
+from helpers.streams import contents, same_tensors, steps, tensors, write_yaml
 from peft import PeftModel
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 

@@ -7,7 +7,8 @@ import signal
 import sys
 
 import pytest
-from helpers.streams import contents, forked, same_tensors, settings, steps, write_data, write_yaml
+from helpers.processes import forked
+from helpers.streams import contents, same_tensors, settings, steps, write_data, write_yaml
 
 from pm_hf.cli import main
 from pm_hf.runs.learner import learn

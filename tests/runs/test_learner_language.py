@@ -2,15 +2,13 @@
 
 import json
 import math
-import random
 
 import pytest
 import torch
 import transformers
-from helpers.language_reference import greedy, log_probabilities, mean_log_probability
-from helpers.streams import same_tensors, steps
-from helpers.tiny_language import KINDS, TARGETS, tiny_folder
-from helpers.tiny_training import OLD_NAME
+from helpers.models import OLD_NAME, greedy, log_probabilities, mean_log_probability
+from helpers.streams import LANGUAGE_TASKS, same_tensors, steps
+from helpers.streams import language_settings as settings
 from peft import PeftModel
 
 from pm_hf.config.loading import load_config
@@ -21,82 +19,27 @@ from pm_hf.merging.curvature import Curvature
 from pm_hf.runs.learner import evaluate, learn
 
 pytestmark = pytest.mark.filterwarnings(OLD_NAME)
-TASKS = {"first": ("red", "blue"), "second": ("green", "gold")}
 PLAIN = ["loss", "perplexity", "bits_per_byte", "token_accuracy"]
 ANSWERED = [*PLAIN, "exact_match", "class_incremental", "task_incremental"]
 QUICK = {"training__max_steps": 2}
 
 
-def words(kind, rng):
-    """A text of three words of a kind, and of none or one of any."""
-    found = [f"{kind}{rng.randrange(5)}" for _ in range(3)]
-    found += [f"{rng.choice(KINDS)}{rng.randrange(5)}" for _ in range(rng.randrange(2))]
-    rng.shuffle(found)
-    return " ".join(found)
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def talk(kind, rng):
-    """A conversation of two turns."""
-    turns = [{"role": "user", "content": words(kind, rng)}, {"role": "assistant", "content": kind}]
-    return {"messages": [*turns, {"role": "user", "content": words(kind, rng)}, turns[1]]}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Texts with their kind, plain texts by domain, a held-out text, conversations."""
-    folder, rng = tmp_path_factory.mktemp("language"), random.Random(0)
-    for split, count in (("train", 12), ("test", 4)):
-        for name, kinds in TASKS.items():
-            pairs = [(words(kind, rng), kind) for _ in range(count) for kind in kinds]
-            write_lines(folder / f"{name}-{split}.jsonl", [{"text": t, "label": k} for t, k in pairs])
-            write_lines(folder / f"{name}-chat-{split}.jsonl", [talk(k, rng) for k in kinds for _ in range(count // 2)])
-        rows = [{"text": words(kind, rng), "source": kind} for kind in ("red", "gold") for _ in range(count)]
-        write_lines(folder / f"domains-{split}.jsonl", rows)
-    write_lines(folder / "held.jsonl", [{"text": words("dark", rng)} for _ in range(4)])
-    for kind in TARGETS:
-        tiny_folder(kind, folder / kind)
-    return folder
-
-
-def settings(data, output, model="llama", method="pm", **changes):
-    """A stream of two tasks of prompts; `changes` are dotted keys with __ for the dot."""
-    config = {
-        "output_dir": str(output),
-        "data_dir": str(data),
-        "method": method,
-        "model__base": str(data / model),
-        "stream__kind": "seq2seq-lm" if model == "t5" else "causal-lm",
-        "stream__prompt_template": "Text: {text}\nAnswer:",
-        "stream__max_length": 24,
-        "stream__tasks": [{"name": n, "train": f"{n}-train.jsonl", "test": f"{n}-test.jsonl"} for n in TASKS],
-        "lora": {"r": 4, "alpha": 8, "target_modules": TARGETS[model]},
-        "curvature__samples": 12,
-        "training": {"num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": 3e-2},
-    }
-    made: dict = {}
-    for key, value in (config | changes).items():
-        *parents, last = key.split("__")
-        place = made
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
-    return made
-
-
-def chats(data, output, **changes):
-    tasks = [{"name": n, "train": f"{n}-chat-train.jsonl", "test": f"{n}-chat-test.jsonl"} for n in TASKS]
+def chats(language_data, output, **changes):
+    tasks = [{"name": n, "train": f"{n}-chat-train.jsonl", "test": f"{n}-chat-test.jsonl"} for n in LANGUAGE_TASKS]
     return settings(
-        data, output, "qwen2", stream__prompt_template=None, stream__max_length=64, stream__tasks=tasks, **changes
+        language_data,
+        output,
+        "qwen2",
+        stream__prompt_template=None,
+        stream__max_length=64,
+        stream__tasks=tasks,
+        **changes,
     )
 
 
-def domains(data, output, **changes):
+def domains(language_data, output, **changes):
     """Plain text of two domains, scored beside a held-out text."""
-    config = settings(data, output, **changes)
+    config = settings(language_data, output, **changes)
     held = [{"name": "dark", "test": "held.jsonl"}]
     files = {"train": "domains-train.jsonl", "test": "domains-test.jsonl", "domain_column": "source"}
     config["stream"] = {"kind": "causal-lm", **files, "held_out": held, "max_length": 24}
@@ -138,10 +81,10 @@ RUNS = {
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def run(request, data, tmp_path_factory):
+def run(request, language_data, tmp_path_factory):
     """(settings, folder, report) of a finished run of both tasks."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
-    config = settings(data, folder, **{"model": request.param, **RUNS[request.param]})
+    config = settings(language_data, folder, **{"model": request.param, **RUNS[request.param]})
     return config, folder, learn(config)
 
 
@@ -200,9 +143,9 @@ def test_report_names_its_scores(run):
     assert saved["notes"] == []
 
 
-def test_interrupted_stream_ends_with_the_same_adapter(data, tmp_path, monkeypatch):
+def test_interrupted_stream_ends_with_the_same_adapter(language_data, tmp_path, monkeypatch):
     quick = {"training__max_steps": 3, "training__save_strategy": "steps", "training__save_steps": 1}
-    whole, broken = (settings(data, tmp_path / name, **quick) for name in ("whole", "broken"))
+    whole, broken = (settings(language_data, tmp_path / name, **quick) for name in ("whole", "broken"))
     learn(whole)
     import pm_hf.runs.learner
 
@@ -224,15 +167,15 @@ def test_interrupted_stream_ends_with_the_same_adapter(data, tmp_path, monkeypat
     assert [s["scores"] for s in steps(tmp_path / "broken")] == [s["scores"] for s in steps(tmp_path / "whole")]
 
 
-def test_plain_text_is_judged_by_bits_per_byte_beside_a_held_out_text(data, tmp_path):
-    config = domains(data, tmp_path / "run")
+def test_plain_text_is_judged_by_bits_per_byte_beside_a_held_out_text(language_data, tmp_path):
+    config = domains(language_data, tmp_path / "run")
     report = learn(config)
     model, encoder = loaded(config, tmp_path / "run" / "merged")
     assert report.metric == "bits_per_byte"
     assert list(report.matrices) == PLAIN
     assert report.tasks == ["red", "gold"]
-    texts = [json.loads(line) for line in (data / "domains-test.jsonl").read_text().splitlines()]
-    held = [json.loads(line)["text"] for line in (data / "held.jsonl").read_text().splitlines()]
+    texts = [json.loads(line) for line in (language_data / "domains-test.jsonl").read_text().splitlines()]
+    held = [json.loads(line)["text"] for line in (language_data / "held.jsonl").read_text().splitlines()]
 
     def bits(texts):
         ids = [encoder.completion("", text) for text in texts]
@@ -255,26 +198,28 @@ def test_plain_text_is_judged_by_bits_per_byte_beside_a_held_out_text(data, tmp_
     assert again["dark"] == pytest.approx(report.held_out[1]["dark"], rel=1e-6)
 
 
-def test_chats_are_learned_turn_by_turn(data, tmp_path):
-    report = learn(chats(data, tmp_path / "run"))
+def test_chats_are_learned_turn_by_turn(language_data, tmp_path):
+    report = learn(chats(language_data, tmp_path / "run"))
     assert list(report.matrices) == ANSWERED
     assert report.test_rows == [8, 8]  # two conversations of each kind, two turns each
     assert report.scores[0][0] > 0.8
     assert report.matrices["exact_match"][0][0] > 0.8
 
 
-def test_prompt_has_the_task_s_name_where_the_template_asks_for_it(data, tmp_path):
-    named = settings(data, tmp_path, stream__prompt_template="{task}: {text}\nAnswer:")
-    without, with_name = (load_stream(load_config(c)).tasks for c in (settings(data, tmp_path), named))
+def test_prompt_has_the_task_s_name_where_the_template_asks_for_it(language_data, tmp_path):
+    named = settings(language_data, tmp_path, stream__prompt_template="{task}: {text}\nAnswer:")
+    without, with_name = (load_stream(load_config(c)).tasks for c in (settings(language_data, tmp_path), named))
     for plain, named_task in zip(without, with_name, strict=True):
         expected = [prompt.replace("Text", plain.name, 1) for prompt in plain.train.inputs]
         assert named_task.train.inputs == expected
         assert named_task.train.labels == plain.train.labels
 
 
-def test_rows_that_were_cut_stand_in_the_report(data, tmp_path):
-    report = learn(settings(data, tmp_path / "run", stream__max_length=10, **QUICK))
-    rows = [len(json.loads(line)["text"].split()) for line in (data / "first-train.jsonl").read_text().splitlines()]
+def test_rows_that_were_cut_stand_in_the_report(language_data, tmp_path):
+    report = learn(settings(language_data, tmp_path / "run", stream__max_length=10, **QUICK))
+    rows = [
+        len(json.loads(line)["text"].split()) for line in (language_data / "first-train.jsonl").read_text().splitlines()
+    ]
     long = rows.count(4)  # Text : four words, Answer : and the answer's two: 11 tokens with [BOS]
     note = f"task first: {long} of 24 training rows are longer than stream.max_length and were cut"
     assert 0 < long < 24
@@ -283,13 +228,13 @@ def test_rows_that_were_cut_stand_in_the_report(data, tmp_path):
     assert note in report.table()
 
 
-def test_free_text_and_answers_in_one_stream_are_judged_by_bits_per_byte(data, tmp_path):
+def test_free_text_and_answers_in_one_stream_are_judged_by_bits_per_byte(language_data, tmp_path):
     tasks = [
         {"name": "plain", "train": "domains-train.jsonl", "test": "domains-test.jsonl", "prompt_template": ""},
         {"name": "first", "train": "first-train.jsonl", "test": "first-test.jsonl"},
     ]
     held = [{"name": "dark", "test": "held.jsonl", "prompt_template": ""}]
-    report = learn(settings(data, tmp_path / "run", stream__tasks=tasks, stream__held_out=held, **QUICK))
+    report = learn(settings(language_data, tmp_path / "run", stream__tasks=tasks, stream__held_out=held, **QUICK))
     assert report.metric == "bits_per_byte"
     assert report.matrices["class_incremental"][1][0] is None
     assert report.matrices["class_incremental"][1][1] is not None
@@ -297,28 +242,28 @@ def test_free_text_and_answers_in_one_stream_are_judged_by_bits_per_byte(data, t
 
 
 @pytest.mark.parametrize("method", ["joint", "individual", "replay"])
-def test_upper_bounds_and_replay_take_prompts(data, tmp_path, method):
-    report = learn(settings(data, tmp_path / "run", method=method, **QUICK))
+def test_upper_bounds_and_replay_take_prompts(language_data, tmp_path, method):
+    report = learn(settings(language_data, tmp_path / "run", method=method, **QUICK))
     assert report.metric == "class_incremental"
     assert len(report.scores[-1]) == 2
     assert None not in report.scores[-1]
-    replayed = load_stream(load_config(settings(data, tmp_path, method=method))).tasks[-1].replayed
+    replayed = load_stream(load_config(settings(language_data, tmp_path, method=method))).tasks[-1].replayed
     assert len(replayed) == (10 if method == "replay" else 0)  # five of each answer
 
 
-def test_size_of_the_curvature_is_printed_and_limited(data, tmp_path, capsys, no_training):
-    message = refused(settings(data, tmp_path / "run", curvature__max_gib=1e-6))
+def test_size_of_the_curvature_is_printed_and_limited(language_data, tmp_path, capsys, no_training):
+    message = refused(settings(language_data, tmp_path / "run", curvature__max_gib=1e-6))
     assert "curvature.kind fisher needs " in message
     assert "use kind: factored" in message
     assert "curvature: " in capsys.readouterr().err
 
 
-def test_what_cannot_be_learned_is_refused_before_training(data, tmp_path, no_training):
+def test_what_cannot_be_learned_is_refused_before_training(language_data, tmp_path, no_training):
     run = tmp_path / "run"
-    assert "stream.max_length must be at least 2" in refused(settings(data, run, stream__max_length=1))
-    long = refused(settings(data, run, "gpt2", stream__max_length=65))
-    assert f"stream.max_length 65 is more than the 64 positions of {data / 'gpt2'}" in long
-    tokens = refused(chats(data, run, model__base=str(data / "t5"), stream__kind="seq2seq-lm"))
+    assert "stream.max_length must be at least 2" in refused(settings(language_data, run, stream__max_length=1))
+    long = refused(settings(language_data, run, "gpt2", stream__max_length=65))
+    assert f"stream.max_length 65 is more than the 64 positions of {language_data / 'gpt2'}" in long
+    tokens = refused(chats(language_data, run, model__base=str(language_data / "t5"), stream__kind="seq2seq-lm"))
     assert "chat messages need stream.kind causal-lm" in tokens
-    other = refused(settings(data, run, model__base=str(data / "t5"), stream__kind="causal-lm"))
-    assert f"model.base {data / 't5'} cannot be loaded: Unrecognized configuration class" in other
+    other = refused(settings(language_data, run, model__base=str(language_data / "t5"), stream__kind="causal-lm"))
+    assert f"model.base {language_data / 't5'} cannot be loaded: Unrecognized configuration class" in other

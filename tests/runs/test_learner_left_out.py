@@ -5,8 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.rows import write_rows
-from helpers.streams import contents, same_tensors, settings, steps
+from helpers.streams import contents, same_tensors, settings, steps, write_rows
 
 import pm_hf.runs.merge_line as line
 from pm_hf.config.loading import load_config, save_config

@@ -4,8 +4,7 @@ import gc
 import weakref
 
 import pytest
-from helpers.rows import write_rows
-from helpers.streams import settings, steps, tensors
+from helpers.streams import settings, steps, tensors, write_rows
 from safetensors.torch import load_file
 
 import pm_hf.measuring.scores

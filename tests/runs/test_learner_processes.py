@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from helpers.forked import ODD, PLAIN, SHORT, close, run, stopped, without_dropout
+from helpers.models import batch, lora_bert, quick_arguments, rows, trained_state
+from helpers.processes import ODD, PLAIN, SHORT, close, run, stopped, without_dropout
 from helpers.streams import contents, dense, domains, same_tensors, settings, steps, write_data, write_yaml
-from helpers.tiny_training import batch, lora_bert, quick_arguments, rows, trained_state
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 

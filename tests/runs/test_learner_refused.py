@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import main as accelerate_launch
-from helpers.streams import contents, dense, forked, settings, steps, write_data, write_yaml
+from helpers.processes import forked
+from helpers.streams import contents, dense, settings, steps, write_data, write_yaml
 
 from pm_hf.cli import main
 from pm_hf.errors import InputError
@@ -218,6 +219,7 @@ def test_recipe_with_bad_input_exits_with_two_and_one_line(tiny_base, data, tmp_
     assert done.stderr == f"pm-hf: config {path}: lora.r: must be at least 1\n"
 
 
+@pytest.mark.slow
 def test_recipe_runs_under_accelerate_launch(tiny_base, data, tmp_path, monkeypatch):
     config = settings(tiny_base, data, tmp_path / "unused", groups=2, training__num_train_epochs=1)
     path = write_yaml(tmp_path / "good.yaml", config)

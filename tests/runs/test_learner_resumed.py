@@ -6,7 +6,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers.streams import contents, forked, same_tensors, settings, steps, write_data, write_yaml
+from helpers.processes import forked
+from helpers.streams import contents, same_tensors, settings, steps, write_data, write_yaml
 
 import pm_hf.runs.records
 import pm_hf.training.checkpoints

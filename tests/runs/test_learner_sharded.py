@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers.forked import ODD, PLAIN, SHORT, close, run, stopped, without_dropout
+from helpers.models import OLD_NAME, lora_bert
+from helpers.processes import ODD, PLAIN, SHORT, close, run, stopped, without_dropout
 from helpers.streams import contents, dense, same_tensors, settings, steps, write_data, write_yaml
-from helpers.tiny_training import OLD_NAME, lora_bert
 from torch import nn
 
 import pm_hf.runs.learner

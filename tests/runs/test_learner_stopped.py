@@ -9,7 +9,8 @@ import sys
 import threading
 
 import pytest
-from helpers.streams import contents, forked, same_tensors, settings, steps, write_data, write_yaml
+from helpers.processes import forked
+from helpers.streams import contents, same_tensors, settings, steps, write_data, write_yaml
 
 import pm_hf.runs.learner
 from pm_hf import InputError

@@ -5,8 +5,23 @@ import math
 
 import pytest
 import torch
-from helpers.streams import dense, domains, first, same_tensors, settings, steps, tensors, write_data, write_yaml
-from helpers.tiny_training import OLD_NAME
+from helpers.models import OLD_NAME
+from helpers.streams import (
+    FEW,
+    HEAD,
+    Seen,
+    assert_near,
+    dense,
+    domains,
+    first,
+    same_tensors,
+    settings,
+    steps,
+    tasks,
+    tensors,
+    write_data,
+    write_yaml,
+)
 
 import pm_hf.runs.learner
 from pm_hf.adapters.merge import merge_adapters
@@ -17,13 +32,9 @@ from pm_hf.data.stream import load_stream
 from pm_hf.errors import InputError
 from pm_hf.merging.methods import METHODS as MERGES
 from pm_hf.models.contexts import without_lora
-from pm_hf.models.lora import adapted_layers, layer_product
-from pm_hf.models.task_model import TASK_ADAPTER
 from pm_hf.runs.learner import learn
 
 pytestmark = pytest.mark.filterwarnings(OLD_NAME)
-HEAD = "classifier"
-FEW = {"training__num_train_epochs": 2, "curvature__samples": 8, "training__save_strategy": "no"}
 LONG = {"training__num_train_epochs": 12}
 
 
@@ -46,40 +57,6 @@ def run(tiny_base, data, tmp_path_factory):
         return finished[key]
 
     return get
-
-
-def tasks(folder):
-    """Folders of the finished tasks, in order."""
-    return [path.parent for path in sorted(folder.glob("task-*/step.json"))]
-
-
-class Seen:
-    """What `train` was called with: models, their products before and after by task, the last inputs."""
-
-    def __init__(self, monkeypatch):
-        self.before, self.after, self.models = [], [], []
-        train = pm_hf.runs.learner.train
-
-        def watched(built, examples, collate, *args, **kwargs):
-            self.inputs = collate(examples[:16])
-            self.models.append(built.model)
-            self.before.append(self._products(built.model))
-            found = train(built, examples, collate, *args, **kwargs)
-            self.after.append(self._products(built.model))
-            return found
-
-        monkeypatch.setattr(pm_hf.runs.learner, "train", watched)
-
-    def _products(self, model):
-        layers = adapted_layers(model, TASK_ADAPTER)
-        return {n: layer_product(layer, layer.active_adapters).to(torch.float64).dense() for n, layer in layers.items()}
-
-
-def assert_same(left, right, tolerance=1e-5):
-    assert left.keys() == right.keys()
-    assert left
-    for name, value in left.items():
-        assert torch.allclose(value, right[name], atol=tolerance), name
 
 
 # every method
@@ -128,7 +105,7 @@ def test_stream_merges_as_merge_adapters_does(run, tmp_path, method):
         settings = {"method": row["method"], "coefficient": coefficient, "max_rank": row["max_rank"]}
         merge_adapters(task / "adapter", tmp_path / f"{index}", into=merged, **settings, **free)
         merged = tmp_path / f"{index}"
-        assert_same(dense(merged), dense(task / "merged"), tolerance=1e-6)
+        assert_near(dense(merged), dense(task / "merged"), tolerance=1e-6)
 
 
 def test_magmax_merges_what_every_task_has_become_since_the_base(run, tmp_path):
@@ -142,7 +119,7 @@ def test_magmax_merges_what_every_task_has_become_since_the_base(run, tmp_path):
         else:
             pairs = {name: (merged[name], optimum[name]) for name in optimum}
             merged = {name: torch.where(old.abs() >= new.abs(), old, new) for name, (old, new) in pairs.items()}
-        assert_same(dense(task / "merged"), merged, tolerance=1e-5)
+        assert_near(dense(task / "merged"), merged, tolerance=1e-5)
         merged = dense(task / "merged")
 
 
@@ -181,7 +158,7 @@ def test_training_starts_where_the_method_says(tiny_base, data, tmp_path, monkey
     zero = seen.before[0]
     for index in range(1, count):
         merged = dense(tasks(folder)[index - 1] / "merged")
-        assert_same(seen.before[index], {"merged": merged, "last": seen.after[index - 1], "base": zero}[start])
+        assert_near(seen.before[index], {"merged": merged, "last": seen.after[index - 1], "base": zero}[start])
     assert [step["train_from"] for step in steps(folder)] == [start] * count
     gap = {
         name: (seen.after[1][name] - value).abs().max() for name, value in dense(tasks(folder)[1] / "merged").items()
@@ -206,7 +183,7 @@ def test_individual_tasks_know_nothing_of_each_other(run):
     alone = run("sequential", groups=1)
     assert same_tensors(tasks(folder)[0] / "merged", tasks(alone)[0] / "merged")
     for task in tasks(folder):
-        assert_same(dense(task / "merged"), dense(task / "adapter"), tolerance=1e-7)
+        assert_near(dense(task / "merged"), dense(task / "adapter"), tolerance=1e-7)
 
 
 def test_individual_scores_stay_those_of_each_task_s_own_adapter(run):

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.finished_runs import finished_run
-from helpers.saved_reports import page_of
+from helpers.records import finished_run, page_of
 from helpers.streams import dense, settings, steps, tensors, write_data
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification

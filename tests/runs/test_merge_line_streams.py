@@ -3,10 +3,8 @@ adapters."""
 
 import pytest
 import torch
-from helpers.streams import domains, first, settings, steps, write_data
-from helpers.tiny_training import OLD_NAME
-from runs.test_learner_language import data as language_data  # noqa: F401
-from runs.test_learner_language import settings as language_settings
+from helpers.models import OLD_NAME
+from helpers.streams import domains, first, language_settings, settings, steps, write_data
 
 from pm_hf.reports.page import write_report
 from pm_hf.runs import merge_line as module
@@ -74,7 +72,7 @@ def test_a_given_coefficient_has_a_line_and_no_prediction(tiny_base, data, tmp_p
 
 @pytest.mark.parametrize("choice", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_language_model_s_line_has_its_completion_loss_and_nothing_is_generated(
-    language_data,  # noqa: F811
+    language_data,
     tmp_path,
     monkeypatch,
     choice,

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from helpers.streams import dense, domains, settings, steps, tensors, write_data
-from helpers.tiny_training import OLD_NAME
-from runs.test_learner_strategies import FEW, HEAD, Seen, assert_same, tasks
+from helpers.models import OLD_NAME
+from helpers.streams import FEW, HEAD, Seen, assert_near, dense, domains, settings, steps, tasks, tensors, write_data
 
 import pm_hf.runs.learner
 from pm_hf.config.loading import load_config
@@ -31,7 +30,7 @@ def test_a_step_from_the_merge_to_the_optimum_that_training_found_from_the_last_
     merged = optimum = None
     for index, task in enumerate(tasks(folder)):
         if index:
-            assert_same(seen.before[index], optimum, tolerance=1e-5)
+            assert_near(seen.before[index], optimum, tolerance=1e-5)
         optimum = seen.after[index]
         new, coefficient = dense(task / "merged"), steps(folder)[index]["coefficient"]
         if index and (task / "curvature.safetensors").is_file():
@@ -40,7 +39,7 @@ def test_a_step_from_the_merge_to_the_optimum_that_training_found_from_the_last_
             delta = {n: (optimum[n] - merged[n]).double() for n in optimum}
             if method == "pm_gram":
                 free = {n: M @ torch.linalg.pinv(S, hermitian=True, rtol=1e-5) for n, (M, S) in found.items()}
-                assert_same(new, free, tolerance=1e-2)
+                assert_near(new, free, tolerance=1e-2)
             else:
                 top = sum((delta[n] * (M - S * merged[n])).sum() for n, (M, S) in found.items())
                 alpha = float(top / sum((delta[n] * S * delta[n]).sum() for n, (_, S) in found.items()))
@@ -48,7 +47,7 @@ def test_a_step_from_the_merge_to_the_optimum_that_training_found_from_the_last_
         if index and method != "pm_gram":
             alpha = coefficient["used"]
             assert method != "average" or alpha == 1 / (index + 1)
-            assert_same(new, {n: merged[n] + alpha * (optimum[n] - merged[n]) for n in new}, tolerance=1e-5)
+            assert_near(new, {n: merged[n] + alpha * (optimum[n] - merged[n]) for n in new}, tolerance=1e-5)
         merged = new
     assert [step["train_from"] for step in steps(folder)] == ["last"] * 3
 

@@ -4,8 +4,8 @@ from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
-from helpers.fake_trackers import fake_trackio, fake_wandb
 from helpers.streams import settings, steps, write_data
+from helpers.trackers import fake_trackio, fake_wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pm_hf.errors import InputError

@@ -5,8 +5,7 @@ import itertools
 
 import pytest
 import torch
-from helpers.tiny_language import SIZE, tiny_model
-from helpers.tiny_training import OLD_NAME, activate_all, batch, lora_bert, rows, tiny_bert
+from helpers.models import OLD_NAME, SIZE, activate_all, batch, lora_bert, rows, tiny_bert, tiny_model
 from peft.tuners.lora import LoraLayer
 from scipy.spatial.distance import jensenshannon
 from torch.distributions import Categorical, kl_divergence

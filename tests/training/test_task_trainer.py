@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tiny_language import SIZE, tiny_model
-from helpers.tiny_training import (
+from helpers.models import (
     OLD_NAME,
+    SIZE,
     Watch,
     activate_all,
     assert_equal_states,
@@ -15,6 +15,7 @@ from helpers.tiny_training import (
     lora_bert,
     quick_arguments,
     rows,
+    tiny_model,
     trained_state,
 )
 from peft import LoraConfig, get_peft_model

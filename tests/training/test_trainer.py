@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers.tiny_training import (
+from helpers.models import (
     OLD_NAME,
     Watch,
     activate_all,

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.tiny_training import (
-    KINDS,
+from helpers.models import (
     OLD_NAME,
+    TRAINED_KINDS,
     Gradients,
     assert_close,
     assert_equal_states,
@@ -32,10 +32,10 @@ from pm_hf.training.trainer import perturbation_factor
 pytestmark = pytest.mark.filterwarnings(OLD_NAME)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=TRAINED_KINDS)
 def kind(request):
     """(a function that builds the model, a function that makes so many rows)."""
-    return KINDS[request.param]
+    return TRAINED_KINDS[request.param]
 
 
 def make_trainer(folder, model, data, size, accumulation, callbacks=(), **settings) -> PMTrainer:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.tiny_training import (
+from helpers.models import (
     OLD_NAME,
     activate_all,
     assert_equal_states,

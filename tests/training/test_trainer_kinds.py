@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers.tiny_training import OLD_NAME, logged, quick_arguments
+from helpers.models import OLD_NAME, logged, quick_arguments
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn

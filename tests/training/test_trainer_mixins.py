@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.tiny_training import OLD_NAME, assert_equal_states, lora_bert, quick_arguments, rows, trained_state
+from helpers.models import OLD_NAME, assert_equal_states, lora_bert, quick_arguments, rows, trained_state
 from transformers import Trainer
 
 from pm_hf import PMConfig

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tiny_training import OLD_NAME, Watch, quick_arguments
+from helpers.models import OLD_NAME, Watch, quick_arguments
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback

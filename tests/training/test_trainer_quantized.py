@@ -4,9 +4,9 @@ import logging
 
 import pytest
 import torch
-from helpers.tiny_training import (
-    LENGTH,
+from helpers.models import (
     OLD_NAME,
+    ROW_LENGTH,
     Gradients,
     assert_close,
     assert_equal_states,
@@ -133,7 +133,7 @@ def test_adapters_of_a_quantized_base_merge_as_any_others(tmp_path, base):
         torch.testing.assert_close(merged.product(module).dense(), expected, rtol=1e-5, atol=1e-6)
     loaded = PeftModel.from_pretrained(base(), str(tmp_path / "out")).eval()
     by_hand = base()
-    x = torch.arange(LENGTH)[None]
+    x = torch.arange(ROW_LENGTH)[None]
     with torch.no_grad():
         found, plain = loaded(x).logits, by_hand(x).logits
     assert (found - plain).abs().max() > 0.05

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_training import (
+from helpers.models import (
     OLD_NAME,
     assert_equal_states,
     batch,

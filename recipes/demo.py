@@ -77,7 +77,7 @@ def show(reports: list) -> None:
     """Tables, comparison, plot and the lines that load the adapter."""
     from pm_hf.files import read_json
     from pm_hf.reports.card import loading_lines
-    from pm_hf.reports.charts import plot_means
+    from pm_hf.reports.run_charts import plot_means
 
     for report in reports:
         print(f"\n{report.table()}")

@@ -12,7 +12,7 @@ from grid import NAMES, STREAMS
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
-from pm_hf.reports.charts import plot_means
+from pm_hf.reports.run_charts import plot_means
 from pm_hf.runs.records import Report
 
 BLOCK = re.compile(r"(<!-- (\S+) -->\n\n).*?(<!-- end -->)", re.S)

@@ -77,9 +77,9 @@ def relate(left: str | os.PathLike, right: str | os.PathLike) -> dict[str, Any]:
     return _relate(*((os.fspath(path), open_adapter(adapter_folder(path))) for path in (left, right)))
 
 
-def tables(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """What `inspect_adapters` found as text: a table of modules for each adapter and for each pair."""
-    parts = [*map(_adapter_lines, found["adapters"]), *map(_relation_lines, found["relations"])]
+def tables(inspected: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """What `inspect_adapters` returns as text: a table of modules for each adapter and for each pair."""
+    parts = [*map(_adapter_lines, inspected["adapters"]), *map(_relation_lines, inspected["relations"])]
     return "\n".join(line for lines in parts for line in lines)
 
 

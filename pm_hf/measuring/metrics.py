@@ -25,29 +25,34 @@ def backward_transfer(R: ScoreMatrix) -> float | None:
 
 def forgetting(R: ScoreMatrix) -> float | None:
     """Mean over earlier tasks of (best score before the end − score at the end), may be negative; None for one task."""
-    drops = task_forgetting(R)
+    drops = [drop for drop in task_forgetting(R) if drop is not None]
     return fmean(drops) if drops else None
 
 
-def task_forgetting(R: ScoreMatrix) -> list[float]:
-    """For each task but the last: best score it had before the end minus its score at the end."""
-    end = len(R) - 1
-    return [max(_at(R, t, i) for t in range(i, end)) - _at(R, end, i) for i in range(end)]
-
-
-def final_losses(R: ScoreMatrix) -> list[float | None]:
-    """For each task: the best score it had before the end minus its score at the end, as far as R has scores (more
-    being better); None for a task without a score before the end, or at it."""
-    losses: list[float | None] = []
-    for i in range(len(R[-1])):
-        *before, last = [row[i] for row in R]
+def task_forgetting(R: ScoreMatrix) -> list[float | None]:
+    """For each task: the best score it had before the end minus its score at the end; None where one of them is
+    missing, as for the last task."""
+    drops: list[float | None] = []
+    for i, last in enumerate(R[-1]):
+        before = [row[i] for row in R[i:-1]]
         scores = [score for score in before if score is not None]
-        losses.append(max(scores) - last if scores and last is not None else None)
-    return losses
+        drops.append(max(scores) - last if scores and last is not None else None)
+    return drops
+
+
+def is_joint(R: ScoreMatrix) -> bool:
+    """Whether all tasks were learned in one training: fewer rows than tasks."""
+    return len(R) < len(R[0])
 
 
 def summary(R: ScoreMatrix, *, lower_is_better: bool = False) -> dict[str, float | None]:
-    """ACC, AAA, BWT and forgetting of a matrix. Forgetting is positive where a task became worse."""
+    """ACC, AAA, BWT and forgetting of a matrix; of a joint training, which has one row, ACC alone.
+
+    Forgetting is positive where a task became worse.
+    """
+    if is_joint(R):
+        scores = [score for score in R[-1] if score is not None]
+        return {"ACC": fmean(scores), "AAA": None, "BWT": None, "forgetting": None}
     better = [[-x if lower_is_better and x is not None else x for x in row] for row in R]
     return {
         "ACC": average_accuracy(R),

@@ -1,4 +1,4 @@
-"""A run's report: report.json, the table, the plot."""
+"""The model card of a released run, and the lines that load its adapter without pm_hf."""
 
 import re
 from collections.abc import Iterable, Sequence

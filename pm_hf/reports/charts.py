@@ -8,9 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pm_hf.runs.records import CLASS_INCREMENTAL, Report
-from pm_hf.text import format_metric
-
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 340, 64, 16, 16, 52  # pixels
 
 
@@ -76,6 +73,11 @@ class Chart:
         return [(x, y) for x, y in pairs if y is not None]
 
     @property
+    def whole(self) -> bool:
+        """Whether the x axis counts something."""
+        return all(x == int(x) for x, _ in self.points)
+
+    @property
     def ranges(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """Ends of the x and the y axis, each with some room."""
         xs, ys = zip(*self.points, strict=True)
@@ -123,14 +125,13 @@ def _place(chart: Chart, x: float, y: float) -> tuple[float, float]:
 
 def _axes(chart: Chart) -> list[str]:
     (left, right), (low, high) = chart.ranges
-    whole = all(x == int(x) for x, _ in chart.points)
     parts = []
     for y in ticks(low, high):
         _, down = _place(chart, left, y)
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down}" y2="{down}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{down + 4}" text-anchor="end">{y:g}</text>')
     for x in ticks(left, right, 10):
-        if whole and x != int(x):
+        if chart.whole and x != int(x):
             continue
         across, _ = _place(chart, x, low)
         parts.append(f'<text class="tick" x="{across}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:g}</text>')
@@ -204,6 +205,7 @@ PNG_MARKERS, PNG_LINES = "os^vDX", ("-", "--", ":", "-.")
 def write_chart(chart: Chart, path: Path) -> None:
     """The chart as PNG, 150 dots per inch."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -224,6 +226,8 @@ def write_chart(chart: Chart, path: Path) -> None:
         axes.axvline(x, color=SOFT, linewidth=0.8, linestyle=":")
     across, up = chart.ranges
     axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y, xlim=across, ylim=up)
+    if chart.whole:
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -254,25 +258,4 @@ def write_matrix(
     every = max(1, len(scores) // 20)
     axes.set_xticks(range(0, len(scores), every), [str(t + 1) for t in range(0, len(scores), every)])
     figure.colorbar(image, ax=axes)
-    figure.savefig(path)
-
-
-def plot_means(reports: list[Report], path: Path) -> None:
-    """Mean score on the tasks seen after each task, one line a run, as PNG. Needs the extra `plots`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for report, marker in zip(reports, "osD^vP*X<>" * len(reports), strict=False):
-        means = [sum(x or 0 for x in row[: t + 1]) / (t + 1) for t, row in enumerate(report.scores)]
-        steps = range(1, len(means) + 1)
-        axes.plot(steps, means, marker=marker, label=f"{report.method} ({means[-1]:.3f})")
-    name = format_metric(reports[0].metric)
-    axes.set(xlabel="tasks learned", ylabel=f"mean {name} on the tasks seen")
-    if reports[0].metric == CLASS_INCREMENTAL:
-        axes.set(ylim=(0, 1.02))
-    axes.set_xticks(list(range(1, max(len(report.scores) for report in reports) + 1)))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title=f"method (final {name})", frameon=False)
     figure.savefig(path)

@@ -146,9 +146,9 @@ def _check_card(card: str) -> None:
         raise InputError(f"the Hub refuses the card: {' '.join(str(error).split())}") from error
 
 
-def _stale(there: Iterable[str], upload: Upload) -> list[str]:
+def _stale(existing: Iterable[str], upload: Upload) -> list[str]:
     """Files of an earlier push that this one does not have."""
-    ours = (name for name in there if name in ADAPTER_FILES or name.startswith((TASK_FOLDERS, PLOTS_INSIDE)))
+    ours = (name for name in existing if name in ADAPTER_FILES or name.startswith((TASK_FOLDERS, PLOTS_INSIDE)))
     return sorted(name for name in ours if name not in upload.files)
 
 

@@ -144,7 +144,8 @@ def _summary(runs: list[Report]) -> str:
     rows = []
     for run in runs:
         own = run.metrics.get("task_incremental") or {}
-        peaks = [record.process_peak_memory_mb or 0.0 for record in run.records if record is not None]
+        measured = [None if record is None else record.process_peak_memory_mb for record in run.records]
+        peaks = [peak for peak in measured if peak is not None]
         cells = [cell(run.metrics.get(key)) for key in ("ACC", "AAA", "BWT", "forgetting")]
         cells += [cell(own.get("ACC"))] * inside
         rows.append([run.label, *cells, cell(run.seconds, digits=1), cell(max(peaks, default=None), digits=0)])

@@ -195,6 +195,6 @@ def _place(path: str) -> str:
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
-        kept = {key: _without_nulls(item) for key, item in value.items()}
-        return {key: item for key, item in kept.items() if item is not None and item != {}}
+        content = {key: _without_nulls(item) for key, item in value.items()}
+        return {key: item for key, item in content.items() if item is not None and item != {}}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

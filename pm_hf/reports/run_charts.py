@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 
-from pm_hf.reports.charts import Chart, Series
-from pm_hf.runs.records import TASK_INCREMENTAL, Report, TaskRecord
+from pm_hf.reports.charts import Chart, Series, write_chart
+from pm_hf.runs.records import CLASS_INCREMENTAL, TASK_INCREMENTAL, Report, TaskRecord
 from pm_hf.text import format_metric
 
 DOTS = 600  # loss points drawn of a run
@@ -36,13 +38,11 @@ COSTS: tuple[tuple[str, Cost, str, str], ...] = (  # (name, what of a record, ti
 
 def charts(runs: list[Report]) -> list[Chart]:
     """Every chart that the runs have the numbers for; a run has one colour and one shape in all of them."""
-    name = metric_name(runs[0].metric)
-    mean, lost = f"mean {name}", f"{name} lost"
-    means = [_means(run, place) for place, run in enumerate(runs)]
+    lost = f"{metric_name(runs[0].metric)} lost"
     forgotten = _of_runs(runs, [run.forgetting for run in runs], line=False)
     about = "A positive number is what was lost since the task's best score."
     drawn = [
-        Chart("score-after-each-task", "Mean score on the tasks seen", "tasks learned", mean, means),
+        means_chart(runs),
         Chart("forgetting", "Forgetting of each task", "task", lost, forgotten, about),
         _coefficient_chart(runs),
         *(_loss_chart(run, place) for place, run in enumerate(runs, start=1)),
@@ -52,6 +52,19 @@ def charts(runs: list[Report]) -> list[Chart]:
         drawn.append(Chart(file, title, "task", unit, _of_runs(runs, values)))
     drawn += [chart for place, run in enumerate(runs, start=1) for chart in line_charts(run, place, len(runs))]
     return [chart for chart in drawn if chart.points]
+
+
+def means_chart(runs: list[Report]) -> Chart:
+    """Mean score on the tasks seen after each task, one line a run."""
+    means = [_means(run, place) for place, run in enumerate(runs)]
+    title, name = "Mean score on the tasks seen", metric_name(runs[0].metric)
+    return Chart("score-after-each-task", title, "tasks learned", f"mean {name}", means)
+
+
+def plot_means(runs: list[Report], path: Path) -> None:
+    """That chart as PNG, the runs called by their methods; accuracies from 0 to 1. Needs the extra `plots`."""
+    limits = (0.0, 1.02) if runs[0].metric == CLASS_INCREMENTAL else None
+    write_chart(replace(means_chart([replace(run, label=run.method) for run in runs]), limits=limits), path)
 
 
 def _of_runs(runs: list[Report], values: list[list[float | None]], *, line: bool = True) -> list[Series]:

@@ -14,7 +14,7 @@ import yaml
 from pm_hf.environment import versions
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import read_json, write_json
-from pm_hf.measuring.metrics import final_losses, summary
+from pm_hf.measuring.metrics import is_joint, summary, task_forgetting
 from pm_hf.merging.coefficient import Coefficient
 from pm_hf.runs.paths import MERGE_LINE_FILE, REPORT_FILE, STEP_FILE, RunPaths
 from pm_hf.text import format_metric, format_number
@@ -108,8 +108,8 @@ def read_coefficient(content: Mapping[str, Any] | None) -> Coefficient | None:
     modules = values.pop("modules", None)
     parts = None if modules is None else {name: read_coefficient(module) for name, module in modules.items()}
     numbers = {key: values.pop(key, None) for key in ("raw", "used", "numerator", "past", "current", "one_over_t")}
-    known = {key: float("nan") if number is None else number for key, number in numbers.items()}
-    return Coefficient(**known, **values, modules=parts)  # type: ignore[arg-type]
+    filled = {key: float("nan") if number is None else number for key, number in numbers.items()}
+    return Coefficient(**filled, **values, modules=parts)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Report:
     @property
     def joint(self) -> bool:
         """Whether all tasks were learned in one training: the matrix has one row."""
-        return len(self.scores) < len(self.tasks)
+        return is_joint(self.scores)
 
     @property
     def means(self) -> list[float | None]:
@@ -207,7 +207,7 @@ class Report:
         """For each task: what it lost since its best score, positive where it became worse whichever way the metric
         runs; None for the last task and where scores are missing."""
         sign = -1 if self.lower_is_better else 1
-        return final_losses([[None if score is None else sign * score for score in row] for row in self.scores])
+        return task_forgetting([[None if score is None else sign * score for score in row] for row in self.scores])
 
     @property
     def titles(self) -> list[str]:
@@ -323,11 +323,7 @@ def compute_metrics(matrices: Mapping[str, ScoreRows], metric: str, test_rows: S
 
 
 def _summary(matrices: Mapping[str, ScoreRows], metric: str) -> dict[str, float | None]:
-    R = matrices[metric]
-    if len(R) < len(R[0]):  # one joint training
-        scores = [score for score in R[-1] if score is not None]
-        return {"ACC": fmean(scores), "AAA": None, "BWT": None, "forgetting": None}
-    return summary(R, lower_is_better=metric in LOWER_IS_BETTER)
+    return summary(matrices[metric], lower_is_better=metric in LOWER_IS_BETTER)
 
 
 def _listed(labels: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from pm_hf.merging.coefficient import fixed_coefficient
 from pm_hf.reports.card import loading_lines
-from pm_hf.reports.charts import plot_means
+from pm_hf.reports.run_charts import plot_means
 from pm_hf.runs.records import Report, TaskRecord, read_coefficient
 
 SCORES = [[0.9, None, None], [0.6, 0.8, None], [0.5, 0.7, 1.0]]

@@ -158,7 +158,11 @@ def picture(name: str) -> None:
             if len(result["scores"]) < len(result["scores"][0]):
                 continue
             scores = {"class_incremental": result["scores"], "task_incremental": result["task_incremental"]}
-            known = {"metric": "class_incremental", "matrices": scores} | result  # results of before 0.2 name neither
+            known = {
+                "metric": "class_incremental",
+                "matrices": scores,
+                "alphas": [],
+            } | result  # results of before 0.2 name neither
             names = [field.name for field in fields(Report) if field.name != "folder"]
             reports.append(Report(folder=ROOT, **{name: known[name] for name in names if name in known}))
     if reports:

@@ -243,6 +243,11 @@ def _tasks_of_list(config: RunConfig) -> list[tuple[str, Rows, Rows]]:
     return parts
 
 
+def tasks_without_rows(stream: StreamSettings) -> list[str]:
+    """Names of the tasks of a list that have no training rows, which only finished ones may leave out."""
+    return [task.name for task in stream.tasks or [] if _leaves_out_training(_task_source(stream, task))]
+
+
 def _leaves_out_training(source: Source) -> bool:
     """Whether a task has a test file and no training rows."""
     return bool(source.test) and not source.train and source.dataset is None
@@ -253,11 +258,9 @@ def _labels_without_rows(
 ) -> dict[str, tuple[str, ...]]:
     """{task without training rows: its labels}: as the run finished it, or else those of its test rows."""
     labels, tests, language = {}, {name: test for name, _, test in parts}, not config.kind.has_head
-    for task in config.stream.tasks or []:
-        if _leaves_out_training(_task_source(config.stream, task)):
-            test = tests[task.name]
-            derived = _task_labels(language, test, test) if len(test) else ()
-            labels[task.name] = tuple(finished_labels.get(task.name, derived))
+    for name in tasks_without_rows(config.stream):
+        derived = _task_labels(language, tests[name], tests[name]) if len(tests[name]) else ()
+        labels[name] = tuple(finished_labels.get(name, derived))
     return labels
 
 

@@ -151,7 +151,7 @@ def _results(run: ReleasedRun) -> str:
     lines += [f"| {key}: {about} | {format_number(metrics.get(key))} |" for key, about in AVERAGES.items()]
     if inside := metrics.get(TASK_INCREMENTAL):
         lines.append(f"| ACC inside each task's own classes | {format_number(inside['ACC'])} |")
-    alphas = [[str(place), c.used, c.one_over_t] for place, c in enumerate(report.coefficients, 1) if c is not None]
+    alphas = [[str(place), c.used, c.one_over_t] for place, c in enumerate(report.alphas, 1) if c is not None]
     if alphas and report.freedom != "free":
         lines += ["", *_rows(["merge of task", "coefficient", "1/t"], alphas)]
     notes = redact(report.notes, run.local_paths)

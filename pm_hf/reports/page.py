@@ -205,14 +205,14 @@ def _at_the_end(runs: list[Report]) -> str:
 
 
 def _coefficients(runs: list[Report]) -> str:
-    if not any(c for run in runs for c in run.coefficients):
+    if not any(c for run in runs for c in run.alphas):
         return ""
     free = [run.label for run in runs if run.freedom == "free"]
     unused = f"; not used by {', '.join(free)}, whose whole matrix is free" if free else ""
-    longest = max(runs, key=lambda run: len(run.coefficients))
+    longest = max(runs, key=lambda run: len(run.alphas))
     rows = []
-    for t in range(len(longest.coefficients)):
-        alphas = [run.coefficients[t] if t < len(run.coefficients) else None for run in runs]
+    for t in range(len(longest.alphas)):
+        alphas = [run.alphas[t] if t < len(run.alphas) else None for run in runs]
         rows.append([f"{t + 1} {longest.learned[t]}", cell(1 / (t + 1)), *(cell(_used(alpha)) for alpha in alphas)])
     header = ["task", "1/t", *(run.label for run in runs)]
     return table(f"Coefficient with which each task was merged, and 1/t{unused}", header, rows)

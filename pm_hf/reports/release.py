@@ -164,13 +164,13 @@ def _unfinished(config: RunConfig, report: Report, tasks: Sequence[TaskPaths]) -
     begun = [task.name for task in tasks if not task.finished]
     if begun:
         return [f"{begun[0]} is not finished; continue the run with pm-hf train first"]
-    stream, expected = config.stream, len(report.coefficients)
+    stream, expected = config.stream, len(report.alphas)
     if not config.strategy.joint:
         groups = len(stream.class_groups) if isinstance(stream.class_groups, dict) else stream.class_groups
         planned = len(stream.tasks) if stream.tasks else groups
         expected = planned if isinstance(planned, int) else expected
-    reported = min(len(tasks), len(report.coefficients))
-    if len(tasks) != len(report.coefficients) or reported != expected:
+    reported = min(len(tasks), len(report.alphas))
+    if len(tasks) != len(report.alphas) or reported != expected:
         count = max(expected, len(tasks))
         return [f"{reported} of {count} tasks are in its report; continue it with pm-hf train first"]
     return []

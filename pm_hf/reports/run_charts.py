@@ -87,7 +87,7 @@ def _means(run: Report, place: int) -> Series:
 
 
 def _coefficient_chart(runs: list[Report]) -> Chart:
-    used = [[None if alpha is None or run.joint else alpha.used for alpha in run.coefficients] for run in runs]
+    used = [[None if alpha is None or run.joint else alpha.used for alpha in run.alphas] for run in runs]
     series = _of_runs(runs, used)
     if series:
         longest = max(len(of_run.x) for of_run in series)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from pm_hf.config.loading import config_text, differing_keys, load_config, save_config
 from pm_hf.config.schema import RunConfig
-from pm_hf.data.stream import Task, TaskStream
+from pm_hf.data.stream import Task, TaskStream, tasks_without_rows
 from pm_hf.distributed import log_line
 from pm_hf.environment import changed_conditions, conditions
 from pm_hf.errors import InputError, raise_all
@@ -193,7 +193,7 @@ class RunFolder:
             metric=primary_metric(names, [task.own for task in scored]),
             matrices={name: matrix(name) for name in names},
             test_rows=[len(task.test) for task in scored],
-            coefficients=[record.coefficient for record in records],
+            alphas=[record.coefficient for record in records],
             merge_errors=[record.merge_error or 0.0 for record in records],
             seconds=sum(record.seconds or 0.0 for record in records),
             freedom=records[-1].freedom,
@@ -205,9 +205,10 @@ class RunFolder:
 
 
 def finished_labels(config: RunConfig) -> dict[str, list[str]]:
-    """{name of a finished task in output_dir: labels of its head}."""
-    finished = [task.step for task in RunPaths(config.output_dir).tasks() if task.finished]
-    return {record.task: record.labels for record in map(TaskRecord.load, finished)}
+    """{finished task of output_dir whose training rows are left out: labels of its head}."""
+    names = tasks_without_rows(config.stream)
+    finished = [task.step for task in RunPaths(config.output_dir).tasks() if names and task.finished]
+    return {record.task: record.labels for record in map(TaskRecord.load, finished) if record.task in names}
 
 
 def log_finished_task(index: int, total: int, record: TaskRecord, metric: str) -> None:

@@ -142,8 +142,9 @@ class Report:
     """report.json: what a run learned and forgot.
 
     matrices: {metric: R}, `R[t][i]` the score on task i after task t, None above the diagonal. A joint run has one row.
-    metric: the one the stream is judged by. coefficients: one a task. merge_errors: relative Frobenius error of each
-    merge, of the module where it is largest. classes: {task: its labels} of tasks that are named by a number alone.
+    metric: the one the stream is judged by. alphas: the coefficient of each task. merge_errors: relative Frobenius
+    error of each merge, of the module where it is largest. classes: {task: its labels} of tasks that are named by a
+    number alone.
     Of a run that was read from its folder also: records, one of each learned task, None where its step.json is not
     there; config, its settings; line, coefficient.json; label, how it is called beside other runs.
     """
@@ -156,7 +157,7 @@ class Report:
     metric: str
     matrices: dict[str, ScoreRows]
     test_rows: list[int]
-    coefficients: list[Coefficient | None]
+    alphas: list[Coefficient | None]
     seconds: float | None
     freedom: str = "global"  # "free": the whole matrix was solved for, coefficients are for comparison only
     train_from: str = "merged"  # where each task's training started
@@ -180,6 +181,11 @@ class Report:
     def scores(self) -> ScoreRows:
         """The matrix of the metric."""
         return self.matrices[self.metric]
+
+    @property
+    def coefficients(self) -> list[dict[str, Any] | None]:
+        """One dict a task, as in report.json: `used`, `raw`, `one_over_t`, …"""
+        return [None if alpha is None else asdict(alpha) for alpha in self.alphas]
 
     @property
     def task_incremental(self) -> ScoreRows | None:
@@ -223,12 +229,12 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json."""
-        beside = ("folder", "matrices", "classes", "saved_metrics", "versions", "label", "records", "config", "line")
-        content = {key: value for key, value in vars(self).items() if key not in beside}
-        content["coefficients"] = [None if alpha is None else asdict(alpha) for alpha in self.coefficients]
-        more = {"scores": self.scores, "task_incremental": self.task_incremental, "matrices": self.matrices}
-        classes = {"classes": self.classes} if self.classes else {}
-        return {**content, **more, **classes, "metrics": self.metrics, "versions": self.versions}
+        content = {name: getattr(self, name) for name in ("method", "seed", "scenario", "tasks", "metric", "test_rows")}
+        content |= {name: getattr(self, name) for name in ("coefficients", "seconds", "freedom", "train_from")}
+        content |= {name: getattr(self, name) for name in ("merge_errors", "held_out", "notes")}
+        content |= {name: getattr(self, name) for name in ("scores", "task_incremental", "matrices")}
+        content |= {"classes": self.classes} if self.classes else {}
+        return content | {"metrics": self.metrics, "versions": self.versions}
 
     def save(self) -> None:
         """Write report.json into the run's folder."""
@@ -250,6 +256,8 @@ class Report:
         metric, inside = content.get("metric", CLASS_INCREMENTAL), content.get("task_incremental")
         scores: dict[str, ScoreRows] = {metric: content["scores"]}
         rows = len(content["scores"])
+        records: list[TaskRecord | None] = _read_records(paths, rows) if whole else [None] * rows
+        config = _read_settings(paths.config) if whole else content.get("config") or {}
         return cls(
             folder=path,
             method=content["method"],
@@ -259,18 +267,18 @@ class Report:
             metric=metric,
             matrices=content.get("matrices") or scores | ({} if inside is None else {TASK_INCREMENTAL: inside}),
             test_rows=content.get("test_rows") or [],
-            coefficients=[read_coefficient(alpha) for alpha in content["coefficients"]],
+            alphas=[read_coefficient(alpha) for alpha in content["coefficients"]],
             seconds=content.get("seconds"),
             freedom=content.get("freedom", "global"),
             train_from=content.get("train_from", "merged"),
             merge_errors=content.get("merge_errors") or [],
             held_out=content.get("held_out") or [],
             notes=content.get("notes") or [],
-            classes=content.get("classes") or {},
+            classes=content.get("classes") or _numbered_classes(config, records),
             saved_metrics=content["metrics"],
             versions=content.get("versions") or {},
-            records=_read_records(paths, rows) if whole else [None] * rows,
-            config=_read_settings(paths.config) if whole else content.get("config") or {},
+            records=records,
+            config=config,
             line=MergeLine.load(path / MERGE_LINE_FILE) if whole else None,
         )
 
@@ -296,7 +304,7 @@ class Report:
         for text in self.held_out[0] if self.held_out else ():
             values = [step[text][BITS_PER_BYTE] for step in self.held_out]
             lines.append(f"held out, {text}: bits per byte " + " ".join(format_number(value) for value in values))
-        alphas = [alpha for alpha in self.coefficients if alpha is not None]
+        alphas = [alpha for alpha in self.alphas if alpha is not None]
         if alphas:
             name = "coefficient, not used (the whole matrix is free)" if self.freedom == "free" else "coefficient used"
             lines.append(f"{name}: " + " ".join(f"{alpha.used:.3f}" for alpha in alphas))
@@ -356,6 +364,19 @@ def _read_records(paths: RunPaths, count: int) -> list[TaskRecord | None]:
     finished = [task for task in paths.tasks() if task.finished][:count]
     records = [TaskRecord.load(task.step) for task in finished]
     return [*records, *([None] * (count - len(records)))]
+
+
+def _numbered_classes(config: Mapping[str, Any], records: Sequence[TaskRecord | None]) -> dict[str, list[str]]:
+    """`classes` of a run whose report.json was written before it had them; a head may have the labels of earlier tasks
+    too, whose rows are replayed."""
+    stream, classes, seen = config.get("stream"), dict[str, list[str]](), set[str]()
+    if not isinstance(stream, Mapping) or not isinstance(stream.get("class_groups"), int):
+        return classes
+    for record in records:
+        if record is not None:
+            classes[record.task] = [label for label in record.labels if label not in seen]
+            seen |= set(record.labels)
+    return classes
 
 
 def _read_settings(path: Path) -> dict:

@@ -99,7 +99,7 @@ def scalars(report: Report) -> dict[str, float]:
     `test/ACC`, `test/AAA`, `test/BWT`, `test/forgetting` (the last two from the second task on), `test/score/00-name`
     (the stream's metric on each task seen), `merge/coefficient` (as used) and `merge/one_over_t`.
     """
-    metrics, alpha = report.metrics, report.coefficients[-1]
+    metrics, alpha = report.metrics, report.alphas[-1]
     values = {f"test/{name}": metrics[name] for name in ("ACC", "AAA", "BWT", "forgetting")}
     for index, (task, score) in enumerate(zip(report.tasks, report.scores[-1], strict=True)):
         name = "".join(c if c.isalnum() or c in "-_" else "-" for c in task)

@@ -66,7 +66,7 @@ def report(folder: Path, metric: str) -> Report:
         metric=metric,
         matrices={metric: [[0.9, None], [0.7, 0.8]]},
         test_rows=[10, 30],
-        coefficients=[None, fixed_coefficient(0.4, 2)],
+        alphas=[None, fixed_coefficient(0.4, 2)],
         seconds=12.4,
         notes=[f"rows of {folder}/task-00-news cut"],
     )

@@ -71,7 +71,7 @@ def test_table_of_many_tasks_has_the_first_and_the_last_score_only(run):
     for name in ("coefficients", "tasks"):
         report[name] = [None] * count if name == "coefficients" else [f"t{i}" for i in range(count)]
     read = read_finished_run(run, "owner/base")
-    changes = {"tasks": report["tasks"], "coefficients": report["coefficients"], "matrices": {report["metric"]: R}}
+    changes = {"tasks": report["tasks"], "alphas": report["coefficients"], "matrices": {report["metric"]: R}}
     object.__setattr__(read, "report", replace(read.report, **changes))
     text = model_card(read, "me/kept")
     assert "| task | after learning it | at the end |" in text

@@ -28,7 +28,7 @@ def report(tmp_path):
         metric="class_incremental",
         matrices={"class_incremental": SCORES, "task_incremental": INSIDE},
         test_rows=[100, 50, 50],
-        coefficients=[fixed_coefficient(1.0, 1), fixed_coefficient(0.4, 2), fixed_coefficient(0.25, 3)],
+        alphas=[fixed_coefficient(1.0, 1), fixed_coefficient(0.4, 2), fixed_coefficient(0.25, 3)],
         seconds=12.5,
         notes=["task mail: the past has almost no weight"],
     )
@@ -48,7 +48,7 @@ def test_accuracy_pooled_over_test_rows_weights_the_tasks_by_their_size(report):
 
 
 def test_one_task_has_no_forgetting(report):
-    one = replace(report, tasks=["news"], matrices=ONE, test_rows=[100], coefficients=[None])
+    one = replace(report, tasks=["news"], matrices=ONE, test_rows=[100], alphas=[None])
     assert one.metrics["BWT"] is None
     assert one.metrics["forgetting"] is None
     assert one.metrics["ACC"] == one.metrics["AAA"] == one.metrics["ACC_samples"] == 0.9
@@ -75,7 +75,7 @@ def test_table_shows_metrics_coefficients_and_notes(report):
 
 
 def test_table_without_coefficients_leaves_their_lines_out(report):
-    assert "coefficient" not in replace(report, coefficients=[None] * 3).table()
+    assert "coefficient" not in replace(report, alphas=[None] * 3).table()
 
 
 def test_report_file_holds_everything_but_the_folder(report, tmp_path):

@@ -135,11 +135,10 @@ def _missing_rows_reason(work: Run, index: int) -> str | None:
 def _key(work: Run, index: int, record: TaskRecord) -> str:
     """Digest of all that a task's line depends on."""
     settings, alpha = work.config.to_dict(), _coefficient(record)
-    del settings["stream"]["order"]  # lines are kept since before it existed
     for *parents, last in (key.split(".") for key in FREE_KEYS):  # the rows have a fingerprint
         place = settings[parents[0]] if parents else settings
-        if last in place:
-            place[last] = None
+        place[last] = None
+    del settings["stream"]["order"]  # lines are kept since before it existed
     kept = {key: value for key, value in asdict(alpha).items() if key != "source"}  # as for the order
     adapters = [work.folder.task(index).adapter, work.folder.state(index).merged]
     parts: list = [

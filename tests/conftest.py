@@ -8,12 +8,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not os.environ.get("PM_HF_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare with references on the CPU, bit by bit
 
+import functools
 import gc
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.streams import CLASSES, WORDS, write_language_data, write_rows
+from helpers.streams import CLASSES, WORDS, settings, write_data, write_language_data, write_rows
+
+from pm_hf.runs.learner import learn
 
 GPU = torch.cuda.is_available()  # only with PM_HF_TEST_GPU, for tests/test_gpu.py
 
@@ -60,6 +63,26 @@ def tiny_base(tmp_path_factory) -> Path:
     )
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def stream_data(tmp_path_factory):
+    """stream_data(per_class) -> a folder with train.csv and test.csv of all classes, written once; never changed."""
+    return functools.cache(lambda per_class: write_data(tmp_path_factory.mktemp("data"), per_class=per_class))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_base, stream_data, tmp_path_factory):
+    """finished_run(per_class, **settings) -> the output folder of a run that nothing disturbed, trained once for its
+    settings; nobody changes it."""
+
+    @functools.cache
+    def train(per_class, **changes):
+        folder = tmp_path_factory.mktemp("finished") / "run"
+        learn(settings(tiny_base, stream_data(per_class), folder, **changes))
+        return folder
+
+    return train
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from conftest import GPU
 from helpers.models import OLD_NAME
 from helpers.per_example import batches, examples
-from helpers.streams import dense, first, merged_accuracy, settings, steps, trained_adapter, write_data
+from helpers.streams import dense, first, merged_accuracy, settings, steps, trained_adapter
 from helpers.streams import language_settings as language
 
 from pm_hf import estimate_curvature, learn_coefficients, merge_adapters
@@ -25,8 +25,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
+def data(stream_data):
+    return stream_data(24)
 
 
 @pytest.mark.parametrize("kind", ["fisher", "gram", "factored"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.models import OLD_NAME
-from helpers.streams import domains, settings, write_data
+from helpers.streams import domains, settings
 from repository.test_benchmarks import ROOT, load
 
 from pm_hf.config.loading import load_config
@@ -20,8 +20,8 @@ def ablation():
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
+def data(stream_data):
+    return stream_data(24)
 
 
 @pytest.fixture(scope="module")

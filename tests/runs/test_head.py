@@ -23,8 +23,8 @@ SHORT = {"training__num_train_epochs": 2, "curvature__samples": 8}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
+def data(stream_data):
+    return stream_data(24)
 
 
 def refused(config):

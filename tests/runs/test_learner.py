@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers.streams import CLASSES, GROUPS, contents, dense, settings, steps, tensors, write_data
+from helpers.streams import CLASSES, GROUPS, contents, dense, settings, steps, tensors
 
 from pm_hf.adapters.folder import open_adapter
 from pm_hf.config.loading import load_config
@@ -45,8 +45,8 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
+def data(stream_data):
+    return stream_data(24)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.models import tiny_folder
 from helpers.processes import forked
-from helpers.streams import contents, same_tensors, settings, steps, write_data, write_yaml
+from helpers.streams import contents, same_tensors, settings, steps, write_yaml
 
 import pm_hf.adapters.merge
 import pm_hf.runs.folder
@@ -31,16 +31,14 @@ SECOND = "task-01-second"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), per_class=12)
+def data(stream_data):
+    return stream_data(12)
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_base, data, tmp_path_factory):
+def whole(finished_run):
     """A run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    learn(settings(tiny_base, data, folder, **CHANGES))
-    return folder
+    return finished_run(12, **CHANGES)
 
 
 def assert_goes_on(base, data, folder, whole):

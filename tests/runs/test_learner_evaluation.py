@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from helpers.models import OLD_NAME, TARGETS, WORDS, tiny_folder
-from helpers.streams import same_tensors, settings, steps, write_data
+from helpers.streams import same_tensors, settings, steps
 from peft import PeftModel
 
 from pm_hf.config.kinds import STREAM_KINDS
@@ -33,8 +33,8 @@ CHANGES = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), per_class=12)
+def data(stream_data):
+    return stream_data(12)
 
 
 def refused(base, data, output, **changes):

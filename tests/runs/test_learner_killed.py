@@ -8,10 +8,9 @@ import sys
 
 import pytest
 from helpers.processes import forked
-from helpers.streams import contents, same_tensors, settings, steps, write_data, write_yaml
+from helpers.streams import contents, same_tensors, settings, steps, write_yaml
 
 from pm_hf.cli import main
-from pm_hf.runs.learner import learn
 
 CHANGES = {"training__num_train_epochs": 2, "lora__dropout": 0.1, "groups": 2}
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}
@@ -19,16 +18,14 @@ MEASURED = ("seconds", "step_seconds", "process_peak_memory_mb")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), per_class=8)
+def data(stream_data):
+    return stream_data(8)
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_base, data, tmp_path_factory):
+def whole(finished_run):
     """A run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    learn(settings(tiny_base, data, folder, method="best", **CHANGES))
-    return folder
+    return finished_run(8, method="best", **CHANGES)
 
 
 def die_at(count, folder):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.models import batch, lora_bert, quick_arguments, rows, trained_state
 from helpers.processes import ODD, PLAIN, SHORT, close, run, stopped, without_dropout
-from helpers.streams import contents, dense, domains, same_tensors, settings, steps, write_data, write_yaml
+from helpers.streams import contents, dense, domains, same_tensors, settings, steps, write_yaml
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
@@ -40,8 +40,8 @@ def base(tiny_base, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), per_class=8)
+def data(stream_data):
+    return stream_data(8)
 
 
 def configured(base, data, folder, name, size):

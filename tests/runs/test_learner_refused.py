@@ -11,7 +11,7 @@ import torch
 import yaml
 from accelerate.commands.launch import main as accelerate_launch
 from helpers.processes import forked
-from helpers.streams import contents, dense, settings, steps, write_data, write_yaml
+from helpers.streams import contents, dense, settings, steps, write_yaml
 
 from pm_hf.cli import main
 from pm_hf.errors import InputError
@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), per_class=8)
+def data(stream_data):
+    return stream_data(8)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.processes import forked
-from helpers.streams import contents, same_tensors, settings, steps, write_data, write_yaml
+from helpers.streams import contents, same_tensors, settings, steps, write_yaml
 
 import pm_hf.runs.records
 import pm_hf.training.checkpoints
@@ -25,16 +25,14 @@ CHANGES = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), per_class=12)
+def data(stream_data):
+    return stream_data(12)
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_base, data, tmp_path_factory):
+def whole(finished_run):
     """A run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    learn(settings(tiny_base, data, folder, **CHANGES))
-    return folder
+    return finished_run(12, **CHANGES)
 
 
 def die():

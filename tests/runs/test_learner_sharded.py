@@ -12,7 +12,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from helpers.models import OLD_NAME, lora_bert
 from helpers.processes import ODD, PLAIN, SHORT, close, run, stopped, without_dropout
-from helpers.streams import contents, dense, same_tensors, settings, steps, write_data, write_yaml
+from helpers.streams import contents, dense, same_tensors, settings, steps, write_yaml
 from torch import nn
 
 import pm_hf.runs.learner
@@ -34,8 +34,8 @@ def base(tiny_base, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), per_class=8)
+def data(stream_data):
+    return stream_data(8)
 
 
 class Wrapped(nn.Module):

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 from helpers.processes import forked
-from helpers.streams import contents, same_tensors, settings, steps, write_data, write_yaml
+from helpers.streams import contents, same_tensors, settings, steps, write_yaml
 
 import pm_hf.runs.learner
 from pm_hf import InputError
@@ -24,15 +24,13 @@ CHANGES = {"training__num_train_epochs": 2, "lora__dropout": 0.1, "training__lr_
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), per_class=12)
+def data(stream_data):
+    return stream_data(12)
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_base, data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    learn(settings(tiny_base, data, folder, **CHANGES))
-    return folder
+def whole(finished_run):
+    return finished_run(12, **CHANGES)
 
 
 def stop_inside_a_step(path):

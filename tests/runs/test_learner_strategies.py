@@ -19,7 +19,6 @@ from helpers.streams import (
     steps,
     tasks,
     tensors,
-    write_data,
     write_yaml,
 )
 
@@ -39,8 +38,8 @@ LONG = {"training__num_train_epochs": 12}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), per_class=8)
+def data(stream_data):
+    return stream_data(8)
 
 
 @pytest.fixture(scope="module")

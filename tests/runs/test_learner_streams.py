@@ -34,8 +34,8 @@ HEAD = "classifier"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
+def data(stream_data):
+    return stream_data(24)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ adapters."""
 import pytest
 import torch
 from helpers.models import OLD_NAME
-from helpers.streams import domains, first, language_settings, settings, steps, write_data
+from helpers.streams import domains, first, language_settings, settings, steps
 
 from pm_hf.reports.page import write_report
 from pm_hf.runs import merge_line as module
@@ -21,8 +21,8 @@ def _short(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), per_class=8)
+def data(stream_data):
+    return stream_data(8)
 
 
 def learned(config):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.models import OLD_NAME
-from helpers.streams import FEW, HEAD, Seen, assert_near, dense, domains, settings, steps, tasks, tensors, write_data
+from helpers.streams import FEW, HEAD, Seen, assert_near, dense, domains, settings, steps, tasks, tensors
 
 import pm_hf.runs.learner
 from pm_hf.config.loading import load_config
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.filterwarnings(OLD_NAME)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), per_class=8)
+def data(stream_data):
+    return stream_data(8)
 
 
 @pytest.mark.parametrize("method", ["merge_only", "average", "pm_gram"])

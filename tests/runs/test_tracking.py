@@ -4,7 +4,7 @@ from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
-from helpers.streams import settings, steps, write_data
+from helpers.streams import settings, steps
 from helpers.trackers import fake_trackio, fake_wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -16,8 +16,8 @@ NAMES = ["first", "second", "third"]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), per_class=8)
+def data(stream_data):
+    return stream_data(8)
 
 
 @pytest.fixture(scope="module")

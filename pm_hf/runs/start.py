@@ -51,7 +51,8 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
     elastic = config.strategy.ewc_weight > 0
     if elastic and state.curvature is None:
         problems.append(f"strategy.ewc_weight needs {CURVATURE_FILE} beside it")
-    if config.merge.options.get("unmeasured_past") == "error" and state.curvature is None:
+    must_be_measured = config.merge.options.get("unmeasured_past") == "error" and config.merge.coefficient is None
+    if must_be_measured and state.curvature is None:
         problems.append(f"merge.options.unmeasured_past is error, and it has no {CURVATURE_FILE} beside it")
     if config.sums_curvature and state.curvature is not None:
         problems += _curvature_misfits(config, adapter, Curvature.load(state.curvature))

@@ -333,6 +333,9 @@ def test_release_without_curvature_is_refused_when_the_past_must_be_measured(tin
     alone = shutil.copytree(two / "merged", tmp_path / "alone" / "merged")
     config = release(tiny_base, data, tmp_path / "run", alone, merge__options={"unmeasured_past": "error"})
     assert "merge.options.unmeasured_past is error, and it has no curvature.safetensors beside it" in refused(config)
+    learn(config | {"merge": config["merge"] | {"coefficient": 0.25}})  # a given coefficient measures nothing
+    (step,) = steps(tmp_path / "run")
+    assert step["coefficient"]["used"] == 0.25
 
 
 @pytest.mark.usefixtures("no_training")

@@ -9,7 +9,7 @@ from helpers.streams import domains, first, language_settings, settings, steps
 from pm_hf.reports.page import write_report
 from pm_hf.runs import merge_line as module
 from pm_hf.runs.learner import learn
-from pm_hf.runs.merge_line import merge_line
+from pm_hf.runs.merge_line import merge_line, merge_line_table
 
 pytestmark = pytest.mark.filterwarnings(OLD_NAME)
 QUICK = {"training__num_train_epochs": 2, "stream__train_per_class": 8}
@@ -65,7 +65,7 @@ def test_a_given_coefficient_has_a_line_and_no_prediction(tiny_base, data, tmp_p
     assert at(line, line["chosen"])["scores"] == after["scores"]["class_incremental"]
     assert {point["predicted"] for point in line["points"]} == {None}
     assert found["predicted_unit"] is None
-    assert "predicted" not in module.table(found).splitlines()[-1]
+    assert "predicted" not in merge_line_table(found).splitlines()[-1]
     write_report([tmp_path / "run"])
     assert "predicted ×" not in (tmp_path / "run" / "report.html").read_text()
 

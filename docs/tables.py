@@ -61,6 +61,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 def _stream_row(name: str, sets: Mapping[str, Any]) -> list[object]:
     merge, curvature = sets["merge"], {key: value for key, value in sets["curvature"].items() if value is not None}
     further = [f"`strategy.{key}: {value}`" for key, value in sets["strategy"].items() if value != getattr(OFF, key)]
+    shown = ("method", "freedom", "max_rank")
+    further += [f"`merge.{key}: {value}`" for key, value in merge.items() if key not in shown and value is not None]
     further += ["`head.training: seen`"] if sets["head"].get("training") == "seen" else []
     further += [] if sets["trains"] else ["`trains: false`"]
     rank = "exact" if merge["max_rank"] is None else merge["max_rank"]

@@ -38,7 +38,7 @@ class Source:
     dataset_revision: str | None = None  # Hub revision
     train_split: str | None = None  # split of the data set, default "train"
     test_split: str | None = None  # split of the data set, default "test"
-    text_column: str | None = None  # default "text"; language models: see pm_hf.language.language_rows
+    text_column: str | None = None  # default "text"; language models: see pm_hf.data.language.language_rows
     label_column: str | None = None  # default "label"
     image_column: str | None = None  # default "image"
     prompt_template: str | None = None  # language models: prompt made of {text} and {task}, completed by the label
@@ -152,7 +152,7 @@ class RunConfig:
     """Everything that decides a run; saved as config.yaml."""
 
     output_dir: str = ""
-    method: str = "pm"  # a row of METHODS: fills what is left null below
+    method: str = "pm"  # a row of PRESETS: fills what is left null below
     seed: int = 0
     data_dir: str | None = None  # folder that file names in `stream` are relative to
     model: ModelSettings = field(default_factory=ModelSettings)

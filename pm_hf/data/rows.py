@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """inputs: texts, pictures (`pm_hf.images.Pictures`) or prompts (text, or a list of chat messages).
+    """inputs: texts, pictures (`pm_hf.data.images.Pictures`) or prompts (text, or a list of chat messages).
 
     labels: the class name of each row; for language models the completion. Plain text is a completion of "".
     """

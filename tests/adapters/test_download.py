@@ -10,7 +10,7 @@ import pytest
 from helpers.adapter_folders import assert_same, dense, tree, write_folder
 from helpers.hub import TOKEN, run_with_hub, serving
 
-from pm_hf import InputError
+from pm_hf import InputError, merge_adapters
 from pm_hf.adapters.download import _download_error, _parse, adapter_folder
 from pm_hf.adapters.layout import ADAPTER_FILES
 
@@ -176,6 +176,13 @@ def test_merge_adapters_takes_hub_ids(hub, tmp_path, repos):
     assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["inputs"] == [
         f"{source} (commit {commit})" for source, commit in zip(sources, commits, strict=True)
     ]
+
+
+def test_a_local_folder_called_snapshots_has_no_commit(tmp_path):
+    folder = write_folder(tmp_path / "models--owner--plain" / "snapshots")
+    merge_adapters([folder, f"{folder}/../snapshots"], tmp_path / "out", method="average")
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert report["inputs"] == [str(folder), f"{folder}/../snapshots"]
 
 
 def test_a_local_folder_wins(tmp_path, monkeypatch):

@@ -1,10 +1,10 @@
-import copy
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 import yaml
+from helpers import with_changes
 
 from pm_hf.config.loading import load_config, save_config
 from pm_hf.config.presets import PRESETS
@@ -19,14 +19,7 @@ SMALL = {"output_dir": "out", "model": {"base": "tiny"}, "stream": {"class_group
 
 def small(**changes):
     """The smallest valid settings, with dotted changes."""
-    settings = copy.deepcopy(SMALL)
-    for key, value in changes.items():
-        *parents, last = key.split("__")
-        place = settings
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
-    return settings
+    return with_changes(SMALL, changes)
 
 
 def problem(source, overrides=()):

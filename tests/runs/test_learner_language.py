@@ -53,16 +53,6 @@ def loaded(config, adapter):
     return PeftModel.from_pretrained(base, str(adapter)).eval(), make_encoder(load_config(config))
 
 
-@pytest.fixture
-def no_training(monkeypatch):
-    """Fail when anything is trained: bad input has to be found before."""
-
-    def train(*args, **kwargs):
-        raise AssertionError("training began")
-
-    monkeypatch.setattr("pm_hf.runs.learner.train", train)
-
-
 RUNS = {
     "llama": {},
     "gpt2": {"curvature__kind": "factored"},

@@ -71,14 +71,6 @@ def rest(data, tmp_path):
     return folder
 
 
-@pytest.fixture
-def no_training(monkeypatch):
-    def train(*args, **kwargs):
-        raise AssertionError("training began")
-
-    monkeypatch.setattr("pm_hf.runs.learner.train", train)
-
-
 @pytest.mark.parametrize("method", ["pm", "best"])
 def test_run_without_the_old_training_rows_is_the_run_that_had_them(tiny_base, two, three, rest, tmp_path, method):
     folder = shutil.copytree(two / method, tmp_path / "run")

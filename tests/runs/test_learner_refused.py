@@ -27,14 +27,6 @@ def data(stream_data):
 
 
 @pytest.fixture
-def no_training(monkeypatch):
-    def train(*args):
-        raise AssertionError("training began")
-
-    monkeypatch.setattr("pm_hf.runs.learner.train", train)
-
-
-@pytest.fixture
 def refused(tiny_base, data, tmp_path, no_training):
     """refused(**changes) -> the message of the one error; nothing was trained or finished."""
 

@@ -55,16 +55,6 @@ def two_best(tiny_base, data, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def no_training(monkeypatch):
-    """Fail when anything is trained: bad input has to be found before."""
-
-    def train(*args):
-        raise AssertionError("training began")
-
-    monkeypatch.setattr("pm_hf.runs.learner.train", train)
-
-
 # domains
 
 

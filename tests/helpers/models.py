@@ -426,10 +426,6 @@ def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: f
         assert (value - right[name]).norm() <= tolerance * right[name].norm(), name
 
 
-# {kind: (a function that builds the model, a function that makes so many rows)}
-TRAINED_KINDS = {"classifier": (lora_bert, rows), "language model": (lora_llama, language_rows)}
-
-
 def ones(*ids):
     return torch.tensor([list(ids)])
 

@@ -1,6 +1,13 @@
 """What the tests of several kinds of runs start from."""
 
 import pytest
+from helpers.processes import without_dropout
+
+
+@pytest.fixture(scope="session")
+def base(tiny_base, tmp_path_factory):
+    """The base model without dropout; nobody changes it."""
+    return without_dropout(tiny_base, tmp_path_factory.mktemp("still") / "base")
 
 
 @pytest.fixture

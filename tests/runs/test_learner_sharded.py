@@ -12,7 +12,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from helpers import refusal
 from helpers.models import OLD_NAME, lora_bert
-from helpers.processes import ODD, PLAIN, SHORT, close, run, stopped, without_dropout
+from helpers.processes import ODD, PLAIN, SHORT, close, run, stopped
 from helpers.streams import contents, dense, same_tensors, settings, steps, write_yaml
 from torch import nn
 
@@ -26,11 +26,6 @@ pytestmark = pytest.mark.filterwarnings(OLD_NAME)
 ROOT = Path(__file__).parents[2]
 # accelerate 1.15 shards BERT's embeddings twice unless the layer is named
 SPREAD = {"training__fsdp": True, "training__fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}}
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base, tmp_path_factory):
-    return without_dropout(tiny_base, tmp_path_factory.mktemp("still") / "base")
 
 
 @pytest.fixture(scope="module")

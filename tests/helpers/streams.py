@@ -115,6 +115,12 @@ def steps(folder):
     return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("task-*/step.json"))]
 
 
+def at(line, alpha):
+    """The point of a merge line at a coefficient."""
+    (point,) = [point for point in line["points"] if point["coefficient"] == alpha]
+    return point
+
+
 def tensors(adapter):
     """{name without PEFT's prefix: tensor} of an adapter folder."""
     return {name.removeprefix(PEFT_PREFIX): value for name, value in load_file(Path(adapter) / ADAPTER_WEIGHTS).items()}

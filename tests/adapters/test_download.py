@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers import refusal
 from helpers.adapter_folders import assert_same, dense, tree, write_folder
 from helpers.hub import TOKEN, run_with_hub, serving
 
@@ -211,9 +212,7 @@ def test_paths_are_always_local(tmp_path):
 
 def test_secrets_in_a_source_are_not_shown():
     for source in (f"https://user:{TOKEN}@huggingface.co/a/b", f"https://{TOKEN}@x/a", f"a/b/c/d@{TOKEN}"):
-        with pytest.raises(InputError) as caught:
-            adapter_folder(source)
-        assert TOKEN not in str(caught.value)
+        assert TOKEN not in refusal(adapter_folder, source)
 
 
 def test_ids_are_read_as_huggingface_hub_reads_them():

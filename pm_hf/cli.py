@@ -89,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     inspect = commands.add_parser("inspect", help="what adapters are, and how each pair relates")
-    inspect.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapter folder or Hub id; of --coefficient: RUN")
+    inspect.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER", help="adapter folder or Hub id; RUN of --coefficient"
+    )
     inspect.add_argument(
         "--coefficient",
         action="store_true",

@@ -46,7 +46,7 @@ ROWS = 40  # for training and as many for testing, of each library
 PHASES = ("training", "checkpoint", "measuring", "saving", "merging", "scoring", "finishing", "publishing")
 LONGEST = 300.0  # seconds after which a run counts as hanging
 KILLS = 7  # of one run at most; then it is left alone
-MEASURED = ("seconds", "step_seconds", "process_peak_memory_mb")
+MEASURED = ("seconds", "step_seconds", "process_peak_memory_mb", "files")  # digests of files that hold seconds
 
 
 def main() -> int:

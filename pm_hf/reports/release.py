@@ -13,7 +13,7 @@ from pm_hf.adapters.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LABELS_FILE, 
 from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import read_json, same_folder
+from pm_hf.files import read_json, same_files
 from pm_hf.runs.paths import TASK_PREFIX, RunPaths, TaskPaths
 from pm_hf.runs.records import Report
 
@@ -182,7 +182,7 @@ def _unreleased(config: RunConfig, paths: RunPaths, tasks: Sequence[TaskPaths]) 
         return ["strategy.individual keeps one adapter for each task and merges none; there is nothing to load"]
     if not tasks or not merged.is_dir():
         return [f"there is no merged adapter {merged}"]
-    if not same_folder(tasks[-1].merged, merged):
+    if not same_files(tasks[-1].merged, merged):
         return [f"{merged} is not the adapter that its report is about (max_forgetting kept an older one)"]
     return []
 

@@ -1,19 +1,43 @@
 """The folder of one run: what is finished, which merge is the newest, what is no longer needed."""
 
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
 
+from pm_hf.adapters.layout import ADAPTER_FILES
 from pm_hf.config.loading import config_text, differing_keys, load_config, save_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.data.stream import Task, TaskStream, tasks_without_rows
 from pm_hf.distributed import log_line
 from pm_hf.environment import changed_conditions, conditions
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import LOCK, copy_folder, make_folder, read_json, remove_leftovers, same_folder, write_json
+from pm_hf.files import (
+    LOCK,
+    FileMark,
+    copy_folder,
+    damaged_file,
+    file_marks,
+    make_folder,
+    read_json,
+    remove_leftovers,
+    same_files,
+    write_json,
+)
 from pm_hf.runs.paths import CONFIG_FILE, RunPaths, TaskPaths
 from pm_hf.runs.records import Report, ScoreRows, TaskRecord, primary_metric
 from pm_hf.runs.start import StreamState
 from pm_hf.text import format_metric
+from pm_hf.training.checkpoints import remove_checkpoints
+
+# what pm_hf, PEFT and tokenizers write into an adapter's folder
+ADAPTER_NAMES = re.compile(
+    "|".join([*map(re.escape, ADAPTER_FILES), r"README\.md$", "(special|added)_tokens", "tokenizer", "vocab", "merges"])
+    + r"|chat_template|.*\.model$|\."
+)
 
 
 class ForgettingError(RuntimeError):
@@ -63,8 +87,6 @@ class RunFolder:
                 f"{self.path} has {done} finished tasks; name the training files, or the output_dir in which they are "
                 "finished"
             )
-        for index in range(done):
-            self.tidy(index)
         return done
 
     def data_problem(self, index: int) -> str | None:
@@ -108,9 +130,51 @@ class RunFolder:
     def begin_run(self) -> int:
         """Write the settings and promote what is finished; the number of finished tasks."""
         done = self.finished()  # again: another process may have held the folder until now
+        self.check_left(done)
+        for index in range(done):
+            self.tidy(index)
         save_config(self.config, self.paths.config)
         self.promote(done)
         return done
+
+    def check_left(self, done: int) -> None:
+        """InputError where the last of `done` finished tasks lacks what the next one begins from, or has it damaged;
+        one line on stderr for each file of an earlier task that is, which nothing depends on any more."""
+        for index in range(done - 1):
+            if damage := damaged_file(self.task(index).folder, self._marks(index, self.task(index).adapters)):
+                log_line(f"{damage}; the run does not need it any more, what is published of this task does")
+        if not done:
+            return
+        last = self.task(done - 1)
+        lost = [] if done == len(self.stream.tasks) else [path for path in self._needed(done) if not path.exists()]
+        damage = f"{lost[0]} is not there" if lost else damaged_file(last.folder, self._marks(done - 1, last.results))
+        if damage:
+            raise InputError(
+                f"{damage}: task {self.stream.tasks[done - 1].name} is finished and the run goes on from it; bring the "
+                f"file back from a copy, or remove {last.folder} and the task is learned again"
+            )
+
+    def _marks(self, index: int, parts: Sequence[Path]) -> dict[str, FileMark]:
+        """What step.json says of the files in these parts of a finished task; nothing where an older version wrote it,
+        and of sums that only the tasks after it needed."""
+        task = self.task(index)
+        names = [part.relative_to(task.folder).as_posix() for part in parts]
+        marks = self.record(index).files
+        return {file: mark for file, mark in marks.items() if file.partition("/")[0] in names}
+
+    def _needed(self, index: int) -> list[Path]:
+        """Files and folders of the task before `index` that this task cannot do without."""
+        last, record, config = self.task(index - 1), self.record(index - 1), self.config
+        needed = [last.adapter, last.merged]
+        trains = config.trains and not config.head.strict
+        if config.measures_curvature and trains and record.curvature_bytes != 0:  # null: of before it was kept
+            needed.append(last.curvature)
+        if config.analytic_head:
+            needed.append(last.statistics)
+        begun_from_another = index > 1 or self.start is not None
+        if record.train_from == "last" and begun_from_another and not config.merging_method.factors:
+            needed.append(last.optimum)
+        return needed
 
     def check_shared(self) -> None:
         """InputError in a process that does not see what process 0 has written."""
@@ -123,38 +187,46 @@ class RunFolder:
         """A folder for the task, with its checkpoints if there are any; what is to be said where they are continued."""
         task, paths = self.stream.tasks[index], self.task(index)
         make_folder(paths.folder)
-        for stale in (paths.adapter, paths.merged, paths.optimum):
-            shutil.rmtree(stale, ignore_errors=True)
-        remove_leftovers(paths.folder)
+        for stale in (paths.adapter, paths.merged, paths.optimum, paths.change):
+            remove_adapter(stale)
+        remove_leftovers(paths.folder, held=True)
         return _note_conditions(paths, task, self.record(index - 1).conditions if index else {})
 
     def finish_task(self, index: int, record: TaskRecord) -> None:
-        """Write step.json, which makes the task a finished one."""
-        record.save(self.task(index).step)
+        """Write step.json, which makes the task a finished one, with sizes and digests of what it leaves."""
+        task = self.task(index)
+        parts = [part.relative_to(task.folder).as_posix() for part in task.results]
+        replace(record, files=file_marks(task.folder, parts)).save(task.step)
         self.tidy(index)
 
     def tidy(self, index: int) -> None:
-        """Remove what a finished task no longer needs: checkpoints, and what only the task after it needed."""
+        """Remove what a finished task no longer needs: checkpoints, and what only the task after it needed.
+
+        The sums and the optimum of the task before stay, so that the last one may be removed and learned again.
+        """
         finished = self.task(index)
-        shutil.rmtree(finished.checkpoints, ignore_errors=True)
+        remove_checkpoints(finished.checkpoints)
         finished.rows.unlink(missing_ok=True)
         # with a gate the promoted adapter may be the previous one, and its curvature goes with it
-        last = index - 2 if self.config.max_forgetting is not None else index - 1
-        for older in map(self.task, range(last + 1)):
+        kept = 2 if self.config.max_forgetting is None else 3
+        for older in map(self.task, range(index + 1 - kept)):
             older.curvature.unlink(missing_ok=True)
-            shutil.rmtree(older.optimum, ignore_errors=True)
-            shutil.rmtree(older.change, ignore_errors=True)
+            remove_adapter(older.optimum)
+            remove_adapter(older.change)
 
     def promote(self, done: int) -> None:
-        """Copy the newest merge to `merged/` unless an old task fell further than allowed; write report.json."""
+        """Copy the newest merge to `merged/` unless an old task fell further than allowed; write report.json.
+
+        Of an individual run nothing is copied. Other files in `merged/` stay.
+        """
         if not done:
             return
         report = self.report(done)
-        report.save()
         limit = self.config.max_forgetting
         drops = {} if limit is None else dict(zip(report.tasks, report.forgetting, strict=False))
         fallen = {name: drop for name, drop in drops.items() if limit is not None and drop is not None and drop > limit}
         if fallen:
+            report.save()
             listed = ", ".join(f"{name} by {drop:.3f}" for name, drop in fallen.items())
             raise ForgettingError(
                 f"forgot more than max_forgetting {limit} after task {report.tasks[done - 1]}: {listed}; "
@@ -163,8 +235,16 @@ class RunFolder:
             )
         newest = self.task(done - 1).merged
         remove_leftovers(self.path)
-        if self.config.merges and not same_folder(newest, self.paths.merged):
-            copy_folder(newest, self.paths.merged)
+        if self.config.merges and not (self.paths.merged.is_dir() and same_files(newest, self.paths.merged)):
+            copy_folder(newest, self.paths.merged, self._strangers(done))
+        report.save()  # after the adapter that it is about
+
+    def _strangers(self, done: int) -> list[str]:
+        """Names in `merged/` that no finished task's merge was written with: files of the user's."""
+        ours = set(ADAPTER_FILES)
+        for index in range(done):
+            ours |= {Path(file).parts[1] for file in self._marks(index, [self.task(index).merged])}
+        return sorted(path.name for path in self.paths.merged.glob("*") if path.name not in ours)
 
     def report(self, done: int) -> Report:
         """Report on the first `done` tasks, from their step.json."""
@@ -202,6 +282,17 @@ class RunFolder:
             notes=notes,
             classes={task.name: list(task.own) for task in scored} if numbered else {},
         )
+
+
+def remove_adapter(folder: Path) -> None:
+    """Remove an adapter folder of a run; one that holds files of the user's goes to `<name>.kept` with them instead."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir() and not all(ADAPTER_NAMES.match(path.name) for path in folder.iterdir()):
+        names = (f"{folder.name}.kept{number or ''}" for number in count())
+        os.replace(folder, next(path for path in map(folder.with_name, names) if not path.exists()))
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def finished_labels(config: RunConfig) -> dict[str, list[str]]:

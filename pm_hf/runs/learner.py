@@ -315,7 +315,8 @@ class Run:
             if not method.sums and start.running is not None and start.curvature is not None:
                 curvatures.insert(0, Curvature.load(start.curvature))
         if method.sums and coefficient is None:
-            unmeasured = start.running is not None and start.curvature is None
+            # `start_from` may come without sums; what a task of this run left is never ignored
+            unmeasured = start.index == 0 and start.running is not None and start.curvature is None
             options["on_zero_curvature"] = settings.on_zero_curvature
             options.setdefault("unmeasured_past", "ignore" if unmeasured else "error")
         return merge_adapters(

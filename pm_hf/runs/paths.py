@@ -27,6 +27,16 @@ class TaskPaths:
         self.checkpoints = folder / CHECKPOINTS_FOLDER
 
     @property
+    def adapters(self) -> tuple[Path, Path]:
+        """The adapter folders that every finished task keeps."""
+        return self.adapter, self.merged
+
+    @property
+    def results(self) -> tuple[Path, ...]:
+        """All that a finished task may leave to the next one."""
+        return *self.adapters, self.optimum, self.curvature, self.statistics
+
+    @property
     def finished(self) -> bool:
         """Whether the task is finished: its step.json is written last."""
         return self.step.is_file()

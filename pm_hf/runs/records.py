@@ -13,7 +13,7 @@ import yaml
 
 from pm_hf.environment import versions
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import read_json, write_json
+from pm_hf.files import FileMark, read_json, write_json
 from pm_hf.measuring.metrics import is_joint, summary, task_forgetting
 from pm_hf.merging.coefficient import Coefficient
 from pm_hf.runs.paths import MERGE_LINE_FILE, REPORT_FILE, STEP_FILE, RunPaths
@@ -38,7 +38,8 @@ class TaskRecord:
     labels: of its head, in row order. fingerprint, test_fingerprint: digests of its rows. coefficient: None where
     several coefficients, or none, decided the merge. merge_error: largest relative Frobenius error of a module.
     curvature_bytes: size of the sums. training: None where only the head was computed. scores: {metric: one score for
-    each task seen}. held_out: {text: {metric: score}}. conditions: threads, processes, device, versions.
+    each task seen}. held_out: {text: {metric: score}}. conditions: threads, processes, device, versions. files: {name
+    in the task's folder: size and SHA-256} of what it left, {} where an older version wrote it.
     """
 
     task: str
@@ -59,6 +60,7 @@ class TaskRecord:
     process_peak_memory_mb: float | None = None
     conditions: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    files: dict[str, FileMark] = field(default_factory=dict)
 
     @property
     def optimizer_steps(self) -> int:

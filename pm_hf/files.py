@@ -17,7 +17,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from itertools import count
@@ -54,7 +54,7 @@ LOCK = ".lock"
 LONGEST_NAME = 200  # bytes; file systems take 255, and the temporary name is longer
 
 
-LONGEST_VALUE = 80  # characters shown of a wrong value
+LONGEST_VALUE, MOST_NAMED = 80, 8  # characters shown of a wrong value, fields named that are missing
 
 
 Record = TypeVar("Record")
@@ -138,25 +138,29 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
 
 
-def read_record(
-    path: Path, kind: type[Record], way_out: str, *, also: Callable[[Record], str | None] | None = None
-) -> Record:
-    """Read a JSON file that a run wrote, as the dataclass that says what stands in it.
+def read_record(path: Path, kind: type[Record], way_out: str) -> Record:
+    """Read a JSON file that a run wrote, as the dataclass that says what stands in it; see `as_record`."""
+    return as_record(read_json(path), kind, str(path), way_out)
+
+
+def as_record(content: Any, kind: type[Record], subject: str, way_out: str) -> Record:
+    """JSON content as a dataclass.
 
     Types are taken as they stand ("1" is no number, 1.0 no count), numbers are finite, keys that `kind` does not have
-    are left alone, and those with a default may be missing: another version may have written the file. also: what else
-    is wrong with the values, None where nothing is. Raises InputError with the first field that is not as expected.
+    are left alone, and those with a default may be missing: another version may have written the file. Besides, a
+    method `problem` of `kind` says what types do not tell. Raises InputError with the subject, the first field that is
+    not as expected, what was expected and found there, and the way out.
     """
     from pydantic import ValidationError
 
-    content = read_json(path)
     try:
+        # validated as JSON, where a list may become a tuple and a whole number a float, and nothing else is converted
         record: Record = _schema(cast(Any, kind)).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        raise InputError(f"{path}: {_first_problem(error)}; {way_out}") from error
-    problem = _not_finite(content, "") or (also(record) if also else None)
+        raise InputError(f"{subject}: {_first_problem(error)}; {way_out}") from error
+    problem = _not_finite(content, "") or (record.problem() if hasattr(record, "problem") else None)
     if problem:
-        raise InputError(f"{path}: {problem}; {way_out}")
+        raise InputError(f"{subject}: {problem}; {way_out}")
     return record
 
 
@@ -168,10 +172,11 @@ def _schema(kind: Any) -> Any:
 
 
 def _first_problem(error: Any) -> str:
-    first = error.errors(include_url=False, include_context=False)[0]
+    errors = error.errors(include_url=False, include_context=False)
+    if missing := [".".join(map(str, part["loc"])) for part in errors if part["type"] == "missing"]:
+        return f"it lacks {', '.join(missing[:MOST_NAMED])}"
+    first = errors[0]
     field = ".".join(map(str, first["loc"])) or "content"
-    if first["type"] == "missing":
-        return f"{field} is missing"
     expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     shown = json.dumps(first["input"], ensure_ascii=False)
     return (

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from pm_hf.adapters.layout import ADAPTER_FILES
 from pm_hf.config.loading import config_text, differing_keys, load_config, save_config
@@ -23,12 +24,14 @@ from pm_hf.files import (
     file_marks,
     make_folder,
     read_json,
+    read_record,
     remove_leftovers,
     same_files,
     write_json,
 )
 from pm_hf.runs.paths import CONFIG_FILE, RunPaths, TaskPaths
-from pm_hf.runs.records import Report, ScoreRows, TaskRecord, primary_metric
+from pm_hf.runs.records import WAY_OUT, Report, ScoreRows, TaskRecord, primary_metric
+from pm_hf.runs.schemas import RowsFile
 from pm_hf.runs.start import StreamState
 from pm_hf.text import format_metric
 from pm_hf.training.checkpoints import remove_checkpoints
@@ -38,6 +41,9 @@ ADAPTER_NAMES = re.compile(
     "|".join([*map(re.escape, ADAPTER_FILES), r"README\.md$", "(special|added)_tokens", "tokenizer", "vocab", "merges"])
     + r"|chat_template|.*\.model$|\."
 )
+
+
+ROWS_WAY_OUT = "it was changed by hand, or damaged: bring it back from a copy, or remove it and the task begins anew"
 
 
 class ForgettingError(RuntimeError):
@@ -61,8 +67,16 @@ class RunFolder:
         return self.paths.task(index, self.stream.tasks[index].name)
 
     def record(self, index: int) -> TaskRecord:
-        """What step.json says of a finished task."""
-        return TaskRecord.load(self.task(index).step)
+        """What step.json says of a finished task; InputError where it is not of this stream."""
+        path, seen = self.task(index).step, self.stream.seen(index)
+        record = TaskRecord.load(path)
+        name = primary_metric(list(record.scores), [task.own for task in seen])
+        row = record.scores.get(name)
+        if row is None:
+            raise InputError(f"{path}: scores.{name} is missing; {WAY_OUT}")
+        if len(row) != len(seen) or None in (row if self.config.merges else row[-1:]):
+            raise InputError(f"{path}: scores.{name}: expected {len(seen)} numbers, found {row}; {WAY_OUT}")
+        return record
 
     def state(self, index: int) -> StreamState:
         """What the task before `index` left."""
@@ -318,10 +332,16 @@ def _note_conditions(paths: TaskPaths, task: Task, before: Mapping) -> list[str]
     With checkpoints they are compared with those of the earlier start, else with those of the task before.
     """
     now, fingerprint = conditions(), task.fingerprint()
-    begun = read_json(paths.rows) if paths.rows.is_file() and paths.has_checkpoints else None
-    if not isinstance(begun, dict) or begun["fingerprint"] != fingerprint:
-        shutil.rmtree(paths.checkpoints, ignore_errors=True)  # of other rows
-        begun = None
+    begun: Mapping[str, Any] | None = None
+    if paths.has_checkpoints:
+        if not paths.rows.is_file():
+            log_line(f"task {task.name}: {paths.rows} is not there, which says what its checkpoints are of; begun anew")
+        elif read_record(paths.rows, RowsFile, ROWS_WAY_OUT).fingerprint != fingerprint:
+            log_line(f"task {task.name}: its rows have changed since the checkpoints were written; begun anew")
+        else:
+            begun = read_json(paths.rows)
+    if begun is None:
+        remove_checkpoints(paths.checkpoints)
     notes = [] if begun is None else list(begun.get("notes", []))
     changes = [f"continued with {change}" for change in changed_conditions(now, begun or before)]
     for change in changes:

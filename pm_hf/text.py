@@ -20,6 +20,11 @@ def printable(text: str) -> str:
     return text if text.isascii() and text.isprintable() else "".join(map(_escaped, text))
 
 
+def printable_lines(text: str) -> str:
+    """The same for a text of several lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def _escaped(character: str) -> str:
     if character in JOINERS or unicodedata.category(character) not in UNSAFE_CATEGORIES:
         return character

@@ -18,7 +18,7 @@ GROUND = ("errors", "files", "distributed", "environment", "text")
 MAY_IMPORT = {
     "errors": ("text",),
     "files": ("errors",),
-    "distributed": ("errors",),
+    "distributed": ("errors", "text"),
     "environment": ("errors", "distributed"),
     "text": (),
     "merging": GROUND,

@@ -43,6 +43,13 @@ ADAPTER_NAMES = re.compile(
 )
 
 
+class RemovedError(OSError):
+    """A run's folder was removed, or moved away, while the run was at work in it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"{folder} was removed while the run was at work in it; the same command begins anew")
+
+
 ROWS_WAY_OUT = "it was changed by hand, or damaged: bring it back from a copy, or remove it and the task begins anew"
 
 
@@ -197,8 +204,14 @@ class RunFolder:
                 f"output_dir {self.path} is not one folder for all processes; use a file system that they share"
             )
 
+    def check_not_removed(self) -> None:
+        """RemovedError where the settings that `begin_run` wrote are gone."""
+        if not self.paths.config.is_file():
+            raise RemovedError(self.path)
+
     def begin_task(self, index: int) -> list[str]:
         """A folder for the task, with its checkpoints if there are any; what is to be said where they are continued."""
+        self.check_not_removed()
         task, paths = self.stream.tasks[index], self.task(index)
         make_folder(paths.folder)
         for stale in (paths.adapter, paths.merged, paths.optimum, paths.change):
@@ -208,6 +221,7 @@ class RunFolder:
 
     def finish_task(self, index: int, record: TaskRecord) -> None:
         """Write step.json, which makes the task a finished one, with sizes and digests of what it leaves."""
+        self.check_not_removed()
         task = self.task(index)
         parts = [part.relative_to(task.folder).as_posix() for part in task.results]
         replace(record, files=file_marks(task.folder, parts)).save(task.step)

@@ -17,7 +17,14 @@ from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.data.encoders import check_encoding, check_length, make_encoder
 from pm_hf.data.stream import Task, TaskStream, batches, load_stream, sample
-from pm_hf.distributed import log_line, on_all_processes, on_main_process, process_count, process_index
+from pm_hf.distributed import (
+    OtherProcessError,
+    log_line,
+    on_all_processes,
+    on_main_process,
+    process_count,
+    process_index,
+)
 from pm_hf.environment import conditions, release_memory
 from pm_hf.errors import InputError
 from pm_hf.files import locked
@@ -49,7 +56,8 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
     the rows; the first one merges, scores and writes, the others wait. Where one fails all do: it raises its error, the
     others OtherProcessError. SIGTERM to any ends all after the step, with a checkpoint to continue from. Raises
     InputError for bad input (another config in the output folder, or another run at work in it, included), StoppedError
-    after SIGTERM, DivergedError for a loss that is not finite, and ForgettingError when `max_forgetting` is exceeded.
+    after SIGTERM, RemovedError when somebody removed the folder meanwhile, DivergedError for a loss that is not finite,
+    and ForgettingError when `max_forgetting` is exceeded.
     """
     source = config if isinstance(config, Mapping | RunConfig) else Path(config)
     settings = load_config(source, values=overrides)
@@ -62,8 +70,9 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
         with run.tracking.opened(args, done):
             for index in range(done, len(run.stream.tasks)):
                 stop.check()
-                run.learn_task(index, stop)
-                on_main_process(lambda done=index + 1: run.folder.promote(done))  # type: ignore[misc]
+                with _noticing_removal(run.folder):
+                    run.learn_task(index, stop)
+                    on_main_process(lambda done=index + 1: run.folder.promote(done))  # type: ignore[misc]
     return on_main_process(lambda: run.folder.report(len(run.stream.tasks)))  # promote has written it
 
 
@@ -107,6 +116,18 @@ def _locked_by_main(folder: Path) -> Iterator[None]:
     finally:
         if process_index() == 0:
             lock.__exit__(None, None, None)
+
+
+@contextmanager
+def _noticing_removal(folder: RunFolder) -> Iterator[None]:
+    """Whatever goes wrong because the run's folder was removed is a RemovedError."""
+    try:
+        yield
+    except OtherProcessError:
+        raise
+    except Exception:
+        folder.check_not_removed()
+        raise
 
 
 class Run:

@@ -18,7 +18,7 @@ from pm_hf.measuring.metrics import is_joint, summary, task_forgetting
 from pm_hf.merging.coefficient import Coefficient
 from pm_hf.runs.paths import MERGE_LINE_FILE, REPORT_FILE, RunPaths
 from pm_hf.runs.schemas import MergeLineFile, ReportFile, StepFile
-from pm_hf.text import format_metric, format_number
+from pm_hf.text import format_metric, format_number, printable
 from pm_hf.training.record import TrainingRecord
 
 CLASS_INCREMENTAL, TASK_INCREMENTAL, BITS_PER_BYTE = "class_incremental", "task_incremental", "bits_per_byte"
@@ -309,7 +309,7 @@ class Report:
             lines.append("1/t: " + " ".join(f"{alpha.one_over_t:.3f}" for alpha in alphas))
         if any(self.merge_errors):
             lines.append("relative error of each merge: " + " ".join(f"{error:.1e}" for error in self.merge_errors))
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join(map(printable, [*lines, *(f"note: {note}" for note in self.notes)]))
 
 
 def compute_metrics(matrices: Mapping[str, ScoreRows], metric: str, test_rows: Sequence[int]) -> dict[str, Any]:

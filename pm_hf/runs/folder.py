@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from pm_hf.files import (
     same_files,
     write_json,
 )
+from pm_hf.runs.inputs import Inputs, changed_inputs, run_inputs
 from pm_hf.runs.paths import CONFIG_FILE, RunPaths, TaskPaths
 from pm_hf.runs.records import WAY_OUT, Report, ScoreRows, TaskRecord, primary_metric
 from pm_hf.runs.schemas import RowsFile
@@ -68,6 +70,11 @@ class RunFolder:
         self.config, self.stream, self.start = config, stream, start
         self.paths = RunPaths(config.output_dir)
         self.path = self.paths.folder
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """Digests of what the results depend on besides settings and rows, read once."""
+        return run_inputs(self.config, self.stream)
 
     def task(self, index: int) -> TaskPaths:
         """Files of one task."""
@@ -142,6 +149,8 @@ class RunFolder:
         for index in range(done):
             if problem := self.data_problem(index):
                 problems.append(f"task {index} ({self.stream.tasks[index].name}): {problem}")
+            changes = changed_inputs(self.inputs, self.record(index).inputs)
+            problems += [problem for problem in changes if problem not in problems]
         finished = sum(task.finished for task in tasks)
         if finished > done:
             problems.append(f"the folder has {finished} finished tasks, the config fits the first {done}")
@@ -217,14 +226,14 @@ class RunFolder:
         for stale in (paths.adapter, paths.merged, paths.optimum, paths.change):
             remove_adapter(stale)
         remove_leftovers(paths.folder, held=True)
-        return _note_conditions(paths, task, self.record(index - 1).conditions if index else {})
+        return _note_conditions(paths, task, self.inputs, self.record(index - 1).conditions if index else {})
 
     def finish_task(self, index: int, record: TaskRecord) -> None:
         """Write step.json, which makes the task a finished one, with sizes and digests of what it leaves."""
         self.check_not_removed()
         task = self.task(index)
         parts = [part.relative_to(task.folder).as_posix() for part in task.results]
-        replace(record, files=file_marks(task.folder, parts)).save(task.step)
+        replace(record, files=file_marks(task.folder, parts), inputs=self.inputs).save(task.step)
         self.tidy(index)
 
     def tidy(self, index: int) -> None:
@@ -340,7 +349,7 @@ def log_finished_task(index: int, total: int, record: TaskRecord, metric: str) -
     log_line(f"{line}, {record.seconds:.1f} s")
 
 
-def _note_conditions(paths: TaskPaths, task: Task, before: Mapping) -> list[str]:
+def _note_conditions(paths: TaskPaths, task: Task, inputs: Inputs, before: Mapping) -> list[str]:
     """Remember the task's rows and the conditions; what is to be said where they have changed.
 
     With checkpoints they are compared with those of the earlier start, else with those of the task before.
@@ -350,8 +359,8 @@ def _note_conditions(paths: TaskPaths, task: Task, before: Mapping) -> list[str]
     if paths.has_checkpoints:
         if not paths.rows.is_file():
             log_line(f"task {task.name}: {paths.rows} is not there, which says what its checkpoints are of; begun anew")
-        elif read_record(paths.rows, RowsFile, ROWS_WAY_OUT).fingerprint != fingerprint:
-            log_line(f"task {task.name}: its rows have changed since the checkpoints were written; begun anew")
+        elif changes := _changes(read_record(paths.rows, RowsFile, ROWS_WAY_OUT), fingerprint, inputs):
+            log_line(f"task {task.name}: {'; '.join(changes)} since its checkpoints were written; begun anew")
         else:
             begun = read_json(paths.rows)
     if begun is None:
@@ -360,5 +369,11 @@ def _note_conditions(paths: TaskPaths, task: Task, before: Mapping) -> list[str]
     changes = [f"continued with {change}" for change in changed_conditions(now, begun or before)]
     for change in changes:
         log_line(f"task {task.name}: {change}")
-    write_json(paths.rows, {"fingerprint": fingerprint, **now, "notes": notes + changes})
+    write_json(paths.rows, {"fingerprint": fingerprint, "inputs": inputs, **now, "notes": notes + changes})
     return notes + changes
+
+
+def _changes(begun: RowsFile, fingerprint: str, inputs: Inputs) -> list[str]:
+    """What a task that was begun depends on and is another one now."""
+    rows = ["its labels or rows are not what they were"] * (begun.fingerprint != fingerprint)
+    return rows + changed_inputs(inputs, begun.inputs)

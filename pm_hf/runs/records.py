@@ -41,7 +41,8 @@ class TaskRecord:
     several coefficients, or none, decided the merge. merge_error: largest relative Frobenius error of a module.
     curvature_bytes: size of the sums. training: None where only the head was computed. scores: {metric: one score for
     each task seen}. held_out: {text: {metric: score}}. conditions: threads, processes, device, versions. files: {name
-    in the task's folder: size and SHA-256} of what it left, {} where an older version wrote it.
+    in the task's folder: size and SHA-256} of what it left; inputs: what it depends on besides, see
+    `pm_hf.runs.inputs`; {} where an older version wrote it.
     """
 
     task: str
@@ -63,6 +64,7 @@ class TaskRecord:
     conditions: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     files: dict[str, FileMark] = field(default_factory=dict)
+    inputs: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def optimizer_steps(self) -> int:

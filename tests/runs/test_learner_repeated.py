@@ -8,7 +8,9 @@ from helpers.streams import FEW, contents, same_tensors, settings, steps, tasks
 
 from pm_hf.config.presets import PRESETS
 from pm_hf.errors import InputError
+from pm_hf.files import locked
 from pm_hf.runs.learner import learn
+from pm_hf.runs.records import Report
 
 QUICK = ("pm", "best", "ewc", "magmax", "cofima")  # sums, head statistics, penalty, optimum, two curvatures
 # these train on rows that are drawn anew or on all at once; a joint run has one task
@@ -168,3 +170,54 @@ def test_a_file_of_the_user_in_what_is_written_again_is_set_aside(whole, tiny_ba
     learn(settings(tiny_base, data, folder, **FEW))
     assert (third / "merged.kept" / "notes.txt").read_text() == "mine"
     assert same_tensors(folder / "merged", whole("pm") / "merged")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("scores", {}),
+        ("scores", {"class_incremental": [0.5]}),
+        ("scores", {"class_incremental": [0.5, 0.5, 0.5]}),
+        ("scores", {"class_incremental": [None, 0.5]}),
+        ("scores", {"task_incremental": [0.5, 0.5]}),
+        ("seconds", "1"),
+        ("held_out", "x"),
+        ("coefficient", "x"),
+    ],
+)
+def test_a_step_file_that_does_not_fit_the_stream_is_refused(
+    whole, tiny_base, data, tmp_path, key, value, no_training_now
+):
+    folder = copied(whole, "pm", tmp_path)
+    shutil.rmtree(tasks(folder)[-1])
+    step = tasks(folder)[-1] / "step.json"
+    step.write_text(json.dumps(json.loads(step.read_text()) | {key: value}))
+    before = contents(folder)
+    no_training_now()
+    with pytest.raises(InputError, match=rf"{step}: {key}.*; it was changed by hand") as caught:
+        learn(settings(tiny_base, data, folder, **FEW))
+    assert "\n" not in str(caught.value)
+    assert contents(folder) == before
+
+
+def test_nothing_changes_before_the_lock_is_held(whole, tiny_base, data, tmp_path):
+    folder = copied(whole, "pm", tmp_path)
+    (tasks(folder)[-1] / "checkpoints" / "checkpoint-3").mkdir(parents=True)  # what a start removes
+    shutil.copy(tasks(folder)[-1] / "curvature.safetensors", tasks(folder)[0])
+    before = contents(folder)
+    with locked(folder), pytest.raises(InputError, match="is in use by process"):
+        learn(settings(tiny_base, data, folder, **FEW))
+    assert contents(folder) == before
+    assert (tasks(folder)[-1] / "checkpoints" / "checkpoint-3").is_dir()
+
+
+def test_the_merge_is_published_before_the_report_about_it(tiny_base, data, tmp_path, monkeypatch):
+    save, merges = Report.save, []
+
+    def watched(report):
+        merges.append(same_tensors(report.folder / "merged", tasks(report.folder)[-1] / "merged"))
+        save(report)
+
+    monkeypatch.setattr(Report, "save", watched)
+    learn(settings(tiny_base, data, tmp_path / "run", groups=2, **FEW))
+    assert merges == [True, True]

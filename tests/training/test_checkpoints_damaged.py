@@ -216,3 +216,20 @@ def test_other_files_among_checkpoints_stay(checkpoints):
     remove_checkpoints(checkpoints)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-3 copy", "notes.txt"]
     remove_checkpoints(checkpoints / "none")
+
+
+@pytest.mark.parametrize("change", [{"notes": 3}, {"fingerprint": 1}, {"threads": "x"}, {"inputs": ["x"]}])
+def test_a_rows_file_of_another_kind_is_refused_and_the_checkpoints_stay(run, checkpoints, tiny_base, data, change):
+    rows = run / TASK / "rows.json"
+    edited(rows, **change)
+    before = contents(checkpoints)
+    with pytest.raises(InputError, match=rf"{rows}: {next(iter(change))}.*, or remove it and the task begins anew"):
+        learn(settings(tiny_base, data, run, **CHANGES))
+    assert contents(checkpoints) == before
+
+
+def test_without_its_rows_file_a_task_begins_anew_and_says_so(run, whole, tiny_base, data, capsys):
+    (run / TASK / "rows.json").unlink()
+    learn(settings(tiny_base, data, run, **CHANGES))
+    assert "rows.json is not there, which says what its checkpoints are of; begun anew" in capsys.readouterr().err
+    assert same_tensors(run / "merged", whole / "merged")

@@ -284,9 +284,11 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder unless it is there, and wait until its name is on the disk."""
-    path.mkdir(exist_ok=True)
-    sync(path.parent)
+    """Make a folder, and those above it, unless they are there, and wait until their names are on the disk."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new or [path]:
+        sync(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

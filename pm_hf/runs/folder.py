@@ -143,9 +143,10 @@ class RunFolder:
             done += 1
         tasks = self.paths.tasks()
         started = any(task.finished or task.has_checkpoints for task in tasks)
-        if not started and path.read_text(encoding="utf-8") != config_text(load_config(path)):
+        saved = load_config(path)
+        if not started and path.read_bytes() != config_text(saved).encode():
             raise InputError(f"{path} is a file of yours; choose another output_dir, the run writes its settings there")
-        problems = differing_keys(load_config(path).to_dict(), self.config.to_dict()) if started else []
+        problems = differing_keys(saved.to_dict(), self.config.to_dict()) if started else []
         for index in range(done):
             if problem := self.data_problem(index):
                 problems.append(f"task {index} ({self.stream.tasks[index].name}): {problem}")

@@ -27,7 +27,7 @@ from pm_hf.distributed import (
 )
 from pm_hf.environment import conditions, release_memory
 from pm_hf.errors import InputError
-from pm_hf.files import locked
+from pm_hf.files import locked, make_folder
 from pm_hf.measuring.curvature import estimate_curvature
 from pm_hf.measuring.scores import Scorer, cut_note
 from pm_hf.merging.curvature import Curvature
@@ -107,7 +107,7 @@ def _locked_by_main(folder: Path) -> Iterator[None]:
     lock = locked(folder)
 
     def take() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock.__enter__()
 
     on_main_process(take)

@@ -204,7 +204,7 @@ def _damage(path: Path) -> str | None:
             return f"{path / WHOLE_FILE} holds other values than were written"
         if whole.state != _state_digest(path):
             return f"{path / TRAINER_STATE_FILE} holds other values than were written"
-        return damaged_file(path, whole.files)  # last: it reads all
+        return damaged_file(path, whole.files) or _damage_of_best(path, state)  # last: they read all
     except InputError as error:
         if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
             raise
@@ -213,6 +213,14 @@ def _damage(path: Path) -> str | None:
         raise InputError(
             f"checkpoint {path} cannot be read ({error.strerror}: {error.filename}); make it readable, or move it away"
         ) from error
+
+
+def _damage_of_best(path: Path, state: SavedState) -> str | None:
+    """Why the best checkpoint that one names cannot be loaded at the end of the training."""
+    if state.best_model_checkpoint is None or (name := Path(state.best_model_checkpoint).name) == path.name:
+        return None
+    damage = _damage(path.with_name(name)) if path.with_name(name).is_dir() else f"{path.with_name(name)} is not there"
+    return damage and f"{damage}; it is the best checkpoint of {path}"
 
 
 def _older_damage(path: Path, whole: Whole, state: SavedState) -> str | None:

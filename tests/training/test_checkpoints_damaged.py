@@ -14,7 +14,13 @@ import pm_hf.files
 from pm_hf.errors import InputError
 from pm_hf.runs.learner import learn
 from pm_hf.training.callbacks import StoppedError
-from pm_hf.training.checkpoints import AtomicCheckpoints, last_checkpoint, remove_checkpoints
+from pm_hf.training.checkpoints import (
+    AtomicCheckpoints,
+    _own_digest,
+    _state_digest,
+    last_checkpoint,
+    remove_checkpoints,
+)
 
 CHANGES = {**FEW, "groups": 2, "lora__dropout": 0.1, "training__save_strategy": "steps"}
 CHANGES |= {"training__save_steps": 1, "training__save_total_limit": 2}
@@ -207,6 +213,19 @@ def test_the_best_checkpoint_is_looked_for_beside_it_and_the_checkpoint_stays_wh
     assert json.loads(state.read_text())["best_model_checkpoint"] is None
     for _ in range(2):
         assert last_checkpoint(moved) == str(moved / NEWEST)
+
+
+@pytest.mark.parametrize("damage", ["task/adapter_model.safetensors with a flipped bit", "all of it"])
+def test_a_checkpoint_whose_best_one_is_damaged_is_not_gone_on_from(checkpoints, damage, capsys):
+    best, state = checkpoints / OLDER, checkpoints / NEWEST / "trainer_state.json"
+    edited(state, best_model_checkpoint=str(best))
+    whole = checkpoints / NEWEST / "whole.json"
+    edited(whole, state=_state_digest(state.parent))
+    edited(whole, digest=_own_digest(json.loads(whole.read_text())))
+    assert last_checkpoint(checkpoints) == str(checkpoints / NEWEST)
+    shutil.rmtree(best) if damage == "all of it" else DAMAGES[damage](best)
+    assert last_checkpoint(checkpoints) is None
+    assert f"it is the best checkpoint of {checkpoints / NEWEST}" in capsys.readouterr().err
 
 
 def test_other_files_among_checkpoints_stay(checkpoints):

@@ -74,8 +74,9 @@ def test_a_closed_pipe_ends_the_command_without_a_word(command, stream):
     assert code == (141 if writes == stream else 0 if writes == "stdout" else 2)
 
 
-def test_a_locale_without_the_letters_of_a_text_gets_their_numbers(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second one in the locale C
+def test_a_locale_without_the_letters_of_a_text_gets_their_numbers(errors, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors))
     assert main(["methods"]) == 0
     assert b"\\u03b1" in sys.stdout.buffer.getvalue()
 
@@ -97,6 +98,12 @@ def test_the_real_command_with_closed_streams(closed):
     done = subprocess.run(["sh", "-c", f"{program} --help {closed}"], capture_output=True, check=False)
     assert done.returncode == 0
     assert b"Traceback" not in done.stderr
+
+
+def test_an_error_is_not_written_to_stdout_where_stderr_is_closed():
+    program = Path(sys.executable).with_name("pm-hf")
+    done = subprocess.run(["sh", "-c", f"{program} melt 2>&-"], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
 
 
 def test_names_from_files_command_no_terminal(tmp_path, capsys):

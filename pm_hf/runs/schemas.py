@@ -68,7 +68,7 @@ class StepFile:
         lengths = {metric: len(row) for metric, row in self.scores.items()}
         if lengths and (0 in lengths.values() or len(set(lengths.values())) > 1):
             return f"scores: expected as many of every metric, found {lengths}"
-        if any(len(point) != 3 or point[0] is None for point in self.log or ()):
+        if any(len(point) != 3 or None in (point[0], point[2]) for point in self.log or ()):
             return "log: expected points of step, loss and factor"
         return None
 
@@ -90,7 +90,7 @@ class RowsFile:
 class SummaryFile:
     """`metrics` of a report.json."""
 
-    ACC: Score = None
+    ACC: Score
     AAA: Score = None
     BWT: Score = None
     forgetting: Score = None

@@ -7,6 +7,7 @@ such a file is not seen.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -32,14 +33,14 @@ BESIDE = (
 def run_inputs(config: RunConfig, stream: TaskStream) -> Inputs:
     """Digests of the base model (of one on the Hub its commit), of the adapter that `start_from` names, of files that
     `training` names, and of the held-out texts; {} for what is not used or cannot be seen yet."""
-    named = {key: Path(value) for key, value in config.training.items() if isinstance(value, str)}
-    found = {
+    named = {key: value for key, value in config.training.items() if isinstance(value, str) and os.path.isfile(value)}
+    content = {
         "model.base": _base(config),
         "start_from": {} if config.start_from is None else _start(Path(config.start_from).expanduser()),
-        "training": {key: file_digest(path) for key, path in named.items() if "\0" not in str(path) and path.is_file()},
+        "training": {key: file_digest(Path(name)) for key, name in named.items()},
         "stream.held_out": {text.name: text.test_fingerprint() for text in stream.held_out},
     }
-    return {setting: digests for setting, digests in found.items() if digests}
+    return {setting: digests for setting, digests in content.items() if digests}
 
 
 def changed_inputs(now: Inputs, before: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -193,10 +193,11 @@ def merge_record(adapter: Adapter) -> dict:
     path = adapter.path / MERGE_REPORT
     record = read_json(path) if path.is_file() else {"tasks": 1}
     tasks, measured = (record.get("tasks"), record.get("measured")) if isinstance(record, dict) else (None, None)
-    if type(tasks) is not int or tasks < 1 or not (measured is None or (type(measured) is int and measured >= 0)):
+    counted = measured is None or (type(measured) is int and type(tasks) is int and 0 <= measured <= tasks)
+    if type(tasks) is not int or tasks < 1 or not counted:
         raise InputError(
-            f"{path} is no report of a merge: expected tasks ≥ 1 and measured ≥ 0, found {tasks} and {measured}; "
-            "merge again, or remove the file"
+            f"{path} is no report of a merge: expected tasks ≥ 1 and tasks ≥ measured ≥ 0, found {tasks} and "
+            f"{measured}; merge again, or remove the file"
         )
     return record
 

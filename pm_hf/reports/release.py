@@ -13,11 +13,13 @@ from pm_hf.adapters.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LABELS_FILE, 
 from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import read_json, same_folder
-from pm_hf.runs.paths import TASK_PREFIX, RunPaths, TaskPaths
-from pm_hf.runs.records import Report
+from pm_hf.files import damaged_file, read_json, read_record, same_files
+from pm_hf.runs.paths import ADAPTER_FOLDER, MERGED_FOLDER, TASK_PREFIX, RunPaths, TaskPaths
+from pm_hf.runs.records import Report, TaskRecord
+from pm_hf.runs.schemas import MergeReportFile
 
 LOCAL_PATH = re.compile(r"""(?<![\w/.:])~?/[^\s/,;:'"]+/[^\s,;:'"]+""")
+PUBLISHED = (f"{ADAPTER_FOLDER}/", f"{MERGED_FOLDER}/")  # files of a task's folder that are published
 SECRET_KEY = re.compile(r"(^|_)(token|password|secret|key)$")
 PLOT_SUFFIXES = (".png", ".svg")
 FILE_SETTINGS = ("train", "test")  # settings that name a file or a folder of rows
@@ -57,6 +59,7 @@ class ReleasedRun:
         named = {"base_model_name_or_path": self.base, "revision": self.revision}
         files[ADAPTER_CONFIG] = redact(config, self.local_paths) | named
         if (folder / MERGE_REPORT).is_file():
+            read_record(folder / MERGE_REPORT, MergeReportFile, "merge again, or remove the file")
             merge = read_json(folder / MERGE_REPORT)
             files[MERGE_REPORT] = redact(
                 merge | {"inputs": [_place(path) for path in merge["inputs"]]}, self.local_paths
@@ -182,7 +185,11 @@ def _unreleased(config: RunConfig, paths: RunPaths, tasks: Sequence[TaskPaths]) 
         return ["strategy.individual keeps one adapter for each task and merges none; there is nothing to load"]
     if not tasks or not merged.is_dir():
         return [f"there is no merged adapter {merged}"]
-    if not same_folder(tasks[-1].merged, merged):
+    for task in tasks:
+        marks = {name: mark for name, mark in TaskRecord.load(task.step).files.items() if name.startswith(PUBLISHED)}
+        if damage := damaged_file(task.folder, marks):
+            return [f"{damage}; bring the file back from a copy"]
+    if not same_files(tasks[-1].merged, merged):
         return [f"{merged} is not the adapter that its report is about (max_forgetting kept an older one)"]
     return []
 

@@ -17,10 +17,17 @@ from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.data.encoders import check_encoding, check_length, make_encoder
 from pm_hf.data.stream import Task, TaskStream, batches, load_stream, sample
-from pm_hf.distributed import log_line, on_all_processes, on_main_process, process_count, process_index
+from pm_hf.distributed import (
+    OtherProcessError,
+    log_line,
+    on_all_processes,
+    on_main_process,
+    process_count,
+    process_index,
+)
 from pm_hf.environment import conditions, release_memory
 from pm_hf.errors import InputError
-from pm_hf.files import locked
+from pm_hf.files import locked, make_folder
 from pm_hf.measuring.curvature import estimate_curvature
 from pm_hf.measuring.scores import Scorer, cut_note
 from pm_hf.merging.curvature import Curvature
@@ -49,7 +56,8 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
     the rows; the first one merges, scores and writes, the others wait. Where one fails all do: it raises its error, the
     others OtherProcessError. SIGTERM to any ends all after the step, with a checkpoint to continue from. Raises
     InputError for bad input (another config in the output folder, or another run at work in it, included), StoppedError
-    after SIGTERM, DivergedError for a loss that is not finite, and ForgettingError when `max_forgetting` is exceeded.
+    after SIGTERM, RemovedError when somebody removed the folder meanwhile, DivergedError for a loss that is not finite,
+    and ForgettingError when `max_forgetting` is exceeded.
     """
     source = config if isinstance(config, Mapping | RunConfig) else Path(config)
     settings = load_config(source, values=overrides)
@@ -62,8 +70,9 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
         with run.tracking.opened(args, done):
             for index in range(done, len(run.stream.tasks)):
                 stop.check()
-                run.learn_task(index, stop)
-                on_main_process(lambda done=index + 1: run.folder.promote(done))  # type: ignore[misc]
+                with _noticing_removal(run.folder):
+                    run.learn_task(index, stop)
+                    on_main_process(lambda done=index + 1: run.folder.promote(done))  # type: ignore[misc]
     return on_main_process(lambda: run.folder.report(len(run.stream.tasks)))  # promote has written it
 
 
@@ -98,11 +107,23 @@ def _locked_by_main(folder: Path) -> Iterator[None]:
     with ExitStack() as held:
 
         def take() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             held.enter_context(locked(folder))
 
         on_main_process(take)
         yield
+
+
+@contextmanager
+def _noticing_removal(folder: RunFolder) -> Iterator[None]:
+    """Whatever goes wrong because the run's folder was removed is a RemovedError."""
+    try:
+        yield
+    except OtherProcessError:
+        raise
+    except Exception:
+        folder.check_not_removed()
+        raise
 
 
 class Run:
@@ -310,7 +331,8 @@ class Run:
             if not method.sums and start.running is not None and start.curvature is not None:
                 curvatures.insert(0, Curvature.load(start.curvature))
         if method.sums and coefficient is None:
-            unmeasured = start.running is not None and start.curvature is None
+            # `start_from` may come without sums; what a task of this run left is never ignored
+            unmeasured = start.index == 0 and start.running is not None and start.curvature is None
             options["on_zero_curvature"] = settings.on_zero_curvature
             options.setdefault("unmeasured_past", "ignore" if unmeasured else "error")
         return merge_adapters(

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from pm_hf.errors import InputError
+
 CONFIG_FILE, REPORT_FILE, STEP_FILE = "config.yaml", "report.json", "step.json"
 MERGE_LINE_FILE = "coefficient.json"  # what `pm_hf.merge_line` has measured
 ROWS_FILE = "rows.json"  # rows of the task that is being trained, and under which conditions
@@ -27,6 +29,16 @@ class TaskPaths:
         self.checkpoints = folder / CHECKPOINTS_FOLDER
 
     @property
+    def adapters(self) -> tuple[Path, Path]:
+        """The adapter folders that every finished task keeps."""
+        return self.adapter, self.merged
+
+    @property
+    def results(self) -> tuple[Path, ...]:
+        """All that a finished task may leave to the next one."""
+        return *self.adapters, self.optimum, self.curvature, self.statistics
+
+    @property
     def finished(self) -> bool:
         """Whether the task is finished: its step.json is written last."""
         return self.step.is_file()
@@ -41,7 +53,12 @@ class RunPaths:
     """Files of a run's output folder."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).expanduser()
+        if "\0" in str(folder):
+            raise InputError(f"folder {str(folder)!r}: no path may hold a NUL")
+        try:
+            self.folder = Path(folder).expanduser()
+        except RuntimeError as error:
+            raise InputError(f"folder {folder}: there is no such user; write its path in full") from error
         self.config, self.report = self.folder / CONFIG_FILE, self.folder / REPORT_FILE
         self.merge_line, self.merged = self.folder / MERGE_LINE_FILE, self.folder / MERGED_FOLDER
         self.page, self.plots = self.folder / PAGE_FILE, self.folder / PLOTS_FOLDER
@@ -58,6 +75,6 @@ class RunPaths:
         numbered = []
         for folder in self.folder.glob(f"{TASK_PREFIX}*"):
             number = folder.name.removeprefix(TASK_PREFIX).partition("-")[0]
-            if number.isdigit() and folder.is_dir():
+            if number.isdecimal() and folder.is_dir():
                 numbered.append((int(number), folder))
         return [TaskPaths(folder) for _, folder in sorted(numbered)]

@@ -4,18 +4,21 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
 
 from pm_hf.config.schema import RunConfig, Source, StreamSettings, TaskSettings
+from pm_hf.data.chat import answer_of
+from pm_hf.data.columns import look_alikes, spelled, visible
 from pm_hf.data.rows import Encoder, Examples, Rows
 from pm_hf.data.sources import path_of, read_rows
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import read_json
 
+LONGEST_NAME = 240  # bytes of a task's name; a folder task-NN-NAME has at most 255
 MOST_ANSWERS = 200  # a language task with more different completions has free answers, none to choose among
 
 
@@ -97,7 +100,8 @@ def _load_tasks(config: RunConfig, finished_labels: Mapping[str, Sequence[str]])
         left = sorted(set(data[0][0].labels) - {label for _, train, _ in parts for label in train.labels})
         if left:
             note = f"{len(left)} labels are in no class group, their rows are not used: {', '.join(left[:5])}"
-            return replace(make_stream(config, parts, finished_labels), notes=(note,))
+            made = make_stream(config, parts, finished_labels)
+            return replace(made, notes=(note, *made.notes))
     return make_stream(config, parts, finished_labels)
 
 
@@ -140,9 +144,20 @@ def make_stream(
     raise_all([f"task {name!r}: too few training rows for eval_share to hold one out" for name in few], "stream")
     if config.strategy.replay_per_class:
         tasks = _with_replay(tasks, config.strategy.replay_per_class, config.seed)
+    notes = _look_alike_notes("labels", everything) + _look_alike_notes("tasks", [task.name for task in tasks])
     if config.strategy.joint:
-        return TaskStream(scenario, (_join_tasks(tasks, everything),), scored=tuple(tasks))
-    return TaskStream(scenario, tuple(tasks))
+        return TaskStream(scenario, (_join_tasks(tasks, everything),), notes, scored=tuple(tasks))
+    return TaskStream(scenario, tuple(tasks), notes)
+
+
+def _look_alike_notes(what: str, names: Iterable[str]) -> tuple[str, ...]:
+    """One note that names those which a reader takes for the same."""
+    groups = look_alikes(names)
+    if not groups:
+        return ()
+    listed = "; ".join(" and ".join(ascii(name) for name in group) for group in groups[:5])
+    more = f" (and {len(groups) - 5} more)" if len(groups) > 5 else ""
+    return (f"{what} that differ only in blanks, case or Unicode form are kept apart: {listed}{more}",)
 
 
 def batches(encoder: Encoder, examples: Examples, size: int) -> Iterator[Mapping[str, Tensor]]:
@@ -165,6 +180,7 @@ def _closed_answers(train: Rows, test: Rows) -> tuple[str, ...]:
     """The completions to choose among; none where they are free text."""
     answers = set(train.labels)
     free = len(answers) < 2 or len(answers) > MOST_ANSWERS or not set(test.labels) <= answers
+    free = free or any("content" in answer_of(prompt) for rows in (train, test) for prompt in rows.inputs)
     return () if free or any(rows.inputs[0] == "" for rows in (train, test)) else tuple(sorted(answers))
 
 
@@ -227,8 +243,8 @@ def _held_out_indices(labels: Sequence[str], share: float, key: str) -> Iterator
 def _tasks_of_list(config: RunConfig) -> list[tuple[str, Rows, Rows]]:
     parts, problems = [], []
     for number, task in enumerate(config.stream.tasks or []):
-        if not task.name:
-            problems.append(f"tasks[{number}] has no name")
+        if not visible(task.name):
+            problems.append(f"tasks[{number}] has no name" + (f", found {ascii(task.name)}" if task.name else ""))
             continue
         source, train = _task_source(config.stream, task), Rows([], [])
         try:
@@ -318,7 +334,8 @@ def _class_groups(groups: int | str | dict | None, folder: str | None, labels: S
         groups = read_json(path)
     if not isinstance(groups, dict) or not all(isinstance(names, list) for names in groups.values()):
         raise InputError("stream.class_groups: expected {task: [label, …]}")
-    named = [str(label) for names in groups.values() for label in names]
+    groups = {str(task): [spelled(label, labels) for label in names] for task, names in groups.items()}
+    named = [label for names in groups.values() for label in names]
     unknown = sorted(set(named) - set(labels))
     twice = sorted({label for label in named if named.count(label) > 1})
     raise_all(
@@ -326,7 +343,7 @@ def _class_groups(groups: int | str | dict | None, folder: str | None, labels: S
         + [f"labels in two groups: {twice[:5]}"] * bool(twice),
         "stream.class_groups",
     )
-    return {str(task): [str(label) for label in names] for task, names in groups.items()}
+    return groups
 
 
 def _tasks_by_domain(train: tuple, test: tuple) -> list[tuple[str, Rows, Rows]]:
@@ -343,11 +360,14 @@ def _stream_problems(
     if not names:
         problems.append("no tasks")
     problems += [f"two tasks are named {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+    problems += [problem for name in names for problem in _name_problems(name)]
     known = {label for name, train, _ in parts for label in left.get(name, train.labels)}
     for name, train, test in parts:
         for kind, rows in (("training", train), ("test", test)):
             if not len(rows) and not (kind == "training" and name in left):
                 problems.append(f"task {name!r} is empty: no {kind} rows")
+            elif not language and isinstance(rows.inputs, list) and not any(map(visible, rows.inputs)):
+                problems.append(f"task {name!r}: every {kind} text is empty")
         allowed = known if scenario == "domain_incremental" else set(train.labels)
         strange = sorted(set(test.labels) - allowed)
         if strange and len(train) and not language:
@@ -355,8 +375,19 @@ def _stream_problems(
     return problems
 
 
+def _name_problems(name: str) -> list[str]:
+    """What keeps a task's name from being a part of a folder's, which `pm_hf.runs.paths` makes of it."""
+    held = sum(len(character.encode(errors="replace")) if character.isalnum() else 1 for character in name)
+    problems = [f"a task's name holds nothing to read: {ascii(name)}"] * (not visible(name))
+    problems += [f"a task's name of {held} bytes, {name[:40]!r}…, is longer than {LONGEST_NAME}"] * (
+        held > LONGEST_NAME
+    )
+    odd = next((character for character in name if character == "\0" or "\ud800" <= character <= "\udfff"), None)
+    return problems + ([f"task {ascii(name)}: no name has the character {odd!a}"] if odd else [])
+
+
 def _qualify_labels(task: str, rows: Rows) -> Rows:
-    return Rows(rows.inputs, [f"{task}/{label}" for label in rows.labels])
+    return replace(rows, labels=[f"{task}/{label}" for label in rows.labels])
 
 
 def _rows_with(rows: Rows, values: Sequence[str], allowed: set[str]) -> Rows:

@@ -73,8 +73,23 @@ def check_encoding(encoder: Encoder, rows: Iterable[Rows]) -> None:
     if isinstance(encoder, TextEncoder | CausalEncoder | Seq2SeqEncoder):
         for some in rows:
             for start in range(0, len(some), CHECKED_TOGETHER):
-                part = range(start, min(start + CHECKED_TOGETHER, len(some)))
-                _check_tokens(encoder.tokenizer, some, {i: _texts(encoder, some, i) for i in part})
+                _check_part(encoder, some, range(start, min(start + CHECKED_TOGETHER, len(some))))
+
+
+def _check_part(encoder: TextEncoder | CausalEncoder | Seq2SeqEncoder, rows: Rows, part: Sequence[int]) -> None:
+    texts = [_texts(encoder, rows, index) for index in part]
+    try:
+        ids = encoder.tokenizer([text for of_row in texts for text in of_row], verbose=False)["input_ids"]
+    except Exception as error:  # tokenizers raise plain ones
+        for index in part if len(part) > 1 else ():
+            _check_part(encoder, rows, [index])
+        words = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{rows.places.name(part[0])}: the tokenizer refuses the text: {words}; change or remove the row"
+        ) from error
+    empty = next((index for index, tokens in zip(part, ids, strict=False) if not tokens), None)
+    if empty is not None and isinstance(encoder, TextEncoder):
+        raise InputError(f"{rows.places.name(empty)}: the text has no token; change or remove the row")
 
 
 def _texts(encoder: TextEncoder | CausalEncoder | Seq2SeqEncoder, rows: Rows, index: int) -> tuple[str, ...]:
@@ -82,19 +97,6 @@ def _texts(encoder: TextEncoder | CausalEncoder | Seq2SeqEncoder, rows: Rows, in
         return encoder.texts(rows.inputs[index], rows.labels[index])
     except InputError as error:
         raise InputError(f"{rows.places.name(index)}: {error}") from error
-
-
-def _check_tokens(tokenizer: Any, rows: Rows, texts: dict[int, tuple[str, ...]]) -> None:
-    """InputError that names the row whose texts the tokenizer refuses; texts: {row: what it is given}."""
-    try:
-        tokenizer([text for of_row in texts.values() for text in of_row], verbose=False)
-    except Exception as error:  # tokenizers raise plain ones
-        if len(texts) > 1:
-            for index, of_row in texts.items():
-                _check_tokens(tokenizer, rows, {index: of_row})
-        words = " ".join(str(error).split())[:300]
-        place = rows.places.name(next(iter(texts)))
-        raise InputError(f"{place}: the tokenizer refuses the text: {words}; change or remove the row") from error
 
 
 def check_length(config: RunConfig, model: Any) -> None:

@@ -298,6 +298,7 @@ def _task_source(stream: StreamSettings, task: TaskSettings) -> Source:
 
 def _held_out_texts(config: RunConfig) -> tuple[Task, ...]:
     stream, texts = config.stream, []
+    raise_all([problem for text in stream.held_out or [] for problem in _name_problems(text.name)], "stream.held_out")
     for text in stream.held_out or []:
         rows, _ = read_rows(stream.kind, _task_source(stream, text), config.data_dir, test=True, task=text.name)
         texts.append(

@@ -194,6 +194,9 @@ def test_row_that_the_tokenizer_refuses_is_named():
         check_encoding(encoder, [rows.take(range(1200))])
         with pytest.raises(InputError, match="t.csv, row 1200: the tokenizer refuses the text: .*change or remove"):
             check_encoding(encoder, [rows])
+    with pytest.raises(InputError, match="t.csv, row 1: the text has no token; change or remove the row"):
+        check_encoding(TextEncoder(known, 8), [Rows(["red", " "], ["x", "x"], Places.of("t.csv", 2))])
+    check_encoding(CausalEncoder(known, 8), [Rows(["red", ""], ["red", "red"])])
 
 
 def test_places_follow_the_rows():

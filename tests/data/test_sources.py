@@ -125,3 +125,12 @@ def test_unreadable_data_set_is_one_line(tmp_path, caplog, capsys):
         assert name in refused(tmp_path, dataset=name)
     assert not caplog.records
     assert capsys.readouterr().err == ""
+
+
+def test_domain_of_a_conversation_is_that_of_each_of_its_answers(tmp_path):
+    talk = [{"role": role, "content": role} for role in ("user", "assistant")]
+    rows = [{"messages": talk * 2, "from": "web"}, {"messages": talk, "from": "mail"}]
+    write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, rows)))
+    rows, domains = read(tmp_path, PROMPTS, train="t.jsonl", extra="from")
+    assert [len(prompt) for prompt in rows.inputs] == [1, 3, 1]
+    assert domains == ["web", "web", "mail"]

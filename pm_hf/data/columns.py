@@ -2,13 +2,13 @@
 
 import datetime
 import decimal
-import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Value
 
+from pm_hf.data.names import check_named
 from pm_hf.data.tables import Table, TextTable, Written
 from pm_hf.errors import InputError
 
@@ -90,32 +90,6 @@ def spelled(name: Any, names: Sequence[str]) -> str:
     """A name of the settings as the data spell it: YAML's true is "true" in a file and "True" in a data set."""
     lower = str(name).lower()
     return lower if isinstance(name, bool) and lower in names else str(name)
-
-
-def check_named(names: Sequence[str], what: str) -> None:
-    """InputError for a name of which nothing is seen."""
-    empty = [name for name in set(names) if not visible(name)]
-    if empty:
-        row = min(names.index(name) for name in empty)
-        raise InputError(f"{what} is empty in row {row}" + (f" ({ascii(names[row])})" if names[row] else ""))
-
-
-def visible(text: str) -> bool:
-    """Whether anything of a text is seen: not blanks, control and zero-width characters alone."""
-    return any(map(_is_seen, text))
-
-
-def look_alikes(names: Iterable[str]) -> list[list[str]]:
-    """Names that differ only in blanks, case, characters that are not seen or Unicode form, in groups."""
-    groups: dict[str, list[str]] = {}
-    for name in dict.fromkeys(names):
-        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
-        groups.setdefault("".join(filter(_is_seen, folded)), []).append(name)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def _is_seen(character: str) -> bool:
-    return not character.isspace() and unicodedata.category(character) not in ("Cc", "Cf")
 
 
 def as_text(value: Any, where: str, row: int, column: str, *, empty: bool = False) -> str:

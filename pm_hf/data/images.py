@@ -17,7 +17,7 @@ from PIL import Image as PillowImage
 from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from pm_hf.data.columns import check_named
+from pm_hf.data.names import check_named
 from pm_hf.data.rows import Rows
 from pm_hf.data.tables import Table
 from pm_hf.errors import InputError

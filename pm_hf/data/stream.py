@@ -12,13 +12,13 @@ from torch import Tensor
 
 from pm_hf.config.schema import RunConfig, Source, StreamSettings, TaskSettings
 from pm_hf.data.chat import answer_of
-from pm_hf.data.columns import look_alikes, spelled, visible
+from pm_hf.data.columns import spelled
+from pm_hf.data.names import look_alikes, look_alikes_in_words, meant, name_problems, visible
 from pm_hf.data.rows import Encoder, Examples, Rows
 from pm_hf.data.sources import path_of, read_rows
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import read_json
 
-LONGEST_NAME = 240  # bytes of a task's name; a folder task-NN-NAME has at most 255
 MOST_ANSWERS = 200  # a language task with more different completions has free answers, none to choose among
 
 
@@ -144,7 +144,8 @@ def make_stream(
     raise_all([f"task {name!r}: too few training rows for eval_share to hold one out" for name in few], "stream")
     if config.strategy.replay_per_class:
         tasks = _with_replay(tasks, config.strategy.replay_per_class, config.seed)
-    notes = _look_alike_notes("labels", everything) + _look_alike_notes("tasks", [task.name for task in tasks])
+    notes = _look_alike_notes("labels", [*everything, *sorted(_almost_answers(parts))] if language else everything)
+    notes += _look_alike_notes("tasks", [task.name for task in tasks]) + (() if language else _empty_notes(tasks))
     if config.strategy.joint:
         return TaskStream(scenario, (_join_tasks(tasks, everything),), notes, scored=tuple(tasks))
     return TaskStream(scenario, tuple(tasks), notes)
@@ -152,12 +153,29 @@ def make_stream(
 
 def _look_alike_notes(what: str, names: Iterable[str]) -> tuple[str, ...]:
     """One note that names those which a reader takes for the same."""
-    groups = look_alikes(names)
-    if not groups:
-        return ()
-    listed = "; ".join(" and ".join(ascii(name) for name in group) for group in groups[:5])
-    more = f" (and {len(groups) - 5} more)" if len(groups) > 5 else ""
-    return (f"{what} that differ only in blanks, case or Unicode form are kept apart: {listed}{more}",)
+    pairs = look_alikes_in_words(names)
+    return (f"{what} that differ only in blanks, case or Unicode form are kept apart: {pairs}",) if pairs else ()
+
+
+def _almost_answers(parts: Sequence[tuple[str, Rows, Rows]]) -> set[str]:
+    """Completions of tasks that would have answers to choose among if those of the test rows were written alike."""
+    written = set[str]()
+    for _, train, test in parts:
+        answers, strange = set(train.labels), set(test.labels) - set(train.labels)
+        if strange and len(answers) <= MOST_ANSWERS:
+            alike = {name for group in look_alikes([*answers, *strange]) if answers & set(group) for name in group}
+            written |= alike if strange <= alike else set()
+    return written
+
+
+def _empty_notes(tasks: Sequence[Task]) -> tuple[str, ...]:
+    """How many texts of which task say nothing."""
+    notes = []
+    for task in tasks:
+        for side, rows in (("training", task.train), ("test", task.test)):
+            empty = sum(not visible(text) for text in rows.inputs) if isinstance(rows.inputs, list) else 0
+            notes += [f"task {task.name}: {empty} of {len(rows)} {side} texts are empty"] * (empty > 0)
+    return tuple(notes)
 
 
 def batches(encoder: Encoder, examples: Examples, size: int) -> Iterator[Mapping[str, Tensor]]:
@@ -298,7 +316,7 @@ def _task_source(stream: StreamSettings, task: TaskSettings) -> Source:
 
 def _held_out_texts(config: RunConfig) -> tuple[Task, ...]:
     stream, texts = config.stream, []
-    raise_all([problem for text in stream.held_out or [] for problem in _name_problems(text.name)], "stream.held_out")
+    raise_all([problem for text in stream.held_out or [] for problem in name_problems(text.name)], "stream.held_out")
     for text in stream.held_out or []:
         rows, _ = read_rows(stream.kind, _task_source(stream, text), config.data_dir, test=True, task=text.name)
         texts.append(
@@ -311,7 +329,8 @@ def _tasks_by_class(
     stream: StreamSettings, folder: str | None, train: tuple, test: tuple
 ) -> list[tuple[str, Rows, Rows]]:
     strange = sorted(set(test[0].labels) - set(train[0].labels))
-    raise_all([f"labels in test that train lacks: {strange[:5]}"] * bool(strange), "stream")
+    hint = meant(strange, set(train[0].labels))
+    raise_all([f"labels in test that train lacks: {strange[:5]}{hint}"] * bool(strange), "stream")
     groups = _class_groups(stream.class_groups, folder, sorted(set(train[0].labels)))
     return [
         (name, _rows_with(train[0], train[0].labels, set(labels)), _rows_with(test[0], test[0].labels, set(labels)))
@@ -350,7 +369,8 @@ def _class_groups(groups: int | str | dict | None, folder: str | None, labels: S
 def _tasks_by_domain(train: tuple, test: tuple) -> list[tuple[str, Rows, Rows]]:
     domains = list(dict.fromkeys(train[1]))
     strange = sorted(set(test[1]) - set(domains))
-    raise_all([f"domains in test that train lacks: {strange[:5]}"] * bool(strange), "stream")
+    hint = meant(strange, domains)
+    raise_all([f"domains in test that train lacks: {strange[:5]}{hint}"] * bool(strange), "stream")
     return [(name, _rows_with(train[0], train[1], {name}), _rows_with(test[0], test[1], {name})) for name in domains]
 
 
@@ -361,7 +381,7 @@ def _stream_problems(
     if not names:
         problems.append("no tasks")
     problems += [f"two tasks are named {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
-    problems += [problem for name in names for problem in _name_problems(name)]
+    problems += [problem for name in names for problem in name_problems(name)]
     known = {label for name, train, _ in parts for label in left.get(name, train.labels)}
     for name, train, test in parts:
         for kind, rows in (("training", train), ("test", test)):
@@ -372,19 +392,8 @@ def _stream_problems(
         allowed = known if scenario == "domain_incremental" else set(train.labels)
         strange = sorted(set(test.labels) - allowed)
         if strange and len(train) and not language:
-            problems.append(f"task {name!r}: labels in test that train lacks: {strange[:5]}")
+            problems.append(f"task {name!r}: labels in test that train lacks: {strange[:5]}" + meant(strange, allowed))
     return problems
-
-
-def _name_problems(name: str) -> list[str]:
-    """What keeps a task's name from being a part of a folder's, which `pm_hf.runs.paths` makes of it."""
-    held = sum(len(character.encode(errors="replace")) if character.isalnum() else 1 for character in name)
-    problems = [f"a task's name holds nothing to read: {ascii(name)}"] * (not visible(name))
-    problems += [f"a task's name of {held} bytes, {name[:40]!r}…, is longer than {LONGEST_NAME}"] * (
-        held > LONGEST_NAME
-    )
-    odd = next((character for character in name if character == "\0" or "\ud800" <= character <= "\udfff"), None)
-    return problems + ([f"task {ascii(name)}: no name has the character {odd!a}"] if odd else [])
 
 
 def _qualify_labels(task: str, rows: Rows) -> Rows:

@@ -4,7 +4,7 @@ import decimal
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from pm_hf.data.columns import check_columns, label_names, look_alikes, spelled, text_of, visible
+from pm_hf.data.columns import check_columns, label_names, spelled, text_of
 from pm_hf.data.tables import TextTable, Written
 from pm_hf.errors import InputError
 
@@ -67,22 +67,6 @@ def test_names_are_what_stands_there():
     assert names(Written("0.5"), 0.25, classes=False) == ["0.5", "0.25"]
     with pytest.raises(InputError, match="column label must hold text, row 0 holds"):
         names(["x"], classes=False)
-
-
-def test_nothing_of_an_invisible_name_is_seen():
-    assert not any(map(visible, ["", " \t\n", "\u00a0\u2003", "\u200b\u200d\ufeff\u00ad", "\0"]))
-    assert all(map(visible, ["a", ".", "\N{ZERO WIDTH SPACE}a", "日", "🙂"]))
-
-
-def test_look_alikes_differ_only_in_blanks_case_or_form():
-    groups = [
-        ["apple", "apple ", "Apple", "apple\u200b"],
-        ["caf\u00e9", "cafe\u0301"],
-        ["STRASSE", "straße"],
-        ["a b", "ab"],
-    ]
-    mixed = ["pear", *(name for group in groups for name in group), "10", "1.0", "apple", "apples"]
-    assert look_alikes(mixed) == groups
 
 
 def test_yaml_s_true_is_spelled_as_the_data_are():

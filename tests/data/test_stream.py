@@ -400,7 +400,31 @@ def test_labels_that_look_alike_are_named_in_one_note(tmp_path):
     assert len(found.tasks[0].labels) == 6
     left = stream(tmp_path, **files(tmp_path, rows, rows), class_groups={"x": ["apple", "Apple"]})
     assert [note[:10] for note in left.notes] == ["4 labels a", "labels tha"]
-    assert stream(tmp_path, **files(tmp_path), class_groups=1).notes == ()
+    assert stream(tmp_path, **files(tmp_path, TEST, TEST), class_groups=1).notes == ()
+
+
+def test_label_of_the_test_rows_that_is_written_otherwise_is_named_with_what_was_meant(tmp_path):
+    settings = files(tmp_path, [("x", "apple"), ("y", "pear")], [("x", "apple "), ("y", "plum")])
+    message = "labels in test that train lacks: ['apple ', 'plum'] (they differ only in blanks, case or Unicode form: "
+    assert message + "'apple ' and 'apple')" in error(tmp_path, **settings, class_groups=1)
+    assert "'apple ' and 'apple')" in error(tmp_path, tasks=[{"name": "x", **settings}], shared_labels=True)
+
+
+@pytest.mark.parametrize(("test", "noted"), [(" a", ()), ("A", ("' A' and ' a'",)), ("b", ()), ("c", ())])
+def test_answers_that_would_be_closed_if_they_were_written_alike_are_named(tmp_path, test, noted):
+    write(tmp_path / "train.csv", [("x", "a"), ("y", "b")])
+    write(tmp_path / "test.csv", [("x", test.strip())])
+    task = {"name": "one", "train": "train.csv", "test": "test.csv"}
+    found = stream(tmp_path, kind="causal-lm", prompt_template="{text}", tasks=[task])
+    assert tuple(note.partition("apart: ")[2] for note in found.notes) == noted
+
+
+def test_empty_texts_are_counted_in_a_note(tmp_path):
+    settings = files(tmp_path, [("x", "a"), (" ", "a"), ("y", "b")], [("", "a"), ("z", "b")])
+    assert stream(tmp_path, **settings, class_groups={"all": ["a", "b"]}).notes == (
+        "task all: 1 of 3 training texts are empty",
+        "task all: 1 of 2 test texts are empty",
+    )
 
 
 def test_domains_that_look_alike_are_named_in_one_note(tmp_path):

@@ -35,8 +35,8 @@ def cells(data: Table, column: str, where: str) -> list[Any]:
         return [_without_none(value) for value in data[column]]
     try:
         values = data.select_columns([column]).with_format("arrow")[:].column(0).to_pylist()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: column {column} holds bytes that are no text: {error}") from error
+    except (ValueError, OverflowError) as error:  # bytes that are no UTF-8, dates that are none
+        raise InputError(f"{where}: column {column} cannot be read: {' '.join(str(error).split())}") from error
     if isinstance(feature, ClassLabel):
         count = feature.num_classes
         hidden = next((row for row, value in enumerate(values) if value is not None and not 0 <= value < count), None)

@@ -267,15 +267,3 @@ def test_what_cannot_be_learned_is_refused_before_training(language_data, tmp_pa
     assert "chat messages need stream.kind causal-lm" in tokens
     other = refused(settings(language_data, run, model__base=str(language_data / "t5"), stream__kind="causal-lm"))
     assert f"model.base {language_data / 't5'} cannot be loaded: Unrecognized configuration class" in other
-
-
-def test_row_that_the_template_refuses_stops_the_run_before_anything_is_made(language_data, tmp_path):
-    config = chats(language_data, tmp_path / "run", **QUICK)
-    rows = (language_data / "second-chat-train.jsonl").read_text().splitlines()
-    odd = {
-        "messages": [{"role": "user", "content": "red1"}, {"role": "assistant", "content": "gold", "tool_calls": [{}]}]
-    }
-    (tmp_path / "odd.jsonl").write_text("\n".join([*rows, json.dumps(odd)]))
-    config["stream"]["tasks"][1]["train"] = str(tmp_path / "odd.jsonl")
-    assert f"odd.jsonl, row {len(rows)}: the chat template" in refused(config)
-    assert not (tmp_path / "run").exists()

@@ -387,7 +387,7 @@ def _stream_problems(
         for kind, rows in (("training", train), ("test", test)):
             if not len(rows) and not (kind == "training" and name in left):
                 problems.append(f"task {name!r} is empty: no {kind} rows")
-            elif not language and isinstance(rows.inputs, list) and not any(map(visible, rows.inputs)):
+            elif len(rows) and not language and isinstance(rows.inputs, list) and not any(map(visible, rows.inputs)):
                 problems.append(f"task {name!r}: every {kind} text is empty")
         allowed = known if scenario == "domain_incremental" else set(train.labels)
         strange = sorted(set(test.labels) - allowed)

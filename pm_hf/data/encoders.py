@@ -13,6 +13,8 @@ from pm_hf.data.rows import Encoder, Rows
 from pm_hf.errors import InputError
 from pm_hf.models.loading import load_image_processor, load_tokenizer, resolve_base
 
+CHECKED_TOGETHER = 1000  # rows
+
 
 class TextEncoder:
     """Texts and their class, tokenised, cut to `max_length` tokens, padded to the longest of a batch."""
@@ -24,6 +26,10 @@ class TextEncoder:
     def training(self, rows: Rows, labels: Sequence[str]) -> list[dict]:
         """Same as `examples`."""
         return self.examples(rows, labels)
+
+    def texts(self, text: str, label: str) -> tuple[str]:
+        """What the tokenizer is given for a row."""
+        return (text,)
 
     def examples(self, rows: Rows, labels: Sequence[str]) -> list[dict]:
         """Token ids of each row, and `labels` as its class's index in `labels`."""
@@ -63,10 +69,34 @@ def make_encoder(config: RunConfig) -> Encoder:
 
 
 def check_encoding(encoder: Encoder, rows: Iterable[Rows]) -> None:
-    """Encode the first of each rows; InputError where the tokenizer cannot (no chat template, messages for a T5)."""
-    if isinstance(encoder, CausalEncoder | Seq2SeqEncoder):
+    """Put every row through the chat template and the tokenizer; InputError that names the first which they refuse."""
+    if isinstance(encoder, TextEncoder | CausalEncoder | Seq2SeqEncoder):
         for some in rows:
-            encoder.examples(some.take(range(min(1, len(some)))))
+            for start in range(0, len(some), CHECKED_TOGETHER):
+                _check_part(encoder, some, range(start, min(start + CHECKED_TOGETHER, len(some))))
+
+
+def _check_part(encoder: TextEncoder | CausalEncoder | Seq2SeqEncoder, rows: Rows, part: Sequence[int]) -> None:
+    texts = [_texts(encoder, rows, index) for index in part]
+    try:
+        ids = encoder.tokenizer([text for of_row in texts for text in of_row], verbose=False)["input_ids"]
+    except Exception as error:  # tokenizers raise plain ones
+        for index in part if len(part) > 1 else ():
+            _check_part(encoder, rows, [index])
+        words = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{rows.places.name(part[0])}: the tokenizer refuses the text: {words}; change or remove the row"
+        ) from error
+    empty = next((index for index, tokens in zip(part, ids, strict=False) if not tokens), None)
+    if empty is not None and isinstance(encoder, TextEncoder):
+        raise InputError(f"{rows.places.name(empty)}: the text has no token; change or remove the row")
+
+
+def _texts(encoder: TextEncoder | CausalEncoder | Seq2SeqEncoder, rows: Rows, index: int) -> tuple[str, ...]:
+    try:
+        return encoder.texts(rows.inputs[index], rows.labels[index])
+    except InputError as error:
+        raise InputError(f"{rows.places.name(index)}: {error}") from error
 
 
 def check_length(config: RunConfig, model: Any) -> None:

@@ -116,7 +116,8 @@ class LanguageScorer:
                 with autocast(self.device, self.precision):
                     made = _greedy(self.model, self.encoder, [prompts[i] for i in part], longest, ends)
                 said = self.encoder.tokenizer.batch_decode(made, skip_special_tokens=True)
-                right += sum(text.strip() == rows.labels[i].strip() for i, text in zip(part, said, strict=True))
+                wanted = [self.encoder.compared(rows.inputs[i], rows.labels[i]) for i in part]
+                right += sum(text.strip() == whole.strip() for text, whole in zip(said, wanted, strict=True))
         return right / len(rows)
 
     def _parts(self, lengths: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -135,7 +135,7 @@ class Run:
         self.tracking = Tracking(self.folder)
         args = training_arguments(config, self.folder.path, 0)
         self.encoder = make_encoder(config)
-        check_encoding(self.encoder, [rows for task in stream.all for rows in (task.train, task.test)])
+        check_encoding(self.encoder, [rows for task in stream.all for rows in (task.train, task.eval, task.test)])
         self.scorer = Scorer(config, self.encoder, args.per_device_eval_batch_size, precision(args), args.device)
         self.head = head_policy(config, self.scorer)
         self._check_rows_suffice()

@@ -217,7 +217,8 @@ def label_problems(labels: Mapping[str, list | None], shapes: Mapping[str, tuple
         if not rows:
             below = sorted({name.rpartition(".")[0] for name in shapes if name.startswith(f"{head}.")})
             inside = f"; its modules are {', '.join(below)}" if below else ""
-            problems.append(f"{LABELS_FILE} names {head}, of which the adapter holds no weight{inside}")
+            named = head if names is None else f"{len(names)} labels for {head}"
+            problems.append(f"{LABELS_FILE} names {named}, which has 0 rows in the adapter{inside}")
             continue
         if names is None:
             continue

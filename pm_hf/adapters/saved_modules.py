@@ -8,7 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pm_hf.adapters.absolute_values import Part, blend, blend_rows, by_row, parts_of, same_values, sum_of_weights
+from pm_hf.adapters.absolute_values import (
+    Part,
+    blend,
+    blend_rows,
+    by_row,
+    differing,
+    parts_of,
+    same_values,
+    sum_of_weights,
+)
 from pm_hf.adapters.checks import two_spellings
 from pm_hf.adapters.folder import Adapter
 from pm_hf.adapters.layout import LABELS_FILE
@@ -172,7 +181,12 @@ def _by_label(
     """A row for each label, blended where several adapters have it."""
     index = {label: row for row, label in enumerate(rows)}
     placed = [replace(part, places=[index[label] for label in labels[part.adapter.path]]) for part in parts]
-    return by_row(placed, len(rows), lambda few, _: blend_rows(name, few, weight))
+
+    def blended(few: list[Part], where: Tensor) -> Tensor:
+        first = next(iter(where[differing(few)].tolist()), None)
+        return blend_rows(name if first is None else f"{name} row {rows[first]}", few, weight)
+
+    return by_row(placed, len(rows), blended)
 
 
 def _free_heads(plan: Plan, saved: dict[str, Tensor]) -> dict[str, str]:

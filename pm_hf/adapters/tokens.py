@@ -96,9 +96,9 @@ def match_tokens(owners: Sequence[str], tokens: Sequence[Tokens | None], sizes: 
     """
     given = [(owner, own) for owner, own in zip(owners, tokens, strict=True) if own]
     given.sort(key=lambda pair: not pair[1].complete)
-    free = max((row + 1 for _, own in given for row in own.names), default=0)
     names: dict[int, str] = {}
     place: dict[str, int] = {}
+    following = 0  # numbers of added tokens go on without gaps, as tokenizers read them
     added: dict[int, dict[str, Any]] = {}
     for owner, own in given:
         for row, token in sorted(own.names.items()):
@@ -108,8 +108,10 @@ def match_tokens(owners: Sequence[str], tokens: Sequence[Tokens | None], sizes: 
                         f"row {row} is {names[row]!r} in {given[0][0]} and {token!r} in {owner}: tokenizers of "
                         "different vocabularies; train both with the base's, new tokens added to it"
                     )
-                place[token], free = (free, free + 1) if row in names else (row, free)
+                moves = bool(names) and row in own.added and (row in names or row > following)
+                place[token] = following if moves else row
                 names[place[token]] = token
+                following = max(following, place[token] + 1)
             if row in own.added:
                 added.setdefault(place[token], own.added[row] | {"id": place[token]})
     places = []

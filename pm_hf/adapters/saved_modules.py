@@ -167,7 +167,7 @@ def _merge_labelled(
             result.tensors[name], result.how[name] = blend(name, parts, weight), "by coefficient"
             continue
         if len(shapes := {tuple(part.value.shape[1:]) for part in parts}) > 1:
-            raise InputError(f"{name} has different row shapes: {sorted(shapes)}")
+            raise InputError(f"{name} has different row shapes: {sorted(shapes)}; train heads of one shape")
         if beside:
             result.tensors[name] = torch.cat([part.value.float() for part in parts])
         else:

@@ -15,13 +15,14 @@ RowKind = Literal["tokens", "classes", "hidden", "units"]
 TOKEN_TABLES = frozenset(
     (
         *("embed_tokens", "lm_head", "wte", "word_embeddings", "tok_embeddings", "token_embd", "shared", "embed_in"),
-        *("embed_out", "embeddings", "vocab_projector", "predictions"),
+        *("embed_out", "embeddings", "vocab_projector"),
     )
 )
 # modules around the map back to tokens, in masked language models
-TOKEN_HEADS = frozenset(("lm_head", "predictions", "generator_lm_head", "lm_predictions"))
-# layers between a body and a class head, in transformers
-HIDDEN_LAYERS = frozenset(("pooler", "pre_classifier", "sequence_summary", "projector"))
+TOKEN_HEADS = frozenset(("lm_head", "cls.predictions", "generator_lm_head", "lm_predictions"))
+# layers between a body and a class head in transformers, and names that some of them share with heads
+HIDDEN_LAYERS = frozenset(("pooler", "pre_classifier", "sequence_summary"))
+PERHAPS_HIDDEN = frozenset(("dense", "projector"))
 FIXED_ROWS = frozenset(("qa_outputs",))  # start and end of an answer
 EMBEDDING = re.compile(r"^wpe$|^(?!.*(class|bbox|box)).*embed", re.IGNORECASE)
 LAYER_NUMBER = re.compile(r"\.\d+\.")
@@ -58,7 +59,7 @@ def row_kind(module: str, adapters: Sequence[Adapter]) -> RowKind:
 def is_token_table(module: str) -> bool:
     """Whether a module's name is that of an embedding of tokens, or of the map back to them."""
     parts = _parts(module)
-    return parts[-1] in TOKEN_TABLES or (parts[-1] == "decoder" and bool(TOKEN_HEADS & set(parts)))
+    return parts[-1] in TOKEN_TABLES or (parts[-1] in ("decoder", "cls.predictions") and bool(TOKEN_HEADS & set(parts)))
 
 
 def vocabulary_rows(adapter: Adapter) -> int:
@@ -74,8 +75,8 @@ def vocabulary_rows(adapter: Adapter) -> int:
 def feeds_another(adapter: Adapter, module: str) -> bool:
     """Whether a module's outputs are the inputs of another saved one, so that its rows are no classes.
 
-    The other is of the same entry of modules_to_save, or the module is called `dense`. Of two that could feed each
-    other, the one with labels is the head.
+    The other is of the same entry of modules_to_save, or the module has a name of hidden layers. Of two that could feed
+    each other, the one with labels is the head.
     """
     sizes = _sizes(adapter)
     if module not in sizes:
@@ -83,7 +84,7 @@ def feeds_another(adapter: Adapter, module: str) -> bool:
     rows, columns = sizes[module]
     roots = [r for r in adapter.config.get("modules_to_save") or [] if f".{r}." in f".{module}."]
     for other, (outputs, inputs) in sizes.items():
-        near = "dense" in _parts(module) or any(f".{root}." in f".{other}." for root in roots)
+        near = bool(PERHAPS_HIDDEN & set(_parts(module))) or any(f".{root}." in f".{other}." for root in roots)
         circle = outputs == columns and other not in adapter.labels
         if other != module and near and inputs == rows and not circle:
             return True
@@ -91,7 +92,12 @@ def feeds_another(adapter: Adapter, module: str) -> bool:
 
 
 def _parts(module: str) -> list[str]:
-    return module.replace(".base_layer", "").split(".")
+    """The names that a module's path is made of, with the map of BERT back to tokens as one."""
+    parts = module.replace(".base_layer", "").split(".")
+    for i in range(len(parts) - 1):
+        if parts[i : i + 2] == ["cls", "predictions"]:
+            return [*parts[:i], "cls.predictions", *parts[i + 2 :]]
+    return parts
 
 
 def _is_in(name: str, module: str) -> bool:
@@ -127,12 +133,14 @@ def _sizes(adapter: Adapter) -> Mapping[str, tuple[int, int]]:
 
 
 def _in_adapted_stack(module: str, adapters: Sequence[Adapter]) -> bool:
-    """Whether the module lies inside one of numbered layers (`layers.3.…`) of which LoRA adapts some."""
-    stack = LAYER_NUMBER.split(f"{module}.", maxsplit=1)
-    adapted = (name for adapter in adapters for name in adapter.layouts)
-    return len(stack) == 2 and stack[1] != "" and any(_stack(name) == stack[0] for name in adapted)
+    """Whether the module lies inside one of numbered layers (`layers.3.…`) of which LoRA adapts some, and has as many
+    rows as one of the adapted modules has inputs or outputs."""
+    stack = _stack(f"{module}.")
+    widths = {width for a in adapters for name in a.layouts if _stack(name) == stack for width in a.shape(name)}
+    return stack is not None and all(_rows(a, module) in {0, *widths} for a in adapters) and bool(widths)
 
 
 def _stack(module: str) -> str | None:
+    """What stands before the first number inside a module's path."""
     parts = LAYER_NUMBER.split(module, maxsplit=1)
-    return parts[0] if len(parts) == 2 else None
+    return parts[0] if len(parts) == 2 and parts[1] else None

@@ -136,7 +136,10 @@ def match_tokens(owners: Sequence[str], tokens: Sequence[Tokens | None], sizes: 
 
 def tokenizer_files(folder: Path, more: Mapping[int, Mapping[str, Any]]) -> dict[str, bytes]:
     """{name: content} of the tokenizer in a folder, with further tokens {row: how it was added} added to it."""
-    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    try:
+        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    except OSError as error:
+        raise InputError(f"the tokenizer in {folder} cannot be read: {error}; copy it again") from error
     if not more:
         return files
     if FAST in files:
@@ -160,11 +163,10 @@ def base_folder(name: str, revision: str | None) -> Path | None:
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
 
     try:
         config = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError:
+    except ValueError:  # no name of a repository
         return None
     return Path(config).parent if isinstance(config, str) else None
 
@@ -176,7 +178,7 @@ def vocabulary_size(base: Path | None) -> int:
     config = read_json(base / "config.json")
     for place in (config, config.get("text_config") if isinstance(config, Mapping) else None):
         if isinstance(place, Mapping) and type(size := place.get("vocab_size")) is int:
-            return size
+            return max(size, 0)
     return 0
 
 

@@ -17,7 +17,7 @@ from pm_hf.adapters.absolute_values import (
     same_values,
     sum_of_weights,
 )
-from pm_hf.adapters.folder import Adapter, base_name
+from pm_hf.adapters.folder import Adapter
 from pm_hf.adapters.plan import Plan
 from pm_hf.adapters.rows import is_token_table, vocabulary_rows
 from pm_hf.adapters.tokens import (
@@ -39,22 +39,18 @@ SAVE_TOKENIZERS = "rows of new tokens are matched by the tokenizer beside each a
 class Vocabulary:
     """Rows of tokens in a merge.
 
-    places: {adapter: the row of the merge for each of its rows, None for one that no token uses}. rows: of the merge.
-    base: rows of the base's embedding, 0 where that is not known. tokenizer: {file name: content} of the one that names
-    the rows, from the folder `source`. whole: the adapter whose embeddings are taken, where tokens cannot be matched.
+    places: {adapter: the row of the merge for each of its rows, None for one that no token uses}. base: rows of the
+    base's embedding, 0 where that is not known. names: {row: token}. tokenizer: {file name: content} of the one that
+    names the rows; source: the folder that it is from. whole: the adapter whose embeddings are taken, where tokens
+    cannot be matched.
     """
 
     places: Mapping[Path, Sequence[int | None]] = field(default_factory=dict)
-    rows: int = 0
     base: int = 0
-    kept: Tokens | None = None
+    names: Mapping[int, str] = field(default_factory=dict)
     tokenizer: Mapping[str, bytes] = field(default_factory=dict)
+    source: str | None = None
     whole: Adapter | None = None
-
-    @property
-    def source(self) -> str | None:
-        """Folder of the tokenizer."""
-        return str(self.kept.folder) if self.kept else None
 
 
 def match_vocabulary(plan: Plan, names: Sequence[str], rows_from: Adapter | None) -> Vocabulary:
@@ -62,25 +58,28 @@ def match_vocabulary(plan: Plan, names: Sequence[str], rows_from: Adapter | None
 
     InputError where rows cannot be matched and no `rows_from` is there to take them from.
     """
-    beside = {adapter.path: read_tokens(adapter.path) for adapter in plan.adapters}
     owners = [adapter for adapter in plan.adapters if vocabulary_rows(adapter)]
     if len(owners) < 2:
-        return _with_tokenizer([beside[adapter.path] for adapter in owners or plan.adapters])
-    base = base_folder(base_name(owners[-1].config), owners[-1].config.get("revision"))
-    sizes = [vocabulary_rows(adapter) for adapter in owners]
+        return _with_tokenizer([adapter.path for adapter in owners or plan.adapters])
     try:
-        tokens = _tokens(owners, names, [beside[adapter.path] for adapter in owners], base)
-        match = match_tokens([str(adapter.path) for adapter in owners], tokens, sizes)
+        base = base_folder(str(owners[-1].config.get("base_model_name_or_path")), owners[-1].config.get("revision"))
+        tokens = _tokens(owners, names, [read_tokens(adapter.path) for adapter in owners], base)
+        match = match_tokens(
+            [str(adapter.path) for adapter in owners], tokens, [vocabulary_rows(adapter) for adapter in owners]
+        )
         _check_moves(owners, names, match)
     except InputError as error:
         if _token_layers(owners):
             raise
         if rows_from is None or not vocabulary_rows(rows_from):
             raise InputError(f"{error}; or {ROWS_FROM}") from error
-        return replace(_with_tokenizer([beside[rows_from.path]]), whole=rows_from)
-    files = tokenizer_files(match.kept.folder, match.more) if match.kept else {}
+        return replace(_with_tokenizer([rows_from.path]), whole=rows_from)
     places = {adapter.path: rows for adapter, rows in zip(owners, match.places, strict=True)}
-    return Vocabulary(places, match.rows, vocabulary_size(base), match.kept, files)
+    known = Vocabulary(places, vocabulary_size(base))
+    if match.kept is None:
+        return known
+    files = tokenizer_files(match.kept.folder, match.more)
+    return replace(known, names=match.kept.names, tokenizer=files, source=str(match.kept.folder))
 
 
 def merge_tokens(plan: Plan, name: str, vocabulary: Vocabulary, rows_from: Adapter | None) -> tuple[Tensor | None, str]:
@@ -116,14 +115,23 @@ def merge_tokens(plan: Plan, name: str, vocabulary: Vocabulary, rows_from: Adapt
     return blend(name, parts, weight), "by coefficient"
 
 
-def _with_tokenizer(tokens: Sequence[Tokens | None]) -> Vocabulary:
+def _with_tokenizer(folders: Sequence[Path]) -> Vocabulary:
     """A vocabulary whose rows need no matching, with the tokenizer that names all that the others name (of several the
-    last); without one where they contradict."""
-    given = [own for own in tokens if own]
-    most = max(reversed(given), key=lambda own: (own.complete, len(own.names)), default=None)
-    if most is None or not all(own.names.items() <= most.names.items() for own in given):
+    last); without one where they contradict, or cannot be read."""
+    having = [folder for folder in dict.fromkeys(folders) if tokenizer_files(folder, {})]
+    if not having:
         return Vocabulary()
-    return Vocabulary(kept=most, tokenizer=tokenizer_files(most.folder, {}))
+    source, files = having[-1], tokenizer_files(having[-1], {})
+    if any(tokenizer_files(folder, {}) != files for folder in having[:-1]):
+        try:
+            tokens = [known for folder in reversed(having) if (known := read_tokens(folder))]
+        except InputError:
+            return Vocabulary()
+        most = max(tokens, key=lambda known: (known.complete, len(known.names)))
+        if not all(known.names.items() <= most.names.items() for known in tokens):
+            return Vocabulary()
+        source, files = most.folder, tokenizer_files(most.folder, {})
+    return Vocabulary(tokenizer=files, source=str(source))
 
 
 def _tokens(
@@ -186,7 +194,7 @@ def _copied_rows(
     if int(where.min()) < (vocabulary.base or max(1, count // 2)):
         raise InputError(f"{name} is a weight of the base model and differs between the adapters: not one base")
     if rows_from is None:
-        token = vocabulary.kept.names.get(int(where[0])) if vocabulary.kept else None
+        token = vocabulary.names.get(int(where[0]))
         raise InputError(
             f"{name}: the adapters have one base, and copies of it that differ in {len(where)} of {count} rows only, "
             f"first row {int(where[0])}{'' if token is None else f' ({token!r})'}: rows of new tokens that were drawn "

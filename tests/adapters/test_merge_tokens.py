@@ -1,6 +1,7 @@
 """Embeddings of new tokens in a merge: rows are matched by the tokenizers beside the adapters, which it keeps."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -84,6 +85,19 @@ def test_rows_are_matched_by_token(tmp_path, first, second, weights):
         assert_rows(out, name, expected([a, b], name, weights or [0.5, 0.5]))
         assert len(saved_tensors(out)[name]) == WORDS + len({*first, *second})
         assert report.heads[name] == f"by token, {WORDS + len({*first, *second})} rows"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_tokens_in_any_order(tmp_path, seed):
+    draw = random.Random(seed)
+    folders = []
+    for i in range(3):
+        added = draw.sample([f"<{x}>" for x in "abcde"], draw.randrange(6))
+        folders.append(adapter(tmp_path / f"{i}", i, WORDS + len(added), *added))
+    weights = [0.2, 0.3, 0.5]
+    out, _ = merged(tmp_path, *folders, weights=weights)
+    for name in TABLES:
+        assert_rows(out, name, expected(folders, name, weights))
 
 
 def test_one_vocabulary_is_blended_whole_and_its_tokenizer_kept(tmp_path):
@@ -245,6 +259,16 @@ def test_the_tokenizer_beside_plain_adapters_is_kept(tmp_path):
         for name in ("tokenizer.json", "tokenizer_config.json"):
             assert (out / name).exists() == (kept is not None)
             assert kept is None or (out / name).read_bytes() == (tmp_path / kept / name).read_bytes()
+
+
+def test_a_tokenizer_that_nothing_can_read_is_no_reason_to_refuse_plain_adapters(tmp_path):
+    for i, x in enumerate("ab"):
+        (write_folder(tmp_path / x, seed=i) / "tokenizer.json").write_text("{" + x)
+    out, report = merged(tmp_path, tmp_path / "a", tmp_path / "b")
+    assert report.tokenizer is None
+    assert not (out / "tokenizer.json").exists()
+    out, report = merged(tmp_path, tmp_path / "a", overwrite=True)
+    assert (out / "tokenizer.json").read_text() == "{a"
 
 
 # against PEFT: a token's row is its row in the model that is loaded

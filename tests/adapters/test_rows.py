@@ -35,6 +35,9 @@ def layer(out, columns):
         *((name, {"weight": (H,), "bias": (H,)}, "units") for name in ("model.norm", "ln_f", "odd")),
         ("lm_head.dense", layer(H, H), "units"),
         ("layers.1.mlp.fc2", layer(H, H), "units"),  # LoRA adapts layers.0 and layers.1
+        ("layers.1.exit", HEAD, "classes"),
+        ("predictions", HEAD, "classes"),
+        ("cls.predictions", {"bias": (WORDS,)}, "tokens"),
         ("blocks.1.mlp.fc2", layer(H, H), "classes"),
         ("qa_outputs", layer(2, H), "units"),
         *((name, layer(H, H), "hidden") for name in ("pooler.dense", "pre_classifier", "bert.pooler.dense")),
@@ -69,6 +72,7 @@ def saved_under(path, roots, modules, labels=None):
         (["head"], {"head.0": (8, H), "head.2": (4, 8), "head.4": (CLASSES, 4)}, {"head.0", "head.2"}),
         (["head"], {"head.a": (H, H), "head.b": (H, H), "head.out": (CLASSES, H)}, {"head.a", "head.b"}),
         (["head", "classifier"], {"head.dense": (H, H), "classifier": (CLASSES, H)}, {"head.dense"}),  # ModernBERT
+        (["projector", "classifier"], {"projector": (8, H), "classifier": (CLASSES, 8)}, {"projector"}),  # Whisper
         (["first", "second"], {"first": (H, H), "second": (CLASSES, H)}, set()),  # H classes, or hidden? not known
         (["classifier"], {"classifier.dense": (H, H), "classifier.out_proj": (H, H)}, set()),
     ],

@@ -56,33 +56,25 @@ def read_tokens(folder: Path) -> Tokens | None:
     complete = (folder / FAST).is_file()
     if complete:
         content = _mapping(folder / FAST)
-        model = content.get("model")
-        vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
-        if isinstance(vocabulary, list):  # [[piece, score], …]
-            vocabulary = {piece[0]: row for row, piece in enumerate(vocabulary) if isinstance(piece, list) and piece}
-        if not isinstance(vocabulary, Mapping):
-            raise InputError(f"{folder / FAST} has no model.vocab; save the tokenizer again")
-        _add(names, folder / FAST, {row: token for token, row in vocabulary.items()})
+        _name(names, folder / FAST, _vocabulary(folder / FAST, content.get("model")))
         entries = content.get("added_tokens") or []
         if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
             raise InputError(f"{folder / FAST}: added_tokens is no list of tokens; save the tokenizer again")
-        new = {entry.get("id"): dict(entry) for entry in entries if entry.get("id") not in names}
-        _add(names, folder / FAST, {entry.get("id"): entry.get("content") for entry in entries})
-        added |= new
+        new = _name(names, folder / FAST, [(entry.get("id"), entry.get("content")) for entry in entries])
+        added |= {entry["id"]: dict(entry) for entry in entries if entry["id"] in new}
     if (folder / SETTINGS).is_file():
         decoder = _mapping(folder / SETTINGS).get("added_tokens_decoder") or {}
-        if not isinstance(decoder, Mapping):
+        if not isinstance(decoder, Mapping) or not all(isinstance(entry, Mapping) for entry in decoder.values()):
             raise InputError(
                 f"{folder / SETTINGS}: added_tokens_decoder is no {{row: token}}; save the tokenizer again"
             )
-        entries = {_row(row): entry for row, entry in decoder.items()}
-        contents = {row: entry.get("content") if isinstance(entry, Mapping) else None for row, entry in entries.items()}
-        added |= {row: {**entry, "id": row} for row, entry in entries.items() if row not in names and contents[row]}
-        _add(names, folder / SETTINGS, contents)
+        numbered = [(_row(row), entry) for row, entry in decoder.items()]
+        new = _name(names, folder / SETTINGS, [(row, entry.get("content")) for row, entry in numbered])
+        added |= {row: {**entry, "id": row} for row, entry in numbered if row in new}
     if (folder / ADDED).is_file():
-        rows = {row: token for token, row in _mapping(folder / ADDED).items()}
-        added |= {row: {"id": row, "content": token, **FLAGS} for row, token in rows.items() if row not in names}
-        _add(names, folder / ADDED, rows)
+        rows = [(row, token) for token, row in _mapping(folder / ADDED).items()]
+        new = _name(names, folder / ADDED, rows)
+        added |= {row: {"id": row, "content": token, **FLAGS} for row, token in rows if row in new}
     once = {token: row for row, token in sorted(names.items(), reverse=True)}
     names = {row: token for token, row in once.items()}
     return Tokens(folder, names, {row: entry for row, entry in added.items() if row in names}, complete)
@@ -192,19 +184,36 @@ def _mapping(path: Path) -> Mapping:
 
 
 def _row(text: object) -> object:
+    """A number out of a key of JSON."""
     return int(text) if isinstance(text, str) and text.isdecimal() and len(text) < 10 else text
 
 
-def _add(names: dict[int, str], path: Path, rows: Mapping) -> None:
-    """Names of rows out of a file; InputError for what is no row or no token, or another token than a file before."""
-    for row, token in rows.items():
+def _vocabulary(path: Path, model: object) -> list[tuple[object, object]]:
+    """(row, token) of a tokenizer's model of words or pieces."""
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    if isinstance(vocabulary, Mapping):
+        return [(row, token) for token, row in vocabulary.items()]
+    if isinstance(vocabulary, list) and all(isinstance(piece, list) and piece for piece in vocabulary):
+        return [(row, piece[0]) for row, piece in enumerate(vocabulary)]  # [[piece, score], …]
+    raise InputError(f"{path} has no model.vocab of words or pieces; save the tokenizer again")
+
+
+def _name(names: dict[int, str], path: Path, rows: Sequence[tuple[object, object]]) -> set[int]:
+    """Name rows out of a file; returns those that had no name. InputError for what is no row or no token, or another
+    token than a file before."""
+    new = set()
+    for row, token in rows:
         if type(row) is not int or row < 0 or not isinstance(token, str):
             raise InputError(f"{path}: expected tokens with their numbers, found {token!r} at {row!r}; save it again")
-        if names.setdefault(row, token) != token:
+        if row not in names:
+            names[row] = token
+            new.add(row)
+        elif names[row] != token:
             raise InputError(
                 f"{path}: token {row} is {token!r}, another file of the tokenizer says {names[row]!r}; save it again"
             )
+    return new
 
 
 def _bytes(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(content, indent=2) + "\n").encode()

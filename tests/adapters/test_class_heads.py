@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 from helpers.adapter_folders import saved_tensors, tree, write_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pm_hf import InputError, inspect_adapters, merge_adapters
 from pm_hf.adapters.folder import open_adapter
@@ -174,6 +176,29 @@ def test_one_number_written_in_two_ways_in_two_adapters(tmp_path, labels):
 def test_what_is_no_list_of_labels(tmp_path, labels):
     path = folder(tmp_path / "a", layer("fc", 2, 1), {"fc": labels})
     refused(tmp_path, r"labels.json must hold \{head module: \[label, …\]\}, labels texts or numbers", path)
+
+
+LABELS = st.sampled_from(["a", "0", "1", "1.0", "true", 0, 1, 2, 1.0, 0.5, True, False, None]) | st.lists(st.none())
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    return folder(tmp_path_factory.mktemp("any") / "adapter", layer("fc", 3, 1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(labels=st.lists(LABELS, min_size=2, max_size=4) | LABELS)
+def test_any_labels_are_texts_or_one_error(labelled, labels):
+    (labelled / "labels.json").write_text(json.dumps({"fc": labels}))
+    try:
+        adapter = open_adapter(labelled)
+    except InputError:
+        return
+    if labels is None:
+        assert (adapter.labels, adapter.in_order) == ({}, ("fc",))
+        return
+    assert adapter.labels == {"fc": [x if isinstance(x, str) else json.dumps(x) for x in labels]}
+    assert all(first is second or first != second for first, second in itertools.combinations(labels, 2))
 
 
 # rows

@@ -4,6 +4,8 @@ import json
 
 import pytest
 from helpers.tokenizers import word_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from pm_hf import InputError
@@ -63,13 +65,22 @@ def test_added_tokens_alone(tmp_path, files):
         ({"tokenizer": []}, r"tokenizer\.json holds a list"),
         ({"tokenizer": {"model": {}}}, r"tokenizer\.json has no model\.vocab"),
         ({"tokenizer": {"model": {"vocab": {"a": "0"}}}}, "expected tokens with their numbers, found 'a' at '0'"),
+        ({"tokenizer": {"model": {"vocab": {"a": [0]}}}}, r"found 'a' at \[0\]"),
+        ({"tokenizer": {"model": {"vocab": [[["a"], 0.0]]}}}, r"found \['a'\] at 0"),
+        ({"tokenizer": {"model": {"vocab": [1]}}}, r"tokenizer\.json has no model\.vocab"),
+        (
+            {"tokenizer": {"model": {"vocab": {"a": 0, "b": 0}}}},
+            "token 0 is 'b', another file of the tokenizer says 'a'",
+        ),
+        ({"tokenizer": {"model": {"vocab": {}}, "added_tokens": [{"id": [1]}]}}, r"found None at \[1\]"),
         ({"tokenizer": {"model": {"vocab": {}}, "added_tokens": [3]}}, "added_tokens is no list of tokens"),
         ({"added_tokens": {"<a>": -1}}, "found '<a>' at -1"),
         ({"added_tokens": {"<a>": True}}, "found '<a>' at True"),
         ({"added_tokens": [1]}, r"added_tokens\.json holds a list"),
         ({"tokenizer_config": {"added_tokens_decoder": [1]}}, "added_tokens_decoder is no"),
         ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "<a>"}}}}, "found '<a>' at 'x'"),
-        ({"tokenizer_config": {"added_tokens_decoder": {"7": "<a>"}}}, "found None at 7"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"7": "<a>"}}}, "added_tokens_decoder is no"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"7": {}}}}, "found None at 7"),
         (
             {"added_tokens": {"<a>": 7}, "tokenizer": {"model": {"vocab": {"w": 7}}}},
             "token 7 is '<a>', another file of the tokenizer says 'w'",
@@ -185,3 +196,35 @@ def test_the_vocabulary_of_a_base_on_this_machine(tmp_path):
     for name in ("nobody/nothing", "/not/there/at/all", "a b/c"):
         assert base_folder(name, None) is None
     assert vocabulary_size(None) == 0
+
+
+NUMBERS = st.integers(-2, 9) | st.sampled_from([True, 1.0, 10**400])
+WORDS_OR_ODD = st.sampled_from(["a", "b", "<c>", "", "7", "\ud800"]) | NUMBERS | st.none()
+ENTRIES = st.fixed_dictionaries({}, optional={"id": WORDS_OR_ODD, "content": WORDS_OR_ODD, "special": st.booleans()})
+TABLES = st.dictionaries(st.sampled_from(["a", "b", "3", "4", "<c>"]), WORDS_OR_ODD | ENTRIES, max_size=3)
+LISTS = st.lists(ENTRIES | WORDS_OR_ODD | st.lists(WORDS_OR_ODD, max_size=2), max_size=3)
+ANY = TABLES | LISTS | WORDS_OR_ODD
+CONTENTS = {
+    "tokenizer": st.fixed_dictionaries(
+        {}, optional={"model": st.fixed_dictionaries({}, optional={"vocab": ANY}) | ANY, "added_tokens": ANY}
+    ),
+    "tokenizer_config": st.fixed_dictionaries({}, optional={"added_tokens_decoder": ANY}),
+    "added_tokens": ANY,
+}
+
+
+@settings(max_examples=100, deadline=None)
+@given(files=st.fixed_dictionaries({}, optional={name: content | ANY for name, content in CONTENTS.items()}))
+def test_any_content_is_tokens_or_one_error(tmp_path_factory, files):
+    folder = write(tmp_path_factory.mktemp("any"), **files)
+    try:
+        tokens = read_tokens(folder)
+        both = match(tokens, tokens, sizes=[4, 4]) if tokens else None
+    except InputError:
+        return
+    if tokens is None:
+        assert not files
+        return
+    assert all(type(row) is int and row >= 0 and isinstance(token, str) for row, token in tokens.names.items())
+    assert len(set(tokens.names.values())) == len(tokens.names)
+    assert both.places == [list(range(4))] * 2

@@ -55,7 +55,8 @@ def merge_saved(plan: Plan, rows_from: Adapter | None = None) -> Saved:
     """
     result, problems = Saved(), list[str]()
     modules, labels = saved_modules(plan.adapters), _labels(plan.adapters)
-    kinds = {module: row_kind(module, plan.adapters) for module in modules if module not in labels}
+    in_order = {module for adapter in plan.adapters for module in adapter.in_order} - set(labels)
+    kinds = {m: "units" if m in in_order else row_kind(m, plan.adapters) for m in modules if m not in labels}
     tokens = [name for module, kind in kinds.items() if kind == "tokens" for name in modules[module]]
     vocabulary = match_vocabulary(plan, tokens, rows_from)
     result.tokenizer, result.tokenizer_of = vocabulary.tokenizer, vocabulary.source
@@ -69,9 +70,8 @@ def merge_saved(plan: Plan, rows_from: Adapter | None = None) -> Saved:
                 result.tensors |= {} if value is None else {name: value}
             continue
         parts = {name: parts_of(plan, name) for name in names}
-        in_order = any(module in adapter.in_order for adapter in plan.adapters)
-        result.labels |= {module: None} if in_order else {}
-        if not _mixable(kinds[module] if not in_order else "units", parts):
+        result.labels |= {module: None} if module in in_order else {}
+        if not _mixable(kinds[module], parts):
             if rows_from is None or any(name not in rows_from.saved for name in names):
                 problems.append(_unnamed(module, kinds[module], parts))
                 continue

@@ -54,12 +54,13 @@ class Vocabulary:
 
 
 def match_vocabulary(plan: Plan, names: Sequence[str], rows_from: Adapter | None) -> Vocabulary:
-    """Which rows of the adapters are one token; names: the saved tensors with a row for each token.
+    """Which rows of the adapters are one token; names: the saved tensors with a row for each token, but those whose
+    rows labels.json calls the same in all.
 
     InputError where rows cannot be matched and no `rows_from` is there to take them from.
     """
     owners = [adapter for adapter in plan.adapters if vocabulary_rows(adapter)]
-    if len(owners) < 2:
+    if len(owners) < 2 or not (names or _token_layers(owners)):
         return _with_tokenizer([adapter.path for adapter in owners or plan.adapters])
     try:
         base = base_folder(str(owners[-1].config.get("base_model_name_or_path")), owners[-1].config.get("revision"))

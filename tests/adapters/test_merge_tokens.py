@@ -171,6 +171,15 @@ def test_new_rows_that_nothing_names_are_refused(tmp_path):
     assert report.heads[EMBED] == f"from {d}"
 
 
+def test_rows_that_are_called_the_same_in_all_are_blended_as_they_stand(tmp_path):
+    base = {"base_model_name_or_path": base_model(tmp_path / "base", WORDS)}
+    a, b = (adapter(tmp_path / x, i, WORDS + 1, tokenizer=False, **base) for i, x in enumerate("ab"))
+    (b / "labels.json").write_text(json.dumps({name.removesuffix(".weight"): None for name in TABLES}))
+    out, _ = merged(tmp_path, a, b)
+    for name in TABLES:
+        assert torch.equal(saved_tensors(out)[name], sum(saved_tensors(folder)[name] * 0.5 for folder in (a, b)))
+
+
 def test_an_adapter_without_new_rows_has_the_tokenizer_of_the_base(tmp_path):
     base = {"base_model_name_or_path": base_model(tmp_path / "base", 48)}
     word_tokenizer(tmp_path / "base", WORDS, "<base>")

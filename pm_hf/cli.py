@@ -134,6 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--freedom", default="global", help="global, module or free")
     merge.add_argument("--weights", nargs="+", type=float, help="one for each adapter")
     merge.add_argument("--option", action="append", default=[], metavar="key=value", help="setting of the method")
+    merge.add_argument(
+        "--rows-from", metavar="ADAPTER", help="whose head and embeddings to take where rows have no names"
+    )
     merge.add_argument("--max-rank", type=_rank, help="largest rank kept, or full; default: exact")
     merge.add_argument("--energy", type=float, help="share of the squared norm kept")
     merge.add_argument("--dtype", help="float32, float16 or bfloat16; default float32")
@@ -227,6 +230,7 @@ def _merge(options: argparse.Namespace) -> int:
         weights=options.weights,
         options=_option_pairs(options.option),
         learned=options.learned,
+        rows_from=options.rows_from,
         max_rank=options.max_rank,
         energy=options.energy,
         dtype=options.dtype,

@@ -1,5 +1,6 @@
 """What is asked of an adapter folder before it is read: its configuration, its targets, its biases, its labels."""
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -189,15 +190,54 @@ def bias_problems(config: Mapping, layouts: Mapping[str, Layout]) -> list[str]:
 
 
 def are_labels(names: object) -> bool:
-    """Whether a value of labels.json names rows: a list of texts or numbers."""
-    return isinstance(names, list) and all(isinstance(name, str | int | float) for name in names)
+    """Whether a value of labels.json names rows: a list of texts or numbers, or null for rows in one order in all."""
+    return names is None or (isinstance(names, list) and all(isinstance(n, str) or _is_finite(n) for n in names))
 
 
-def label_problems(labels: Mapping[str, list], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Heads that have another number of rows than labels.json names."""
+def label_text(label: str | float | bool) -> str:
+    """The text that a label stands for: 0 is "0", true is "true"."""
+    return label if isinstance(label, str) else json.dumps(label)
+
+
+def two_spellings(labels: Sequence) -> tuple | None:
+    """Two labels that are the same number written in two ways (1 and true, 1 and 1.0); None where there are none."""
+    numbers: dict = {}
+    for label in labels:
+        if not isinstance(label, str) and type(numbers.setdefault(label, label)) is not type(label):
+            return numbers[label], label
+    return None
+
+
+def label_problems(labels: Mapping[str, list | None], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with labels.json: another number of rows than the head has, or one label written in two ways."""
     problems = []
     for head, names in labels.items():
-        rows = shapes.get(f"{head}.weight", (0,))[0]
-        if rows != len(names):
-            problems.append(f"{LABELS_FILE} names {len(names)} labels for {head}, which has {rows} rows")
+        own = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] == head and shape}
+        rows = {name: shape[0] for name, shape in own.items() if len(shape) > 1 or name.endswith(".bias")}
+        if not rows:
+            below = sorted({name.rpartition(".")[0] for name in shapes if name.startswith(f"{head}.")})
+            inside = f"; its modules are {', '.join(below)}" if below else ""
+            named = head if names is None else f"{len(names)} labels for {head}"
+            problems.append(f"{LABELS_FILE} names {named}, which has 0 rows in the adapter{inside}")
+            continue
+        if names is None:
+            continue
+        problems += [
+            f"{LABELS_FILE} names {len(names)} labels for {head}, which has {count} rows in {name}"
+            for name, count in rows.items()
+            if count != len(names)
+        ][:1]
+        texts: dict[str, Any] = {}
+        same = [(texts.setdefault(label_text(name), name), name) for name in names]
+        mixed = [pair for pair in same if type(pair[0]) is not type(pair[1])]
+        if pair := two_spellings(names) or next(iter(mixed), None):
+            first, second = map(json.dumps, pair)
+            problems.append(
+                f"{LABELS_FILE} names one label of {head} in two ways, {first} and {second}; write every label as the "
+                "text it stands for"
+            )
     return problems
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))

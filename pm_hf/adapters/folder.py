@@ -2,7 +2,7 @@
 
 It needs neither PEFT nor the base model: an adapter is `adapter_config.json`, `adapter_model.safetensors` and, when it
 carries a classification head, `labels.json` ({head module: [label, …] in row order; of several rows of one label the
-largest logit decides).
+largest logit decides; null: its rows are the same in every adapter, as hidden units of one start are}).
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from pm_hf.adapters.checks import (
     bias_problems,
     config_problems,
     label_problems,
+    label_text,
     target_problems,
     type_problems,
 )
@@ -56,7 +57,7 @@ class Adapter:
 
     layouts: {module: how its update is stored}. saved: names of the other tensors, absolute values and not updates:
     those of `modules_to_save`, and copies of base embeddings (`base_copies`). labels: {head module: [label, …]} of
-    `labels.json`.
+    `labels.json`, as texts. in_order: modules that it names with null, whose rows are the same in every adapter.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class Adapter:
     layouts: dict[str, Layout]
     saved: tuple[str, ...]
     labels: dict[str, list[str]] = field(default_factory=dict)
+    in_order: tuple[str, ...] = ()
 
     @property
     def scaling(self) -> dict[str, float]:
@@ -106,6 +108,10 @@ class Adapter:
     def tensor(self, name: str) -> Tensor:
         """A saved tensor, in its stored dtype."""
         return self._get(name)
+
+    def saved_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a saved tensor, without reading it."""
+        return tuple(self._handle.get_slice(PEFT_PREFIX + name).get_shape())
 
     def head_matrix(self, module: str) -> LowRank:
         """[weight | bias] of a saved linear head as (rows, in + 1) (or (rows, in) without a bias), float32."""
@@ -158,10 +164,12 @@ def open_adapter(path: str | os.PathLike) -> Adapter:
     labels = read_json(path / LABELS_FILE) if (path / LABELS_FILE).is_file() else {}
     if not isinstance(labels, dict) or not all(are_labels(names) for names in labels.values()):
         raise InputError(
-            f"adapter {path}: {LABELS_FILE} must hold {{head module: [label, …]}}, labels texts or numbers"
+            f"adapter {path}: {LABELS_FILE} must hold {{head module: [label, …]}}, labels texts or numbers; null "
+            "for a module whose rows are the same in every adapter"
         )
     problems += label_problems(labels, shapes)
-    adapter = Adapter(path, config, layouts, tuple(saved), labels)
+    texts = {head: [label_text(name) for name in names] for head, names in labels.items() if names is not None}
+    adapter = Adapter(path, config, layouts, tuple(saved), texts, tuple(sorted(set(labels) - set(texts))))
     strange = [name for name in adapter.base_copies if name.split(".")[-2:-1] not in [[e] for e in EMBEDDINGS]]
     strange = [name for name in strange if ".base_layer." not in name]
     if strange:
@@ -271,7 +279,7 @@ def write_adapter(
     template: Mapping,
     updates: dict[str, Update],
     saved: Mapping[str, Tensor],
-    labels: Mapping[str, list[str]],
+    labels: Mapping[str, list[str] | None],
     *,
     ambiguous: bool = False,
     overwrite: bool = False,
@@ -282,7 +290,7 @@ def write_adapter(
     template: an adapter_config.json whose other fields are kept. ambiguous: the ends of the modules' names may match
     other modules of the base too, so target_modules is written as an expression for the whole names. updates:
     {module: Update}, emptied while it is written so that each matrix is in memory once. A README.md in the old folder
-    is kept. extra: further JSON files {name: value}.
+    is kept. extra: further files {name: content in bytes, or a value to be written as JSON}.
     InputError when `path` exists and `overwrite` is False; whatever was there stays whole until the new folder has
     been checked.
     """
@@ -300,7 +308,7 @@ def write_adapter(
     with new_folder(path, overwrite=overwrite) as folder:
         _write(folder, config, tensors, labels)
         for name, value in (extra or {}).items():
-            write_json(folder / name, value)
+            (folder / name).write_bytes(value) if isinstance(value, bytes) else write_json(folder / name, value)
         if (path / CARD_FILE).is_file():  # perhaps written by hand
             (folder / CARD_FILE).write_bytes((path / CARD_FILE).read_bytes())
         _compare(folder, modules, tensors)
@@ -344,7 +352,7 @@ def replace_head(path: Path, head: str, weight: Tensor, bias: Tensor, labels: Se
         for file in others:
             (folder / file.name).write_bytes(file.read_bytes())
         if adapter.labels.get(head) != list(labels):
-            write_json(folder / LABELS_FILE, adapter.labels | {head: list(labels)})
+            write_json(folder / LABELS_FILE, dict.fromkeys(adapter.in_order) | adapter.labels | {head: list(labels)})
         if open_adapter(folder).layouts != adapter.layouts:
             raise RuntimeError(f"{path}: the rewritten adapter does not read back as it was written")
 
@@ -357,7 +365,9 @@ def cast_error(product: LowRank, dtype: torch.dtype) -> float:
     return difference.norm() / max(product.norm(), torch.finfo(torch.float64).tiny)
 
 
-def _write(folder: Path, config: Mapping, tensors: Mapping[str, Tensor], labels: Mapping[str, list[str]]) -> None:
+def _write(
+    folder: Path, config: Mapping, tensors: Mapping[str, Tensor], labels: Mapping[str, list[str] | None]
+) -> None:
     save_tensors(dict(tensors), folder / ADAPTER_WEIGHTS, {"format": "pt"})
     write_json(folder / ADAPTER_CONFIG, config)
     if labels:

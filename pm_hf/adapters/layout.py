@@ -21,7 +21,14 @@ ADAPTER_WEIGHTS, LABELS_FILE = "adapter_model.safetensors", "labels.json"
 MERGE_REPORT = "merge_report.json"
 
 
-ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, LABELS_FILE, MERGE_REPORT)  # all that an adapter folder of ours needs
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+
+
+# all that an adapter folder of ours may hold
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, LABELS_FILE, MERGE_REPORT, *TOKENIZER_FILES)
 
 
 PEFT_PREFIX = "base_model.model."

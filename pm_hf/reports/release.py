@@ -9,7 +9,7 @@ from typing import Any
 
 from pm_hf.adapters.download import TOKEN
 from pm_hf.adapters.folder import open_adapter
-from pm_hf.adapters.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LABELS_FILE, MERGE_REPORT
+from pm_hf.adapters.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LABELS_FILE, MERGE_REPORT, TOKENIZER_FILES
 from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.errors import InputError, raise_all
@@ -21,6 +21,8 @@ from pm_hf.runs.schemas import MergeReportFile
 LOCAL_PATH = re.compile(r"""(?<![\w/.:])~?/[^\s/,;:'"]+/[^\s,;:'"]+""")
 PUBLISHED = (f"{ADAPTER_FOLDER}/", f"{MERGED_FOLDER}/")  # files of a task's folder that are published
 SECRET_KEY = re.compile(r"(^|_)(token|password|secret|key)$")
+TOKENIZER_SETTINGS = "tokenizer_config.json"
+TOKENIZER_PATHS = ("name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file")  # local
 PLOT_SUFFIXES = (".png", ".svg")
 FILE_SETTINGS = ("train", "test")  # settings that name a file or a folder of rows
 LOCAL_SETTINGS = ("output_dir", "data_dir", "max_forgetting")  # settings that mean nothing elsewhere
@@ -52,9 +54,11 @@ class ReleasedRun:
 
     def adapter_files(self, folder: Path) -> dict[str, Any]:
         """{name: path of the file, or JSON content to be written instead} of an adapter folder."""
-        files: dict[str, Any] = {
-            name: folder / name for name in (ADAPTER_WEIGHTS, LABELS_FILE) if (folder / name).is_file()
-        }
+        whole = (ADAPTER_WEIGHTS, LABELS_FILE, *TOKENIZER_FILES)
+        files: dict[str, Any] = {name: folder / name for name in whole if (folder / name).is_file()}
+        if TOKENIZER_SETTINGS in files:
+            settings = read_json(folder / TOKENIZER_SETTINGS)
+            files[TOKENIZER_SETTINGS] = {key: settings[key] for key in settings if key not in TOKENIZER_PATHS}
         config = read_json(folder / ADAPTER_CONFIG)
         named = {"base_model_name_or_path": self.base, "revision": self.revision}
         files[ADAPTER_CONFIG] = redact(config, self.local_paths) | named
@@ -62,7 +66,10 @@ class ReleasedRun:
             read_record(folder / MERGE_REPORT, MergeReportFile, "merge again, or remove the file")
             merge = read_json(folder / MERGE_REPORT)
             files[MERGE_REPORT] = redact(
-                merge | {"inputs": [_place(path) for path in merge["inputs"]]}, self.local_paths
+                merge
+                | {"inputs": [_place(path) for path in merge["inputs"]]}
+                | ({"tokenizer": _place(merge["tokenizer"])} if merge.get("tokenizer") else {}),
+                self.local_paths,
             )
         return files
 

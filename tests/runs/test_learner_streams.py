@@ -305,6 +305,20 @@ def test_released_analytic_head_continues_from_its_statistics(tiny_base, data, t
     assert curvature.examples == [32] * 3
 
 
+@pytest.mark.parametrize("method", ["pm", "pm_gram_lda"])
+def test_the_tokenizer_beside_a_released_adapter_stays_with_what_is_merged(
+    tiny_base, data, two, two_best, tmp_path, method
+):
+    run = two if method == "pm" else two_best
+    source = shutil.copytree(run / "task-01-second", tmp_path / "start") / "merged"
+    files = {"tokenizer.json": '{"model": {"vocab": {"a": 0}}}', "tokenizer_config.json": "{}"}
+    for name, content in files.items():
+        (source / name).write_text(content)
+    learn(release(tiny_base, data, tmp_path / "run", source, method=method))
+    for folder in ("merged", "task-00-third/merged"):
+        assert {name: (tmp_path / "run" / folder / name).read_text() for name in files} == files
+
+
 def test_release_without_curvature_says_that_the_past_has_no_weight(tiny_base, data, two, tmp_path):
     alone = shutil.copytree(two / "merged", tmp_path / "alone" / "merged")
     report = learn(release(tiny_base, data, tmp_path / "run", alone))

@@ -85,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="score a merged adapter on the tasks of a config")
     evaluate.add_argument("--config", required=True, help="YAML file of the stream")
     evaluate.add_argument("--adapter", help="merged adapter; default: the newest of the run")
+    evaluate.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="exit code 0 also where tasks are left out",
+    )
     evaluate.epilog = train.epilog
     evaluate.set_defaults(run=_evaluate)
 
@@ -201,6 +206,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     scores = evaluate(config, options.adapter or RunPaths(config.output_dir).merged)
     for name, score in scores.items():
         print(f"{name}: " + ", ".join(f"{metric.replace('_', '-')} {value:.4f}" for metric, value in score.items()))
+    for note in scores.notes:
+        print(f"pm-hf: {note}", file=sys.stderr)
+    for name, reason in scores.left_out.items():
+        print(f"pm-hf: {name} is left out: {reason}", file=sys.stderr)
+    if scores.left_out and not options.allow_missing:
+        print("pm-hf: not every task was scored; --allow-missing takes that as it is", file=sys.stderr)
+        return FAILED
     return DONE
 
 

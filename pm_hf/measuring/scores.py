@@ -13,14 +13,14 @@ from torch.nn.functional import cross_entropy
 
 from pm_hf.adapters.folder import open_adapter
 from pm_hf.config.schema import RunConfig
-from pm_hf.data.encoders import TextEncoder, match_padding
+from pm_hf.data.encoders import TextEncoder, check_tokens, match_padding
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.data.rows import Encoder, Examples, Rows
 from pm_hf.data.stream import Task, batches
 from pm_hf.measuring.analytic_head import class_logits
 from pm_hf.measuring.language_scores import LanguageScorer
 from pm_hf.models.contexts import autocast, evaluating
-from pm_hf.models.loading import load_merged
+from pm_hf.models.loading import has_tokenizer, load_merged
 from pm_hf.models.lora import find_head
 
 ACCURACY_DESCRIPTION = "Accuracy of argmax over all classes seen, and of argmax inside the task's own classes."
@@ -65,6 +65,8 @@ class Scorer:
         labels = () if head is None else open_adapter(merged).labels[head]
         model = load_merged(self.config.model, merged, labels, self.config.stream.kind)
         match_padding(model, self.encoder)
+        if has_tokenizer(merged):
+            check_tokens(self.encoder, model.get_base_model())
         return model.to(self.device)
 
     def features(self, merged: Path, rows: Rows, labels: Sequence[str], head: str) -> Tensor:

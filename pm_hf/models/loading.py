@@ -59,11 +59,16 @@ def resolve_base(base: str) -> str:
 
 def load_tokenizer(settings: ModelSettings, beside: Sequence[Path] = ()) -> Any:
     """The tokenizer of the first of these adapter folders that has one beside it, else that of the base model."""
-    folder = next((folder for folder in beside if (folder / TOKENIZER_FILE).is_file()), None)
+    folder = next((folder for folder in beside if has_tokenizer(folder)), None)
     with quiet(), _clear_error(settings, folder):
         if folder is not None:
             return AutoTokenizer.from_pretrained(str(folder))
         return AutoTokenizer.from_pretrained(resolve_base(settings.base), **_source(settings))
+
+
+def has_tokenizer(adapter: Path) -> bool:
+    """Whether a tokenizer stands beside an adapter."""
+    return (adapter / TOKENIZER_FILE).is_file()
 
 
 def load_base(
@@ -122,7 +127,7 @@ def head_name(model: nn.Module) -> str:
     return f"{root}.{linears[-1]}".rstrip(".")
 
 
-def load_merged(settings: ModelSettings, folder: Path, labels: Sequence[str], kind: str = TEXT_KIND) -> nn.Module:
+def load_merged(settings: ModelSettings, folder: Path, labels: Sequence[str], kind: str = TEXT_KIND) -> PeftModel:
     """The merged adapter as every user loads it: base (with the labels' rows, and as many token embeddings as the
     adapter has), then PeftModel.from_pretrained. InputError where something of the folder finds no place in it.
     """

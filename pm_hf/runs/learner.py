@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from pm_hf.adapters.folder import open_adapter, save_adapter
+from pm_hf.adapters.folder import base_name, open_adapter, save_adapter
 from pm_hf.adapters.merge import MergeReport, merge_adapters
 from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
@@ -25,6 +25,7 @@ from pm_hf.files import locked
 from pm_hf.measuring.curvature import estimate_curvature
 from pm_hf.measuring.scores import Scorer, cut_note
 from pm_hf.merging.curvature import Curvature
+from pm_hf.models.loading import resolve_base
 from pm_hf.models.lora import adapted_layers, curvature_bytes, find_head, orthonormal_start
 from pm_hf.models.sharded import is_sharded, load_whole, put_weights, trained_weights
 from pm_hf.models.task_model import MERGED_ADAPTER, TASK_ADAPTER, TaskModel, build_task_model, task_tensors
@@ -102,7 +103,10 @@ def evaluate(config: RunConfig, adapter: str | os.PathLike) -> Evaluation:
         raise InputError(f"adapter {opened.path} knows the labels of none of the config's tasks: {reasons}")
     scores = run.scorer.score(opened.path, head, tasks)
     named = dict(zip([task.name for task in tasks], scores, strict=True))
-    return Evaluation(named, left_out, run.scorer.cut_notes(tasks))
+    notes, base = run.scorer.cut_notes(tasks), {"base_model_name_or_path": resolve_base(config.model.base)}
+    if base_name(opened.config) != base_name(base):
+        notes.append(f"the base model of the adapter is {base_name(opened.config)}, the config's {base_name(base)}")
+    return Evaluation(named, left_out, notes)
 
 
 def _lacking(task: Task, labels: Sequence[str]) -> str | None:
@@ -218,8 +222,8 @@ class Run:
         start, task = start_task(self.config, self.folder.state(0), 0), self.stream.tasks[0]
         built = self._build(task, start, skeleton=True)
         self._check_built(built, start)
-        check_tokens(self.encoder, built.model.get_base_model())
         if start.running is not None:
+            check_tokens(self.encoder, built.model.get_base_model())
             with tempfile.TemporaryDirectory() as folder:
                 adapter = Path(folder) / "adapter"
                 self._save(built, task, adapter)

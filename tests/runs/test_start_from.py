@@ -5,10 +5,11 @@ and so is that of the merge that is published.
 """
 
 import json
+import random
 
 import pytest
 import torch
-from helpers.models import OLD_NAME, SIZE
+from helpers.models import OLD_NAME, SIZE, tiny_model, word_tokenizer
 from helpers.started import BASES, COPIED, KINDS, PEFT_WARNINGS, Kind, attention, load_alone, save_base, save_start
 from helpers.streams import domains, settings, tensors, write_lines
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -218,6 +219,34 @@ def test_a_classifier_that_is_trained_is_the_one_that_was_released(tiny_base, tm
         assert torch.allclose(logits[0], expected, atol=1e-5)
     kept = {key for key in tensors(tmp_path / "start") if "lora_" not in key}
     assert kept <= set(tensors(tmp_path / "run" / "merged"))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_decoder_without_a_pad_token_learns_and_tells_what_was_cut(data, tmp_path, name):
+    """Scored in batches as row by row."""
+    base, rng = tmp_path / "base", random.Random(0)
+    tiny_model(name).save_pretrained(base)
+    tokenizer = word_tokenizer()
+    tokenizer.pad_token, tokenizer.padding_side = None, "left"
+    tokenizer.save_pretrained(base)
+    rows = [{"text": " ".join([f"{kind}0"] * rng.randint(1, 9)), "label": kind} for kind in ("red", "blue") * 8]
+    long = sum(len(row["text"].split()) > 6 for row in rows)
+    write_lines(tmp_path / "rows.jsonl", rows)
+    config = language(data, Kind(name), tmp_path / "run", "")
+    del config["start_from"]
+    config |= {"model": {"base": str(base)}, "data_dir": str(tmp_path)}
+    tasks = [{"name": "one", "train": "rows.jsonl", "test": "rows.jsonl"}]
+    config["stream"] = {"kind": "text-classification", "max_length": 6, "tasks": tasks}
+    config["training"] |= {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_eval_batch_size": 8}
+    learn(config)
+    step = step_of(tmp_path / "run")
+    cut = "are longer than stream.max_length and were cut"
+    assert step["notes"] == [f"{long} of 16 training rows {cut}", f"{long} of 16 test rows of one {cut}"]
+    for size in (1, 3):
+        config["training"]["per_device_eval_batch_size"] = size
+        again = evaluate(load_config(config), tmp_path / "run" / "merged")
+        assert again["one"]["class_incremental"] == step["scores"]["class_incremental"][0]
+        assert again.notes == [f"{long} of 16 test rows of one {cut}"]
 
 
 def test_a_head_of_another_form_is_refused_before_any_folder_is_made(tiny_base, stream_data, tmp_path):

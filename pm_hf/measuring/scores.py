@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from pm_hf.adapters.folder import open_adapter
 from pm_hf.config.schema import RunConfig
-from pm_hf.data.encoders import TextEncoder, check_tokens, match_padding
+from pm_hf.data.encoders import TextEncoder, check_length, check_tokens, match_padding
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.data.rows import Encoder, Examples, Rows
 from pm_hf.data.stream import Task, batches
@@ -64,6 +64,7 @@ class Scorer:
         """The merged adapter on its base, as every user loads it."""
         labels = () if head is None else open_adapter(merged).labels[head]
         model = load_merged(self.config.model, merged, labels, self.config.stream.kind)
+        check_length(self.config, model.get_base_model())
         match_padding(model, self.encoder)
         if has_tokenizer(merged):
             check_tokens(self.encoder, model.get_base_model())

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -96,6 +97,11 @@ def build_task_model(
     if trainable != expected:
         raise RuntimeError(f"unexpected set of trainable parameters: {sorted(trainable ^ expected)}")
     return TaskModel(model, head)
+
+
+def outline_task_model(*arguments: Any, **settings: Any) -> TaskModel:
+    """`build_task_model` as a skeleton: every InputError that building it raises, for the cost of its configuration."""
+    return build_task_model(*arguments, **settings, skeleton=True)
 
 
 def task_tensors(model: PeftModel, kind: str = TEXT_KIND) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:

@@ -28,7 +28,14 @@ from pm_hf.merging.curvature import Curvature
 from pm_hf.models.loading import resolve_base
 from pm_hf.models.lora import adapted_layers, curvature_bytes, find_head, orthonormal_start
 from pm_hf.models.sharded import is_sharded, load_whole, put_weights, trained_weights
-from pm_hf.models.task_model import MERGED_ADAPTER, TASK_ADAPTER, TaskModel, build_task_model, task_tensors
+from pm_hf.models.task_model import (
+    MERGED_ADAPTER,
+    TASK_ADAPTER,
+    TaskModel,
+    build_task_model,
+    outline_task_model,
+    task_tensors,
+)
 from pm_hf.runs.folder import ForgettingError, RunFolder, finished_labels, log_finished_task
 from pm_hf.runs.head import head_policy
 from pm_hf.runs.paths import TaskPaths
@@ -198,7 +205,8 @@ class Run:
     def _train_and_measure(self, task: Task, start: TaskStart, stop: Stop) -> TrainedTask:
         """Train, measure and save one task."""
         built, record = on_all_processes(lambda: self._build(task, start)), None
-        on_all_processes(lambda: self._check_built(built, start))
+        if start.index:  # the first one was checked before the folder was made
+            on_all_processes(lambda: self._check_built(built, start))
         if self._trains(start.index):
             with on_all_processes(lambda: self.head.before_training(built, task, start)):
                 record = self._train(built, task, start, stop)
@@ -233,7 +241,8 @@ class Run:
         """The model of a task; skeleton: without weights, to check that it can be built."""
         config = self.config
         load_whole()
-        built = build_task_model(
+        build = outline_task_model if skeleton else build_task_model
+        built = build(
             config.model,
             config.lora,
             task.labels,
@@ -243,7 +252,6 @@ class Run:
             kind=config.stream.kind,
             saved_from=start.saved,
             continue_head=config.shared_head or bool(config.strategy.replay_per_class),
-            skeleton=skeleton,
         )
         match_padding(built.model, self.encoder)
         if start.factors is not None:

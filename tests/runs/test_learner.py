@@ -292,6 +292,13 @@ def test_evaluate_of_an_adapter_that_knows_no_task_says_what_it_lacks(runs):
         evaluate(load_config(unknown), folder / "task-01-second" / "merged")
 
 
+def test_evaluate_of_texts_longer_than_the_model_has_positions_is_refused(runs):
+    folder, _, config = runs("pm")
+    longer = config | {"stream": config["stream"] | {"max_length": 1000}}
+    with pytest.raises(InputError, match="stream.max_length 1000 is more than the"):
+        evaluate(load_config(longer), folder / "merged")
+
+
 def test_a_typo_in_a_label_is_told(runs, tmp_path, data):
     folder, _, config = runs("pm")
     for name in ("train", "test"):

@@ -147,6 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="score a merged adapter on the tasks of a config")
     evaluate.add_argument("--config", required=True, help="YAML file of the stream")
     evaluate.add_argument("--adapter", help="merged adapter; default: the newest of the run")
+    evaluate.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="exit code 0 also where tasks are left out",
+    )
     evaluate.epilog = train.epilog
     evaluate.set_defaults(run=_evaluate)
 
@@ -264,6 +269,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     scores = evaluate(config, options.adapter or RunPaths(config.output_dir).merged)
     for name, score in scores.items():
         _say(f"{name}: " + ", ".join(f"{metric.replace('_', '-')} {value:.4f}" for metric, value in score.items()))
+    for note in scores.notes:
+        _say(f"pm-hf: {note}", error=True)
+    for name, reason in scores.left_out.items():
+        _say(f"pm-hf: {name} is left out: {reason}", error=True)
+    if scores.left_out and not options.allow_missing:
+        _say("pm-hf: not every task was scored; --allow-missing takes that as it is", error=True)
+        return FAILED
     return DONE
 
 

@@ -95,6 +95,11 @@ class Layout:
             return f"{prefix}A", f"{prefix}B"
         return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
+    def stored_names(self, module: str) -> list[str]:
+        """Names of all tensors of the module."""
+        more = [f"{module}.lora_E"] * (self.kind == "adalora") + [f"{module}.lora_B.bias"] * self.bias
+        return [*self.tensors(module), *more]
+
     def names(self, module: str, bias: bool) -> list[str]:
         """A name for each matrix, the bias last where there is one."""
         matrices = [module] if self.count == 1 else [f"{module}[{i}]" for i in range(self.count)]

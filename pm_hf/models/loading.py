@@ -14,19 +14,24 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
     PreTrainedModel,
 )
 from transformers.utils import logging
 
+from pm_hf.adapters.folder import open_adapter
+from pm_hf.adapters.layout import PEFT_PREFIX
 from pm_hf.config.kinds import STREAM_KINDS
 from pm_hf.config.schema import ModelSettings
-from pm_hf.errors import InputError
+from pm_hf.errors import InputError, raise_all
 from pm_hf.models.contexts import quiet, seeded
+from pm_hf.models.released import fit_vocabulary
 
 HEAD_NAMES = ("classifier", "score")  # what PEFT saves by itself for a sequence classifier
 TEXT_KIND = "text-classification"
+TOKENIZER_FILE = "tokenizer_config.json"  # beside an adapter whose tokens are not those of the base
 MOST_GGUF_BYTES = 2 * 2**30  # a model of at most this size is kept for the next load
 _kept_gguf: dict[str, tuple[PreTrainedModel, dict]] = {}
 
@@ -52,18 +57,27 @@ def resolve_base(base: str) -> str:
     return str(path)
 
 
-def load_tokenizer(settings: ModelSettings) -> Any:
-    """Tokenizer of the base model."""
-    with quiet(), _clear_error(settings):
+def load_tokenizer(settings: ModelSettings, beside: Sequence[Path] = ()) -> Any:
+    """The tokenizer of the first of these adapter folders that has one beside it, else that of the base model."""
+    folder = next((folder for folder in beside if has_tokenizer(folder)), None)
+    with quiet(), _clear_error(settings, folder):
+        if folder is not None:
+            return AutoTokenizer.from_pretrained(str(folder))
         return AutoTokenizer.from_pretrained(resolve_base(settings.base), **_source(settings))
 
 
+def has_tokenizer(adapter: Path) -> bool:
+    """Whether a tokenizer stands beside an adapter."""
+    return (adapter / TOKENIZER_FILE).is_file()
+
+
 def load_base(
-    settings: ModelSettings, labels: Sequence[str], seed: int, kind: str = TEXT_KIND
+    settings: ModelSettings, labels: Sequence[str], seed: int, kind: str = TEXT_KIND, *, skeleton: bool = False
 ) -> tuple[PreTrainedModel, list[str]]:
     """Base model, with a head of len(labels) rows for a classifier, and the modules that its checkpoint lacks.
 
-    What the checkpoint lacks is initialised with `seed`; the global random state is left as it was.
+    What the checkpoint lacks is initialised with `seed`; the global random state is left as it was. skeleton: from the
+    configuration alone, on the meta device, which tells names and shapes at once; nothing is known to lack but a head.
     """
     names = dict(enumerate(labels))
     head: dict[str, Any] = {}
@@ -73,7 +87,10 @@ def load_base(
     with seeded(seed), quiet(), _clear_error(settings):
         auto, path = getattr(transformers, STREAM_KINDS[kind].auto_model), resolve_base(settings.base)
         how = {"revision": settings.revision, "dtype": getattr(torch, settings.dtype), **head}
-        if settings.gguf_file is None:
+        info: dict[str, Any] = {"missing_keys": [], "mismatched_keys": []}
+        if skeleton:
+            model = _load_skeleton(auto, settings, head)
+        elif settings.gguf_file is None:
             model, info = auto.from_pretrained(path, output_loading_info=True, **how)
         else:
             model, info = load_gguf(auto, path, settings.gguf_file, **how)
@@ -110,11 +127,52 @@ def head_name(model: nn.Module) -> str:
     return f"{root}.{linears[-1]}".rstrip(".")
 
 
-def load_merged(settings: ModelSettings, folder: Path, labels: Sequence[str], kind: str = TEXT_KIND) -> nn.Module:
-    """The merged adapter as every user loads it: base (with the labels' rows), then PeftModel.from_pretrained."""
+def load_merged(settings: ModelSettings, folder: Path, labels: Sequence[str], kind: str = TEXT_KIND) -> PeftModel:
+    """The merged adapter as every user loads it: base (with the labels' rows, and as many token embeddings as the
+    adapter has), then PeftModel.from_pretrained. InputError where something of the folder finds no place in it.
+    """
     base, _ = load_base(settings, labels, 0, kind)
-    with seeded(0), quiet():
-        return PeftModel.from_pretrained(base, str(folder)).eval()
+    fit_vocabulary(base, open_adapter(folder))
+    mapping = getattr(base, "_checkpoint_conversion_mapping", None)
+    with seeded(0), quiet(), whole_load(folder, settings):
+        model = PeftModel.from_pretrained(base, str(folder)).eval()
+        # it does not tell what it left out, so the file is read again
+        result = model.load_adapter(str(folder), "default", torch_device="cpu", key_mapping=mapping)
+    check_loaded(folder, settings, result.missing_keys, result.unexpected_keys)
+    return model
+
+
+@contextmanager
+def whole_load(folder: Path, settings: ModelSettings) -> Iterator[None]:
+    """What PEFT raises for an adapter that does not fit a base, as one InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"adapter {folder} does not fit model.base {settings.base}: {reason}") from error
+
+
+def check_loaded(folder: Path, settings: ModelSettings, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """InputError unless every tensor of an adapter found its place, and every place its tensor."""
+    inner = (".original_module.", ".modules_to_save.")  # second names that PEFT writes for what it saves whole
+    unexpected = [name for name in unexpected if not any(part in name for part in inner)]
+    without, empty = ([name.removeprefix(PEFT_PREFIX) for name in names] for names in (unexpected, missing))
+    problems = []
+    if without:
+        problems.append(f"{len(without)} tensors have no place in it, first {without[0]}")
+    if empty:
+        problems.append(f"it lacks {len(empty)} tensors that its own configuration names, first {empty[0]}")
+    raise_all(problems, f"adapter {folder} does not fit model.base {settings.base}")
+
+
+def _load_skeleton(auto: Any, settings: ModelSettings, head: dict[str, Any]) -> PreTrainedModel:
+    """The base model without weights."""
+    named = {key: value for key, value in head.items() if key != "ignore_mismatched_sizes"}
+    config = AutoConfig.from_pretrained(resolve_base(settings.base), **_source(settings), **named)
+    with torch.device("meta"):
+        return auto.from_config(config, dtype=getattr(torch, settings.dtype))
 
 
 def _freeze_statistics(model: nn.Module) -> None:
@@ -143,14 +201,15 @@ def _saved_root(parameter: str) -> str:
 
 
 @contextmanager
-def _clear_error(settings: ModelSettings) -> Iterator[None]:
+def _clear_error(settings: ModelSettings, tokenizer: Path | None = None) -> Iterator[None]:
     try:
         yield
     except InputError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"model.base {settings.base} cannot be loaded: {reason}") from error
+        what = f"model.base {settings.base}" if tokenizer is None else f"the tokenizer beside the adapter {tokenizer}"
+        raise InputError(f"{what} cannot be loaded: {reason}") from error
 
 
 def load_gguf(auto: Any, path: str, file: str, **settings: Any) -> tuple[PreTrainedModel, dict]:

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,11 +12,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from pm_hf.adapters.folder import open_adapter, save_adapter
+from pm_hf.adapters.folder import base_name, open_adapter, save_adapter
 from pm_hf.adapters.merge import MergeReport, merge_adapters
 from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
-from pm_hf.data.encoders import check_encoding, check_length, make_encoder
+from pm_hf.data.encoders import check_encoding, check_length, check_tokens, make_encoder, match_padding
 from pm_hf.data.stream import Task, TaskStream, batches, load_stream, sample
 from pm_hf.distributed import (
     OtherProcessError,
@@ -31,14 +32,22 @@ from pm_hf.files import locked, make_folder
 from pm_hf.measuring.curvature import estimate_curvature
 from pm_hf.measuring.scores import Scorer, cut_note
 from pm_hf.merging.curvature import Curvature
+from pm_hf.models.loading import resolve_base
 from pm_hf.models.lora import adapted_layers, curvature_bytes, find_head, orthonormal_start
 from pm_hf.models.sharded import is_sharded, load_whole, put_weights, trained_weights
-from pm_hf.models.task_model import MERGED_ADAPTER, TASK_ADAPTER, TaskModel, build_task_model, task_tensors
+from pm_hf.models.task_model import (
+    MERGED_ADAPTER,
+    TASK_ADAPTER,
+    TaskModel,
+    build_task_model,
+    outline_task_model,
+    task_tensors,
+)
 from pm_hf.runs.folder import ForgettingError, RunFolder, finished_labels, log_finished_task
 from pm_hf.runs.head import head_policy
 from pm_hf.runs.paths import TaskPaths
 from pm_hf.runs.records import Report, TaskRecord, primary_metric
-from pm_hf.runs.start import TaskStart, adapter_to_fold, load_start, start_task
+from pm_hf.runs.start import TaskStart, adapter_to_fold, check_fold, load_start, start_task
 from pm_hf.runs.tracking import Tracking
 from pm_hf.training.callbacks import EarlyStopping, SequentialAveraging, Stop, stop_on_sigterm
 from pm_hf.training.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, Penalty
@@ -63,7 +72,8 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
     settings = load_config(source, values=overrides)
     args = training_arguments(settings, Path(settings.output_dir), 0)  # joins the launcher's other processes
     run = on_all_processes(lambda: Run(settings, load_stream(settings, finished_labels(settings))))
-    on_main_process(run.folder.finished)
+    if on_main_process(run.folder.finished) == 0:
+        on_all_processes(run.check_first_task)
     with _locked_by_main(run.folder.path), stop_on_sigterm() as stop:
         done = on_main_process(run.folder.begin_run)
         on_all_processes(run.folder.check_shared)
@@ -76,20 +86,52 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
     return on_main_process(lambda: run.folder.report(len(run.stream.tasks)))  # promote has written it
 
 
-def evaluate(config: RunConfig, adapter: str | os.PathLike) -> dict[str, dict[str, float]]:
-    """Scores of a merged adapter on those tasks of the config whose labels it knows, then on the held-out texts:
-    {task or text: {metric: score}}."""
+class Evaluation(dict[str, dict[str, float]]):
+    """{task or held-out text: {metric: score}} of an adapter.
+
+    left_out: {task that was not scored: why}. notes: what is to be said of the scores.
+    """
+
+    def __init__(
+        self, scores: Mapping[str, dict[str, float]], left_out: Mapping[str, str], notes: Sequence[str] = ()
+    ) -> None:
+        super().__init__(scores)
+        self.left_out, self.notes = dict(left_out), list(notes)
+
+
+def evaluate(config: RunConfig, adapter: str | os.PathLike) -> Evaluation:
+    """Scores of a merged adapter on the tasks of the config whose labels it knows, then on the held-out texts.
+
+    The tasks that are left out are named in the result, with the labels that the adapter lacks. Raises InputError for
+    an adapter that knows none of them, or that does not fit the base whole.
+    """
     opened, stream = open_adapter(adapter), load_stream(config, finished_labels(config))
-    run = Run(config, stream)
-    head, tasks = None, [*(stream.scored or stream.tasks), *stream.held_out]
+    run = Run(config, stream, opened.path)
+    head, tasks, left_out = None, [*(stream.scored or stream.tasks), *stream.held_out], dict[str, str]()
     if config.kind.has_head:
         if len(opened.labels) != 1:
             raise InputError(f"adapter {opened.path} has no labels.json with one head, so its rows have no names")
         head, labels = next(iter(opened.labels.items()))
-        tasks = [task for task in tasks if set(task.own) <= set(labels)]
+        left_out = {task.name: reason for task in tasks if (reason := _lacking(task, labels)) is not None}
+        tasks = [task for task in tasks if task.name not in left_out]
     if not tasks:
-        raise InputError(f"adapter {opened.path} knows the labels of none of the config's tasks")
-    return dict(zip([task.name for task in tasks], run.scorer.score(opened.path, head, tasks), strict=True))
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise InputError(f"adapter {opened.path} knows the labels of none of the config's tasks: {reasons}")
+    scores = run.scorer.score(opened.path, head, tasks)
+    named = dict(zip([task.name for task in tasks], scores, strict=True))
+    notes, base = run.scorer.cut_notes(tasks), {"base_model_name_or_path": resolve_base(config.model.base)}
+    if base_name(opened.config) != base_name(base):
+        notes.append(f"the base model of the adapter is {base_name(opened.config)}, the config's {base_name(base)}")
+    return Evaluation(named, left_out, notes)
+
+
+def _lacking(task: Task, labels: Sequence[str]) -> str | None:
+    """Which of a task's labels an adapter lacks; None where it knows all."""
+    lacking = [label for label in task.own if label not in labels]
+    if not lacking:
+        return None
+    more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+    return f"the adapter has no row for {', '.join(map(repr, lacking[:5]))}{more}"
 
 
 @dataclass(frozen=True)
@@ -129,12 +171,12 @@ def _noticing_removal(folder: RunFolder) -> Iterator[None]:
 class Run:
     """One stream: what one task goes through."""
 
-    def __init__(self, config: RunConfig, stream: TaskStream) -> None:
+    def __init__(self, config: RunConfig, stream: TaskStream, adapter: Path | None = None) -> None:
         self.config, self.stream = config, stream
         self.folder = RunFolder(config, stream, load_start(config, stream))
         self.tracking = Tracking(self.folder)
         args = training_arguments(config, self.folder.path, 0)
-        self.encoder = make_encoder(config)
+        self.encoder = make_encoder(config, adapter)
         check_encoding(self.encoder, [rows for task in stream.all for rows in (task.train, task.eval, task.test)])
         self.scorer = Scorer(config, self.encoder, args.per_device_eval_batch_size, precision(args), args.device)
         self.head = head_policy(config, self.scorer)
@@ -184,7 +226,8 @@ class Run:
     def _train_and_measure(self, task: Task, start: TaskStart, stop: Stop) -> TrainedTask:
         """Train, measure and save one task."""
         built, record = on_all_processes(lambda: self._build(task, start)), None
-        on_all_processes(lambda: self._check_built(built, start))
+        if start.index:  # the first one was checked before the folder was made
+            on_all_processes(lambda: self._check_built(built, start))
         if self._trains(start.index):
             with on_all_processes(lambda: self.head.before_training(built, task, start)):
                 record = self._train(built, task, start, stop)
@@ -200,10 +243,27 @@ class Run:
         frozen_now = self.config.head.strict and (index > 0 or self.folder.start is not None)
         return bool(self.config.trains) and not frozen_now
 
-    def _build(self, task: Task, start: TaskStart) -> TaskModel:
+    def check_first_task(self) -> None:
+        """InputError where the first task cannot be trained as the settings say, or not be merged with `start_from`.
+
+        It builds the task's model without weights, and merges the adapter that would come of it without writing.
+        """
+        start, task = start_task(self.config, self.folder.state(0), 0), self.stream.tasks[0]
+        built = self._build(task, start, skeleton=True)
+        self._check_built(built, start)
+        if start.running is not None:
+            check_tokens(self.encoder, built.model.get_base_model())
+            with tempfile.TemporaryDirectory() as folder:
+                adapter = Path(folder) / "adapter"
+                self._save(built, task, adapter)
+                check_fold(start.running, adapter)
+
+    def _build(self, task: Task, start: TaskStart, *, skeleton: bool = False) -> TaskModel:
+        """The model of a task; skeleton: without weights, to check that it can be built."""
         config = self.config
         load_whole()
-        built = build_task_model(
+        build = outline_task_model if skeleton else build_task_model
+        built = build(
             config.model,
             config.lora,
             task.labels,
@@ -211,9 +271,10 @@ class Run:
             config.seed,
             start.index,
             kind=config.stream.kind,
-            head_from=start.head,
+            saved_from=start.saved,
             continue_head=config.shared_head or bool(config.strategy.replay_per_class),
         )
+        match_padding(built.model, self.encoder)
         if start.factors is not None:
             orthonormal_start(built.model, TASK_ADAPTER, start.factors)
         return built
@@ -243,9 +304,12 @@ class Run:
         if start.running is not None and (start.curvature is not None or self.config.measures_curvature):
             strange = set(start.running.scaling) ^ set(adapted_layers(built.model, TASK_ADAPTER))
             if strange:
-                raise InputError(f"lora.target_modules differ from the running merge's in {sorted(strange)[:3]}")
+                raise InputError(
+                    f"lora.target_modules differ from the running merge's in {sorted(strange)[:3]}, and the curvature "
+                    "is measured on the modules of both; name the same, or use a method without curvature, like average"
+                )
         _check_rank_fits(self.config, built, len(self.stream.tasks) - start.index)
-        check_length(self.config, built.model.get_base_model().config)
+        check_length(self.config, built.model.get_base_model())
         self.head.check(built)
         if self.config.measures_curvature and start.curvature is None:
             self._check_curvature_fits(built)

@@ -400,8 +400,8 @@ def test_labels_that_look_alike_are_named_in_one_note(tmp_path):
 def test_label_of_the_test_rows_that_is_written_otherwise_is_named_with_what_was_meant(tmp_path):
     settings = files(tmp_path, [("x", "apple"), ("y", "pear")], [("x", "apple "), ("y", "plum")])
     message = "labels in test that train lacks: ['apple ', 'plum'] (they differ only in blanks, case or Unicode form: "
-    assert message + "'apple ' and 'apple')" in error(tmp_path, **settings, class_groups=1)
-    assert "'apple ' and 'apple')" in error(tmp_path, tasks=[{"name": "x", **settings}], shared_labels=True)
+    assert message + "'apple ' and 'apple')" in refusal(stream, tmp_path, **settings, class_groups=1)
+    assert "'apple ' and 'apple')" in refusal(stream, tmp_path, tasks=[{"name": "x", **settings}], shared_labels=True)
 
 
 @pytest.mark.parametrize(("test", "noted"), [(" a", ()), ("A", ("' A' and ' a'",)), ("b", ()), ("c", ())])
@@ -442,7 +442,7 @@ def test_task_whose_texts_are_all_empty_is_refused(tmp_path, empty):
     rows = [("x", "a"), (empty, "b"), (empty + " ", "b")]
     settings = files(tmp_path, rows, [("x", "a"), ("x", "b")])
     assert len(stream(tmp_path, **settings, class_groups=1).tasks) == 1
-    assert "task 'classes-01': every training text is empty" in error(tmp_path, **settings, class_groups=2)
+    assert "task 'classes-01': every training text is empty" in refusal(stream, tmp_path, **settings, class_groups=2)
 
 
 @pytest.mark.parametrize(
@@ -457,7 +457,7 @@ def test_task_whose_texts_are_all_empty_is_refused(tmp_path, empty):
     ],
 )
 def test_task_name_that_no_folder_can_have_is_refused(tmp_path, name, message):
-    assert message in error(tmp_path, tasks=[{"name": name, **files(tmp_path)}])
+    assert message in refusal(stream, tmp_path, tasks=[{"name": name, **files(tmp_path)}])
 
 
 @pytest.mark.parametrize(
@@ -475,8 +475,10 @@ def test_domain_and_class_group_of_blanks_are_refused(tmp_path):
     rows = [{"text": "x", "label": label, "from": " "} for label in "ab"]
     (tmp_path / "t.json").write_text(json.dumps(rows))
     settings = {"train": "t.json", "test": "t.json", "domain_column": "from", "scenario": "domain_incremental"}
-    assert "column from is empty in row 0 (' ')" in error(tmp_path, **settings)
-    assert "a task's name holds nothing to read: ' '" in error(tmp_path, **files(tmp_path), class_groups={" ": ["a"]})
+    assert "column from is empty in row 0 (' ')" in refusal(stream, tmp_path, **settings)
+    assert "a task's name holds nothing to read: ' '" in refusal(
+        stream, tmp_path, **files(tmp_path), class_groups={" ": ["a"]}
+    )
 
 
 def test_class_groups_name_labels_as_the_file_has_them(tmp_path):

@@ -183,6 +183,8 @@ def _merge(options: argparse.Namespace) -> int:
         print(f"{name}: rank {ranks} -> {module['rank_out']}, relative error {module['error']:.2e}")
     for name, how in report.heads.items():
         print(f"{name}: {how}")
+    for note in report.notes:
+        print(f"note: {note}")
     print(f"largest error {report.error:.2e} of the truncation, {report.cast_error:.2e} of the storage dtype")
     memory = "" if report.peak_memory_mb is None else f", peak memory {report.peak_memory_mb:.0f} MB"
     print(f"{report.seconds:.2f} s{memory}")

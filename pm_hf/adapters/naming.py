@@ -13,6 +13,7 @@ from itertools import combinations
 
 from pm_hf.adapters.architecture import ROOTS, ModelNames, may_be_renamed, model_names, model_source
 from pm_hf.adapters.folder import Adapter, base_name, is_under
+from pm_hf.adapters.layout import PEFT_PREFIX
 from pm_hf.adapters.names import is_own_class
 from pm_hf.errors import InputError
 
@@ -43,6 +44,17 @@ def one_naming(adapters: Sequence[Adapter]) -> list[Adapter]:
     named = [_renamed(adapter, models, apart) for adapter in opened]
     _refuse([pair for pair in _twins(named) if not _both_known(pair, models)], models)
     return named
+
+
+def check_loads(adapter: Adapter) -> None:
+    """InputError where PEFT would not find every tensor of the folder: the names in the file are not the model's."""
+    named = one_naming([adapter])[0]
+    odd = [full for name, full in named.stored.items() if full != PEFT_PREFIX + name]
+    if odd:
+        raise InputError(
+            f"adapter {adapter.path}: its tensor {odd[0]} has not the name that PEFT looks for; write it with the "
+            f"names of the installed transformers first: pm-hf merge {adapter.path} --output NEW"
+        )
 
 
 def _renamed(adapter: Adapter, models: Sequence[ModelNames], apart: bool) -> Adapter:

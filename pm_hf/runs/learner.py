@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from pm_hf.adapters.folder import open_adapter, save_adapter
 from pm_hf.adapters.merge import MergeReport, merge_adapters
+from pm_hf.adapters.naming import check_loads
 from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.data.encoders import check_encoding, check_length, make_encoder
@@ -70,7 +71,9 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
 def evaluate(config: RunConfig, adapter: str | os.PathLike) -> dict[str, dict[str, float]]:
     """Scores of a merged adapter on those tasks of the config whose labels it knows, then on the held-out texts:
     {task or text: {metric: score}}."""
-    opened, stream = open_adapter(adapter), load_stream(config, finished_labels(config))
+    opened = open_adapter(adapter)
+    check_loads(opened)
+    stream = load_stream(config, finished_labels(config))
     run = Run(config, stream)
     head, tasks = None, [*(stream.scored or stream.tasks), *stream.held_out]
     if config.kind.has_head:

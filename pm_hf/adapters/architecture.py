@@ -69,8 +69,8 @@ class ModelNames:
         return _numberless(module) in self.layers
 
     def renamed(self, modules: Iterable[str]) -> dict[str, str]:
-        """{module that the class lacks: the module that it was before a change of transformers}, by transformers' own
-        table for checkpoints; without those whose weights were changed too."""
+        """{module that the class lacks: the one that it became in a later transformers}, by transformers' own table for
+        checkpoints; itself where the weights are converted too, which PEFT does when it loads the adapter."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -82,7 +82,11 @@ class ModelNames:
         for module in sorted(modules):  # as transformers does: some entries wait for an earlier name
             key, converter = rename_source_key(f"{module}.weight", renamings, converters)
             new = key.removesuffix(".weight")
-            if converter is None and new not in (module, key) and not self.has(module) and self._may_have(new):
+            if self.has(module):
+                continue
+            if converter is not None:
+                new_names[module] = module
+            elif new not in (module, key) and self._may_have(new):
                 new_names[module] = new
         return new_names
 

@@ -35,14 +35,18 @@ def one_naming(adapters: Sequence[Adapter]) -> list[Adapter]:
     source = min(sources, key=lambda s: (s.class_name is None, s.config is None))
     apart = next(_twins(opened), None) is not None
     if not source.known:
-        own = all(is_own_class(adapter.config) for adapter in opened)
-        _refuse([] if own else [pair for pair in _twins(opened) if _look_renamed(*pair)], [])
+        if not all(is_own_class(adapter.config) for adapter in opened):
+            pairs = [*_twins(opened), *_strangers(opened)]
+            _refuse([pair for pair in pairs if _look_renamed(pair[1], pair[3])], [])
         return opened
-    if not apart and not any(may_be_renamed(source) for source in sources):
+    strangers = list(_strangers(opened))
+    if not apart and not strangers and not any(may_be_renamed(source) for source in sources):
         return opened
     models = model_names(source)
     named = [_renamed(adapter, models, apart) for adapter in opened]
-    _refuse([pair for pair in _twins(named) if not _both_known(pair, models)], models)
+    pairs = [pair for pair in _twins(named) if not _both_known(pair, models)]
+    pairs += [pair for pair in _strangers(named) if not _both_known(pair, models)]
+    _refuse(pairs, models)
     return named
 
 
@@ -113,27 +117,42 @@ def _twins(adapters: Sequence[Adapter]) -> Iterator[Twins]:
                 yield from ((left, module, right, other) for other in same)
 
 
+def _strangers(adapters: Sequence[Adapter]) -> Iterator[Twins]:
+    """A layer of each of two adapters that have neither a module nor a list of layers in common."""
+    distinct = {frozenset(adapter.layouts): adapter for adapter in adapters}
+    for left, right in combinations(distinct.values(), 2):
+        lists = [{_list_of(module): module for module in a.layouts if _list_of(module)} for a in (left, right)]
+        if all(lists) and not lists[0].keys() & lists[1].keys() and not left.layouts.keys() & right.layouts.keys():
+            yield left, min(lists[0].values()), right, min(lists[1].values())
+
+
+def _list_of(module: str) -> str:
+    """The first list of layers that a module is in, `model.layers`; empty without one."""
+    match = re.match(r"(.+?)\.\d+(?:\.|$)", module)
+    return match[1] if match else ""
+
+
 def _split(module: str) -> tuple[str, str]:
     """(the layer's place in the model, its name there): `model` and `layers.0.q`; without a number the last part."""
     match = re.match(r"(?:(.*?)\.)?([^.]+\.\d+(?:\..*)?)$", module)
     return (match[1] or "", match[2]) if match else (module.rpartition(".")[0], module.rpartition(".")[2])
 
 
-def _look_renamed(left: Adapter, module: str, right: Adapter, other: str) -> bool:
-    """Whether two places look like names of one rather than like two parts of a model."""
-    parts, more = (Counter(_split(name)[0].split(".")) for name in (module, other))
-    gone, came = set(parts - more) - {""}, set(more - parts) - {""}
-    changed = gone | came
+def _look_renamed(module: str, other: str) -> bool:
+    """Whether the places of two layers look like names of one rather than like two parts of a model."""
+    places = [_list_of(name) or name.rpartition(".")[0] for name in (module, other)]
+    parts, more = (Counter(place.split(".")) for place in places)
+    changed = set((parts - more) + (more - parts)) - {""}
     if changed <= ROOTS:
         return True
-    numbered = re.search(r"\.\d+(\.|$)", module) is not None
-    return numbered and not any(map(PARTS.search, changed))
+    return bool(_list_of(module)) and not any(map(PARTS.search, changed))
 
 
 def _both_known(pair: Twins, models: Sequence[ModelNames]) -> bool:
-    """Whether one class has both layers; without any class that has one of them by how the names look."""
-    known = [(model.has(pair[1]), model.has(pair[3])) for model in models]
-    return (True, True) in known or (not any(map(any, known)) and not _look_renamed(*pair))
+    """Whether one class has both layers; without any class that has one of them, whether they look like two parts."""
+    names = (pair[1], pair[3])
+    known = [tuple(model.has(name) or name in model.renamed([name]) for name in names) for model in models]
+    return (True, True) in known or (not any(map(any, known)) and not _look_renamed(*names))
 
 
 def _refuse(pairs: Sequence[Twins], models: Sequence[ModelNames]) -> None:
@@ -142,11 +161,16 @@ def _refuse(pairs: Sequence[Twins], models: Sequence[ModelNames]) -> None:
     left, module, right, other = pairs[0]
     base = left.config.get("base_model_name_or_path")
     both = f"adapter {left.path} calls a layer {module}, adapter {right.path} {other}"
-    if not models:
+    if not models and model_source(left.config).config is None:
         raise InputError(
             f"{both}: the same layer under two names, or two layers; the base's config.json would tell, and {base} is "
             f"neither a folder that has it nor in the Hub's cache: download it (hf download {base} config.json), or "
             "write the folder of the base into base_model_name_or_path of both"
+        )
+    if not models:
+        raise InputError(
+            f"{both}: the same layer under two names, or two layers, and the installed transformers cannot "
+            f"build {base} to tell; load both into one class and save them again with PEFT"
         )
     lacks = [name for name in (module, other) if not any(model.has(name) for model in models)]
     titles = " and ".join(model.title for model in models)

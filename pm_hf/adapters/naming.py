@@ -31,23 +31,28 @@ def one_naming(adapters: Sequence[Adapter]) -> list[Adapter]:
     opened = list(adapters)
     if len({base_name(adapter.config) for adapter in opened}) > 1:  # which is refused for itself
         return opened
+    if all(is_own_class(adapter.config) for adapter in opened):  # whose names are its own affair
+        return opened
     sources = [model_source(adapter.config) for adapter in reversed(opened)]  # the last one's class is written
     source = min(sources, key=lambda s: (s.class_name is None, s.config is None))
-    apart = next(_twins(opened), None) is not None
     if not source.known:
-        if not all(is_own_class(adapter.config) for adapter in opened):
-            pairs = [*_twins(opened), *_strangers(opened)]
-            _refuse([pair for pair in pairs if _look_renamed(pair[1], pair[3])], [])
+        _refuse([pair for pair in (*_twins(opened), *_strangers(opened)) if _look_renamed(pair[1], pair[3])], [])
         return opened
-    strangers = list(_strangers(opened))
-    if not apart and not strangers and not any(may_be_renamed(source) for source in sources):
+    apart = next(_twins(opened), None) is not None
+    if not apart and not any(_strangers(opened)) and not any(map(may_be_renamed, sources)):
         return opened
-    models = model_names(source)
+    models = _likeliest_first(model_names(source), opened)
     named = [_renamed(adapter, models, apart) for adapter in opened]
-    pairs = [pair for pair in _twins(named) if not _both_known(pair, models)]
-    pairs += [pair for pair in _strangers(named) if not _both_known(pair, models)]
-    _refuse(pairs, models)
+    pairs = [*_twins(named), *_strangers(named)]
+    layers = [_known_layers(model, {name for pair in pairs for name in (pair[1], pair[3])}) for model in models]
+    _refuse([pair for pair in pairs if not _both_known(pair[1], pair[3], layers)], models)
     return named
+
+
+def _likeliest_first(models: Sequence[ModelNames], adapters: Sequence[Adapter]) -> list[ModelNames]:
+    """The classes in order of how many of the adapters' layers they have."""
+    names = {module for adapter in adapters for module in adapter.layouts}
+    return sorted(models, key=lambda model: -sum(map(model.has, names)))
 
 
 def check_loads(adapter: Adapter) -> None:
@@ -64,7 +69,7 @@ def check_loads(adapter: Adapter) -> None:
 def _renamed(adapter: Adapter, models: Sequence[ModelNames], apart: bool) -> Adapter:
     """The adapter with the names of the installed transformers, where one of the classes has them. apart: other
     adapters name these layers otherwise, so that a place that only one layer of the class has tells too."""
-    saved = {name.rpartition(".")[0] for name in adapter.saved}
+    saved = {name.rpartition(".")[0].removesuffix(".base_layer") for name in adapter.saved}
     plain = [m for m, layout in adapter.layouts.items() if layout.kind != "fused" and ".base_layer" not in m]
     unknown = [name for name in {*plain, *saved} if not any(model.has(name) for model in models)]
     for model in models if unknown else ():
@@ -77,11 +82,10 @@ def _renamed(adapter: Adapter, models: Sequence[ModelNames], apart: bool) -> Ada
 
 def _with_names(adapter: Adapter, new: Mapping[str, str]) -> Adapter:
     def tensor(name: str) -> str:
-        for end in (".lora_", "."):
-            module, dot, rest = name.rpartition(end)
-            if module in new:
-                return new[module] + dot + rest
-        return name
+        module = name
+        while module and module not in new:
+            module = module.rpartition(".")[0]
+        return new[module] + name.removeprefix(module) if module else name
 
     roots = adapter.config.get("modules_to_save") or []
     moved = {
@@ -148,11 +152,17 @@ def _look_renamed(module: str, other: str) -> bool:
     return bool(_list_of(module)) and not any(map(PARTS.search, changed))
 
 
-def _both_known(pair: Twins, models: Sequence[ModelNames]) -> bool:
+def _known_layers(model: ModelNames, names: set[str]) -> set[str]:
+    """Those of the names that the class has, and those that PEFT converts when it loads them."""
+    lacking = {name for name in names if not model.has(name)}
+    return (names - lacking) | {name for name, new in model.renamed(lacking).items() if name == new}
+
+
+def _both_known(module: str, other: str, layers: Sequence[set[str]]) -> bool:
     """Whether one class has both layers; without any class that has one of them, whether they look like two parts."""
-    names = (pair[1], pair[3])
-    known = [tuple(model.has(name) or name in model.renamed([name]) for name in names) for model in models]
-    return (True, True) in known or (not any(map(any, known)) and not _look_renamed(*names))
+    if any(module in known or other in known for known in layers):
+        return any(module in known and other in known for known in layers)
+    return not _look_renamed(module, other)
 
 
 def _refuse(pairs: Sequence[Twins], models: Sequence[ModelNames]) -> None:

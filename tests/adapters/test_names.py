@@ -174,7 +174,6 @@ def test_what_real_wrappers_write_loads_into_the_model_without_them(tmp_path):
     wraps = {
         "parallel": nn.DataParallel,
         "compiled": partial(torch.compile, backend="eager"),
-        "checkpointed": checkpointed,
     }
     plain, model = peft_folder(tmp_path / "plain", make, 1, target_modules=["0", "2"])
     expected = model.eval()(x)

@@ -280,7 +280,9 @@ def _instead(path: Path) -> str:
     if below:
         more = f" and {len(below) - SHOWN} more" if len(below) > SHOWN else ""
         names = ", ".join(map(str, below[:SHOWN]))
-        return f"it has adapters in {names}{more}: give that folder, as in {path / below[-1]}"
+        return (
+            f"it has adapters in {names}{more}: give {path / below[0] if len(below) == 1 else 'one of these folders'}"
+        )
     if (path / "config.json").is_file():
         return "it holds a whole model; expected a LoRA adapter that PEFT's save_pretrained wrote"
     return "expected a folder that PEFT's save_pretrained wrote"

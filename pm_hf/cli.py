@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from pm_hf.errors import InputError
+from pm_hf.text import printable
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -180,9 +181,9 @@ def _merge(options: argparse.Namespace) -> int:
         print("weights " + " ".join(f"{weight:.6g}" for weight in report.weights))
     for name, module in report.modules.items():
         ranks = "+".join(str(rank) for rank in module["ranks_in"])
-        print(f"{name}: rank {ranks} -> {module['rank_out']}, relative error {module['error']:.2e}")
+        print(printable(f"{name}: rank {ranks} -> {module['rank_out']}, relative error {module['error']:.2e}"))
     for name, how in report.heads.items():
-        print(f"{name}: {how}")
+        print(printable(f"{name}: {how}"))
     for note in report.notes:
         print(f"note: {note}")
     print(f"largest error {report.error:.2e} of the truncation, {report.cast_error:.2e} of the storage dtype")

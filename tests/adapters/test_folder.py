@@ -25,6 +25,7 @@ from torch import nn
 from pm_hf import InputError, merge_adapters
 from pm_hf.adapters.checks import config_problems
 from pm_hf.adapters.folder import open_adapter, replace_head, save_adapter
+from pm_hf.cli import main
 
 
 class Deep(nn.Module):
@@ -420,3 +421,14 @@ def test_ranks_that_differ_are_told_to_users_of_other_tools(tmp_path):
     assert report.notes[0].startswith("the modules have ranks from 2 to 4, each with an alpha of its own")
     assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["notes"] == report.notes
     assert merge_adapters([first, first], tmp_path / "same", method="average").notes == []
+
+
+def test_names_from_a_file_reach_the_terminal_escaped(tmp_path, capsys):
+    root = "classifier\x1b[31m"
+    saved = {f"{root}.weight": torch.ones(2, 3)}
+    folder = write_folder(tmp_path / "a", {"layers.\u202e0.q": (6, 8)}, saved=saved, config={"modules_to_save": [root]})
+    assert main(["merge", str(folder), "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "layers.\\u202e0.q: rank 2 -> 2" in shown
+    assert "classifier\\x1b[31m.weight: from the only adapter" in shown
+    assert not {"\x1b", "\u202e"} & set(shown)

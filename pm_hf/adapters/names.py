@@ -71,7 +71,7 @@ def is_own_class(config: Mapping) -> bool:
 
 def plain_path(path: str, own: bool = False) -> str:
     """A module's path without wrappers; without data parallel's too unless the base is a class of one's own."""
-    parts = [part for part in path.split(".") if part not in WRAPPERS]
+    parts = without_wrappers(path).split(".")
     while not own and len(parts) > 1:
         if parts[0] == PARALLEL and parts[1] not in FACTORS:
             parts = parts[1:]
@@ -80,6 +80,11 @@ def plain_path(path: str, own: bool = False) -> str:
         else:
             break
     return ".".join(parts)
+
+
+def without_wrappers(name: str) -> str:
+    """A name without what FSDP, activation checkpointing and torch.compile put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _inside(full: str, own: bool) -> str | None:

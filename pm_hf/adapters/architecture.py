@@ -128,7 +128,7 @@ def may_be_renamed(source: ModelSource) -> bool:
         with contextlib.suppress(InputError):
             _collect(read_json(source.config), types, classes)
     table = _table()
-    stems = {re.split(r"For[A-Z]|(?:LMHead)?Model$", name)[0] for name in classes}
+    stems = {re.split(r"For[A-Z]|(?:LMHead)?Model", name)[0] for name in classes}
     parts = (name.removeprefix(stem) for stem in stems for name in table if stem and name.startswith(stem))
     return bool(types & table or any(map(PARTS_OF_CLASS.fullmatch, parts)))
 

@@ -333,3 +333,39 @@ def test_a_base_that_cannot_be_built_is_as_if_unknown(tmp_path, content):
         InputError, match="installed transformers cannot build .*base to tell; load both into one class"
     ):
         merge_adapters([first, other], tmp_path / "none", method="average")
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        ("llava", "LlavaForConditionalGeneration"),
+        ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+        ("vit", "ViTForImageClassification"),
+        ("siglip", "SiglipVisionModel"),
+        ("swin", "SwinForImageClassification"),
+    ],
+)
+def test_every_former_name_of_a_class_comes_back(library, name):
+    """Against transformers' own table read backwards, for every Linear of the class."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    source = architecture.ModelSource(f"transformers.models.{library}.modeling_{library}", name, None, None)
+    (model,) = architecture.model_names(source)
+    table = [entry.reverse_transform() for entry in get_model_conversion_mapping(model.model, add_legacy=False)]
+    backwards = [entry for entry in table[::-1] if isinstance(entry, WeightRenaming)]
+    linears = [n for n, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    former = {
+        rename_source_key(f"{n}.weight", backwards, [], reverse=True)[0].removesuffix(".weight"): n for n in linears
+    }
+    changed = {old: new for old, new in former.items() if old != new}
+    assert len(changed) > len(linears) / 2
+    assert model.renamed(changed) == changed
+    assert model.renamed(linears) == {}
+    assert architecture.may_be_renamed(source)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForSequenceClassification", "GPT2LMHeadModel", "T5Model"])
+def test_classes_that_never_changed_cost_no_import(name):
+    library = f"transformers.models.{name[:4].lower()}.modeling"
+    assert not architecture.may_be_renamed(architecture.ModelSource(library, name, None, None))

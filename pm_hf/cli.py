@@ -253,6 +253,8 @@ def _merge(options: argparse.Namespace) -> int:
         _say(f"{name}: rank {ranks} -> {module['rank_out']}, relative error {module['error']:.2e}")
     for name, how in report.heads.items():
         _say(f"{name}: {how}")
+    for note in report.notes:
+        _say(f"note: {note}")
     _say(f"largest error {report.error:.2e} of the truncation, {report.cast_error:.2e} of the storage dtype")
     memory = "" if report.peak_memory_mb is None else f", peak memory {report.peak_memory_mb:.0f} MB"
     _say(f"{report.seconds:.2f} s{memory}")

@@ -21,8 +21,14 @@ HARMLESS_SETTINGS = frozenset(
         *("rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "runtime_config", "eva_config"),
         *("loftq_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying"),
         *("target_parameters", "lora_bias"),
+        # of older versions and of other trainers: how it was trained
+        *("merge_weights", "lora_dtype", "loraplus_lr_ratio", "loraplus_lr_embedding", "loraplus_weight_decay"),
+        *("lorap_lr_ratio", "lorap_emb_lr"),
     )
 )
+
+
+QUOTED = 80  # characters of a value that a message quotes
 
 
 # how AdaLoRA chose its ranks; what it learned is in the weights
@@ -89,8 +95,14 @@ def config_problems(config: Mapping) -> list[str]:
         )
     harmless = HARMLESS_SETTINGS | ADALORA_SETTINGS if kind == "ADALORA" else HARMLESS_SETTINGS
     for key in sorted(key for key, value in config.items() if key not in harmless and value):
-        way_out = SETTING_WAYS_OUT.get(key, f"this pm_hf does not know it; {DIFFERENCE}, or train a plain LoRA")
-        problems.append(f"{key}={config[key]!r} makes the update more than scaling·BA; {way_out}")
+        setting = f"{key}={_shown(config[key])}"
+        if key in SETTING_WAYS_OUT:
+            problems.append(f"{setting} makes the update more than scaling·BA; {SETTING_WAYS_OUT[key]}")
+        else:
+            problems.append(
+                f"{setting} is a setting that this pm_hf does not know; if it only concerned the training, remove it "
+                f"from {ADAPTER_CONFIG}; if the layers compute more than scaling·BA by it, {DIFFERENCE}"
+            )
     return problems
 
 
@@ -99,22 +111,39 @@ def type_problems(config: Mapping) -> list[str]:
     adalora = peft_type(config) == "ADALORA"
     wanted = {"init_r" if adalora else "r": _is_rank, "lora_alpha": _is_number}
     problems = [f"has no {key!r}" for key in wanted if config.get(key) is None]
-    checks = {key: (check, "a positive integer" if check is _is_rank else "a number") for key, check in wanted.items()}
+    checks = {
+        key: (check, "a positive integer" if check is _is_rank else "a finite number") for key, check in wanted.items()
+    }
     checks["alpha_pattern"] = (lambda value: _is_pattern(value, _is_number), "{expression: number}")
     if not adalora:
         checks["rank_pattern"] = (lambda value: _is_pattern(value, _is_rank), "{expression: positive integer}")
     checks |= dict.fromkeys(("target_modules", "exclude_modules"), (_is_targets, "a list of names or an expression"))
     checks |= dict.fromkeys(("target_parameters", "modules_to_save"), (_is_names, "a list of names"))
+    checks["layers_to_transform"] = (_are_layers, "a layer's number or a list of numbers")
+    checks["layers_pattern"] = (_are_expressions, "an expression or a list of them")
     checks |= dict.fromkeys(("base_model_name_or_path", "revision", "task_type"), (_is_text, "a text"))
     for key, (check, expected) in checks.items():
         value = config.get(key)
         if value is not None and not check(value):
-            problems.append(f"says {key} {value!r}, expected {expected}")
+            problems.append(f"says {key} {_shown(value)}, expected {expected}")
     return problems
 
 
+def _shown(value: Any) -> str:
+    """A value as a message quotes it; of a long one the beginning."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"an integer of {value.bit_length()} bits"
+    return text if len(text) <= QUOTED else f"{text[:QUOTED]}…"
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def _is_rank(value: Any) -> bool:
@@ -137,6 +166,14 @@ def _is_expression(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _are_expressions(value: Any) -> bool:
+    return all(map(_is_expression, value if isinstance(value, list | tuple) else [value]))
+
+
+def _are_layers(value: Any) -> bool:
+    return all(type(layer) is int for layer in (value if isinstance(value, list | tuple) else [value]))
+
+
 def _is_targets(value: Any) -> bool:
     return _is_expression(value) or _is_names(value)
 
@@ -145,20 +182,26 @@ def _is_pattern(value: Any, check: Any) -> bool:
     return isinstance(value, Mapping) and all(_is_expression(key) and check(item) for key, item in value.items())
 
 
-def target_problems(config: Mapping, layouts: Mapping[str, Layout]) -> list[str]:
-    """Modules in the weights that the configuration does not target: PEFT would leave them out without a word."""
+def target_problems(
+    config: Mapping, layouts: Mapping[str, Layout], aliases: Mapping[str, str] | None = None
+) -> list[str]:
+    """Modules in the weights that the configuration does not target: PEFT would leave them out without a word.
+
+    aliases: {module: the name it has in the file}; the configuration may mean either.
+    """
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     if config.get("ensure_weight_tying"):  # which adds modules by itself
         return []
     modules = [module for module, layout in layouts.items() if layout.kind != "fused"]
     every = targets is None or targets == "all-linear"
-    outside = [
-        module
-        for module in modules
-        if not (every or _named(module, targets or ()))
-        or (excluded and _named(module, excluded))
-        or not _in_layers(module, config)
-    ]
+
+    def targeted(name: str) -> bool:
+        """Whether PEFT adapts a module of this name."""
+        meant = every or _named(name, targets or ())
+        return meant and not (excluded and _named(name, excluded)) and _in_layers(name, config)
+
+    called = {module: (module, (aliases or {}).get(module, module)) for module in modules}
+    outside = [module for module in modules if not any(map(targeted, called[module]))]
     return (
         [f"{len(outside)} modules are not in target_modules of {ADAPTER_CONFIG}, first {outside[0]}"] if outside else []
     )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class MergeReport:
 
     tasks: number of tasks in the result. modules: {module: ranks in, rank out, relative Frobenius error of the
     truncation, coefficient}. heads: {tensor: how it was merged}. cast_error: relative error of the storage dtype.
+    notes: what a user of the result should know.
     peak_memory_mb: largest anonymous resident memory while merging, null where /proc does not tell.
     """
 
@@ -52,6 +54,7 @@ class MergeReport:
     measured: int | None = None  # tasks whose curvature has weight in the result
     state: dict[str, float] | None = None  # what the method needs for its next fold
     tokenizer: str | None = None  # folder whose tokenizer names the rows of the result, None without one
+    notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: versions(("pm_hf", "torch", "safetensors")))
 
     @property
@@ -153,6 +156,7 @@ def merge_adapters(
             measured=plan.measured,
             state=getattr(plan.state, "to_save", None),
             tokenizer=saved.tokenizer_of,
+            notes=_notes(plan, modules),
         )
 
         def finished() -> MergeReport:
@@ -246,6 +250,21 @@ def _merge_modules(plan: Plan, size: _Size, keep: bool) -> tuple[dict[str, Updat
             "coefficient": plan.coefficient.for_module(module) if plan.coefficient and whole else None,
         }
     return updates, lines, max(rounding)
+
+
+def _notes(plan: Plan, modules: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    ranks = {line["rank_out"] for module, line in modules.items() if plan.layout(module).kind != "fused"}
+    notes = []
+    if len(ranks) > 1:
+        notes.append(
+            f"the modules have ranks from {min(ranks)} to {max(ranks)}, each with an alpha of its own (rank_pattern, "
+            "alpha_pattern), as PEFT reads them; a tool that takes one alpha for all tensors, such as llama.cpp, would "
+            "apply modules of a smaller rank too strongly"
+        )
+    whole = [adapter for adapter in plan.adapters if adapter.layouts]
+    if len(whole) > 1 and not any(a.layouts.keys() & b.layouts.keys() for a, b in combinations(whole, 2)):
+        notes.append("no module is adapted by two of the adapters; right if each was trained on other layers")
+    return notes
 
 
 def _merge_matrix(plan: Plan, module: str, matrix: Matrix, size: _Size) -> tuple[LowRank, float]:

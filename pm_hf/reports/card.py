@@ -141,7 +141,8 @@ def _loading(run: ReleasedRun, repo: str) -> str:
     kind, model = run.config.stream.kind, run.config.model
     how = {"dtype": model.dtype, "revision": run.revision}
     lines = loading_lines(run.base, repo, run.head, kind, on_hub=True, **how)
-    return "## Load it\n\n" + _fenced("python", f"{loading_imports(kind, on_hub=True)}\n\n{lines}")
+    notes = "".join(f"\n\n{_cell(note)}" for note in run.merge_notes())
+    return "## Load it\n\n" + _fenced("python", f"{loading_imports(kind, on_hub=True)}\n\n{lines}") + notes
 
 
 def _results(run: ReleasedRun) -> str:

@@ -52,6 +52,12 @@ class ReleasedRun:
         """The content of report.json for others."""
         return redact(read_json(self.paths.report), self.local_paths)
 
+    def merge_notes(self) -> list[str]:
+        """What the last merge says to users of its result."""
+        path = self.paths.merged / MERGE_REPORT
+        notes = read_json(path).get("notes") if path.is_file() else None
+        return [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+
     def adapter_files(self, folder: Path) -> dict[str, Any]:
         """{name: path of the file, or JSON content to be written instead} of an adapter folder."""
         whole = (ADAPTER_WEIGHTS, LABELS_FILE, *TOKENIZER_FILES)

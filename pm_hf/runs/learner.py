@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from pm_hf.adapters.folder import base_name, open_adapter, save_adapter
 from pm_hf.adapters.merge import MergeReport, merge_adapters
+from pm_hf.adapters.naming import check_loads
 from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.data.encoders import check_encoding, check_length, check_tokens, make_encoder, match_padding
@@ -105,7 +106,9 @@ def evaluate(config: RunConfig, adapter: str | os.PathLike) -> Evaluation:
     The tasks that are left out are named in the result, with the labels that the adapter lacks. Raises InputError for
     an adapter that knows none of them, or that does not fit the base whole.
     """
-    opened, stream = open_adapter(adapter), load_stream(config, finished_labels(config))
+    opened = open_adapter(adapter)
+    check_loads(opened)
+    stream = load_stream(config, finished_labels(config))
     run = Run(config, stream, opened.path)
     head, tasks, left_out = None, [*(stream.scored or stream.tasks), *stream.held_out], dict[str, str]()
     if config.kind.has_head:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pm_hf.adapters.folder import Adapter, Update, base_name, measured_tasks, open_adapter, write_adapter
 from pm_hf.adapters.merge import merge_adapters
+from pm_hf.adapters.naming import check_loads
 from pm_hf.config.schema import RunConfig
 from pm_hf.data.stream import TaskStream
 from pm_hf.errors import InputError, raise_all
@@ -39,6 +40,7 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
             _check_first_task(stream)
         return None
     adapter = open_adapter(Path(config.start_from).expanduser())
+    check_loads(adapter)
     beside, run = [adapter.path, adapter.path.parent], RunPaths(adapter.path.parent)
     finished = [task for task in reversed(run.tasks()) if task.finished]
     beside += [task.folder for task in finished if same_files(task.merged, adapter.path)]

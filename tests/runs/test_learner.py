@@ -1,12 +1,15 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from helpers.streams import CLASSES, GROUPS, contents, dense, settings, steps, tensors, write_yaml
+from safetensors.torch import load_file, save_file
 
+from pm_hf import merge_adapters
 from pm_hf.adapters.folder import open_adapter
 from pm_hf.cli import main
 from pm_hf.config.loading import load_config
@@ -257,6 +260,17 @@ def test_evaluate_gives_the_scores_of_the_report(runs):
     found = evaluate(load_config(config), folder / "merged")
     assert [score["class_incremental"] for score in found.values()] == report.scores[-1]
     assert list(found) == list(GROUPS)
+
+
+def test_evaluate_of_names_that_peft_would_not_find_is_refused(runs, tmp_path):
+    folder, _, config = runs("pm")
+    shutil.copytree(folder / "merged", tmp_path / "odd")
+    file = tmp_path / "odd" / "adapter_model.safetensors"
+    save_file({f"module.{name}": value for name, value in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(InputError, match="has not the name that PEFT looks for; .* pm-hf merge .*odd --output NEW"):
+        evaluate(load_config(config), tmp_path / "odd")
+    merge_adapters(tmp_path / "odd", tmp_path / "new")
+    assert evaluate(load_config(config), tmp_path / "new") == evaluate(load_config(config), folder / "merged")
 
 
 def test_evaluate_of_an_earlier_merge_skips_tasks_it_does_not_know(runs):

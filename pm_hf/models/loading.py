@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
@@ -23,6 +23,7 @@ from transformers.utils import logging
 from pm_hf.config.kinds import STREAM_KINDS
 from pm_hf.config.schema import ModelSettings
 from pm_hf.errors import InputError
+from pm_hf.files import expand
 from pm_hf.models.contexts import quiet, seeded
 
 HEAD_NAMES = ("classifier", "score")  # what PEFT saves by itself for a sequence classifier
@@ -33,10 +34,11 @@ _kept_gguf: dict[str, tuple[PreTrainedModel, dict]] = {}
 
 def resolve_base(base: str) -> str:
     """Folder of `package:NAME/FOLDER`, or the name as it is; InputError when a local path or package is missing."""
+    path = expand(base, "model.base")
     if not base.startswith("package:"):
-        if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+        if base.startswith((".", "/", "~")) and not path.is_dir():
             raise InputError(f"base model folder {base} does not exist")
-        return str(Path(base).expanduser()) if base.startswith("~") else base
+        return str(path) if base.startswith("~") else base
     package, _, folder = base.removeprefix("package:").partition("/")
     try:
         spec = importlib.util.find_spec(package) if package else None
@@ -55,7 +57,8 @@ def resolve_base(base: str) -> str:
 def load_tokenizer(settings: ModelSettings) -> Any:
     """Tokenizer of the base model."""
     with quiet(), _clear_error(settings):
-        return AutoTokenizer.from_pretrained(resolve_base(settings.base), **_source(settings))
+        gguf = {} if settings.gguf_file is None else {"gguf_file": settings.gguf_file}
+        return AutoTokenizer.from_pretrained(resolve_base(settings.base), **_source(settings), **gguf)
 
 
 def load_base(
@@ -72,7 +75,7 @@ def load_base(
         head["ignore_mismatched_sizes"] = True
     with seeded(seed), quiet(), _clear_error(settings):
         auto, path = getattr(transformers, STREAM_KINDS[kind].auto_model), resolve_base(settings.base)
-        how = {"revision": settings.revision, "dtype": getattr(torch, settings.dtype), **head}
+        how = {**_source(settings), "dtype": getattr(torch, settings.dtype), **head}
         if settings.gguf_file is None:
             model, info = auto.from_pretrained(path, output_loading_info=True, **how)
         else:
@@ -130,9 +133,8 @@ def _same_mode(mode: bool = True) -> None:
 
 
 def _source(settings: ModelSettings) -> dict[str, Any]:
-    """What from_pretrained is told of the checkpoint."""
-    gguf = {} if settings.gguf_file is None else {"gguf_file": settings.gguf_file}
-    return {"revision": settings.revision, **gguf}
+    """What every from_pretrained is told of the checkpoint; without the last it may ask on a terminal, and run code."""
+    return {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
 
 
 def _saved_root(parameter: str) -> str:
@@ -143,14 +145,29 @@ def _saved_root(parameter: str) -> str:
 
 
 @contextmanager
-def _clear_error(settings: ModelSettings) -> Iterator[None]:
+def _clear_error(settings: ModelSettings, what: str = "cannot be loaded") -> Iterator[None]:
+    """InputError for whatever comes of a checkpoint's files; memory that does not suffice is no fault of theirs."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"model.base {settings.base} cannot be loaded: {reason}") from error
+    except Exception as error:  # libraries let any error of their readers through
+        raise InputError(f"model.base {settings.base} {what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """One line of why a checkpoint is not loaded."""
+    text = str(error).strip()
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights are a pickle that holds more than tensors, which is not run; use a checkpoint of safetensors"
+        )
+    if "trust_remote_code" in text:
+        return (
+            "it comes with Python code of its own, which is not run; for code that you have read and trust set "
+            "model.trust_remote_code: true"
+        )
+    return (text or type(error).__name__).splitlines()[0]
 
 
 def load_gguf(auto: Any, path: str, file: str, **settings: Any) -> tuple[PreTrainedModel, dict]:
@@ -173,13 +190,12 @@ def load_gguf(auto: Any, path: str, file: str, **settings: Any) -> tuple[PreTrai
     return model, info
 
 
-def load_image_processor(base: str, revision: str | None = None) -> Any:
+def load_image_processor(settings: ModelSettings) -> Any:
     """The checkpoint's image processor, with Pillow's resizing, so that results do not depend on torchvision."""
     level = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # it warns of processors that only torchvision has
     try:
-        return AutoImageProcessor.from_pretrained(base, revision=revision, backend="pil")
-    except (OSError, ValueError) as error:
-        raise InputError(f"model.base {base} has no image processor: {str(error).splitlines()[0]}") from error
+        with _clear_error(settings, "has no image processor"):
+            return AutoImageProcessor.from_pretrained(resolve_base(settings.base), backend="pil", **_source(settings))
     finally:
         logging.set_verbosity(level)

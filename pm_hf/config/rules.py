@@ -10,7 +10,7 @@ from pm_hf.errors import InputError
 from pm_hf.merging.methods import read_options
 from pm_hf.merging.methods.linear import PM, SEQUENTIAL
 
-LARGEST_RANK = 2**16
+LARGEST_RANK = 2**13
 
 
 def value_problems(config: RunConfig) -> list[str]:
@@ -29,7 +29,7 @@ def value_problems(config: RunConfig) -> list[str]:
         (config.seed >= 0, "seed: must be at least 0"),
         (config.seed < 2**32, "seed: must be below 2**32"),
         (config.lora.r >= 1, "lora.r: must be at least 1"),
-        (config.lora.r <= LARGEST_RANK, f"lora.r: must be at most {LARGEST_RANK}, as wide as layers are"),
+        (config.lora.r <= LARGEST_RANK, f"lora.r: must be at most {LARGEST_RANK}"),
         (config.lora.target_modules not in ("", []), "lora.target_modules: names no layer; null: PEFT's for the model"),
         (config.lora.alpha >= 1, "lora.alpha: must be at least 1"),
         (0 <= config.lora.dropout < 1, "lora.dropout: must be in [0, 1)"),

@@ -30,7 +30,7 @@ def _of(low: float, high: float | None, *names: str) -> dict[str, tuple[float, f
 # {field: (least, most)} of numbers, both possible values; None: no limit but that of all numbers
 RANGES = {
     **_of(1, None, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    **_of(1, None, "torch_empty_cache_steps", "eval_accumulation_steps", "dataloader_prefetch_factor"),
+    **_of(1, None, "torch_empty_cache_steps", "eval_accumulation_steps"),
     **_of(1, None, "ddp_bucket_cap_mb"),
     **_of(0, None, "learning_rate", "head_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"),
     **_of(0, None, "warmup_steps", "logging_steps", "eval_steps", "save_steps", "eval_delay", "save_total_limit"),
@@ -40,6 +40,7 @@ RANGES = {
     **_of(0, 10**9, "num_train_epochs"),
     **_of(1, 10**9, "ddp_timeout"),  # seconds
     **_of(0, 1024, "dataloader_num_workers"),
+    **_of(1, 1024, "dataloader_prefetch_factor"),
 }
 BELOW_ONE = ("adam_beta1", "adam_beta2")  # in [0, 1)
 

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
     PreTrainedModel,
@@ -59,6 +60,20 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     with quiet(), _clear_error(settings):
         gguf = {} if settings.gguf_file is None else {"gguf_file": settings.gguf_file}
         return AutoTokenizer.from_pretrained(resolve_base(settings.base), **_source(settings), **gguf)
+
+
+def load_skeleton(settings: ModelSettings, kind: str = TEXT_KIND) -> PreTrainedModel | None:
+    """The base model without weights, on the meta device, with a head of two rows for a classifier; None where it
+    cannot be known without them: of GGUF checkpoints, and of models that come with code of their own."""
+    if settings.gguf_file is not None:
+        return None
+    with quiet(), _clear_error(settings):
+        auto, path = getattr(transformers, STREAM_KINDS[kind].auto_model), resolve_base(settings.base)
+        config = AutoConfig.from_pretrained(path, **_source(settings))
+        if settings.trust_remote_code and getattr(config, "auto_map", None):
+            return None
+        with torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=settings.trust_remote_code)
 
 
 def load_base(

@@ -26,6 +26,7 @@ from pm_hf.measuring.scores import Scorer, cut_note
 from pm_hf.merging.curvature import Curvature
 from pm_hf.models.lora import adapted_layers, curvature_bytes, find_head, orthonormal_start
 from pm_hf.models.sharded import is_sharded, load_whole, put_weights, trained_weights
+from pm_hf.models.skeleton import check_base
 from pm_hf.models.task_model import MERGED_ADAPTER, TASK_ADAPTER, TaskModel, build_task_model, task_tensors
 from pm_hf.runs.folder import ForgettingError, RunFolder, finished_labels, log_finished_task
 from pm_hf.runs.head import head_policy
@@ -119,9 +120,12 @@ class Run:
         args = training_arguments(config, self.folder.path, 0)
         self.encoder = make_encoder(config)
         check_encoding(self.encoder, [rows for task in stream.all for rows in (task.train, task.test)])
+        base = check_base(config.model, config.lora, config.stream.kind)
+        if base is not None:
+            check_length(config, base)
         self.scorer = Scorer(config, self.encoder, args.per_device_eval_batch_size, precision(args), args.device)
         self.head = head_policy(config, self.scorer)
-        self._check_rows_suffice()
+        self._check_rows_suffice(args.train_batch_size if args.dataloader_drop_last else 0)
 
     def learn_task(self, index: int, stop: Stop) -> None:
         """Train, measure, merge and score one task; step.json is written last."""
@@ -212,11 +216,19 @@ class Run:
         again.model.to(self.scorer.device)
         return again
 
-    def _check_rows_suffice(self) -> None:
-        """InputError where a process would have no row to measure the curvature on."""
+    def _check_rows_suffice(self, whole_batch: int) -> None:
+        """InputError where a process would have no row to measure the curvature on, or no whole batch of so many rows
+        to train on."""
         samples = self.config.curvature.samples
         sizes = [len(task.train) for task in self.stream.tasks if len(task.train)]
-        fewest = min(sizes, default=process_count())  # a finished task may leave its training rows out
+        fewest = min(
+            sizes, default=max(1, whole_batch) * process_count()
+        )  # a finished task may leave its training rows out
+        if self.config.trains and fewest < whole_batch * process_count():
+            raise InputError(
+                f"training.dataloader_drop_last: the smallest task has {fewest} training rows, less than one batch of "
+                f"{whole_batch * process_count()}; lower per_device_train_batch_size, or leave it out"
+            )
         if self.config.measures_curvature and min(fewest, samples or fewest) < process_count():
             raise InputError(
                 f"curvature.samples is {samples} and the smallest task has {fewest} training rows: each of "

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
@@ -193,9 +194,9 @@ def train(
     for callback in (times, *callbacks):
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
-    checkpoint = on_main_process(lambda: last_checkpoint(Path(args.output_dir)))
-    trainer.continue_from(checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    newest = on_main_process(lambda: last_checkpoint(Path(args.output_dir)))
+    trainer.continue_from(newest)
+    trainer.train(resume_from_checkpoint=newest)
     built.model.zero_grad(set_to_none=True)
     done = trainer.progress()
     state, best = trainer.state, {}
@@ -249,6 +250,7 @@ def _parts_that_fail(args: PMConfig) -> list[str]:
         "optimizer and schedule": _make_schedule,
         "compiled model": _make_compiler,
         "model with Liger kernels": _import_liger,
+        "checkpointed activation": _make_checkpointed,
     }
     problems = []
     with warnings.catch_warnings():
@@ -274,11 +276,16 @@ def _make_loader(args: PMConfig) -> None:
 
 
 def _make_schedule(args: PMConfig) -> None:
-    """Of optimizers that look for modules in the model (GaLore, APOLLO, LOMO) nothing is known before it is loaded."""
-    if args.deepspeed or args.optim_target_modules is not None or "lomo" in args.optim:
+    """Of optimizers that look for modules in the model (GaLore, APOLLO, LOMO) only whether they are installed."""
+    if args.deepspeed:
         return
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+    except ValueError as error:
+        if "model" in str(error) and (args.optim_target_modules or "lomo" in args.optim):
+            return
+        raise
     parameter = nn.Parameter(torch.zeros(1))
-    kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
     if not issubclass(kind, torch.optim.Optimizer):
         return
     optimizer = kind([{"params": [parameter], "weight_decay": args.weight_decay}], **settings)
@@ -297,6 +304,11 @@ def _make_schedule(args: PMConfig) -> None:
 def _make_compiler(args: PMConfig) -> None:
     if args.torch_compile:
         torch.compile(nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+
+def _make_checkpointed(args: PMConfig) -> None:
+    if args.gradient_checkpointing:
+        checkpoint(torch.neg, torch.zeros(1), **{"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})})
 
 
 def _import_liger(args: PMConfig) -> None:

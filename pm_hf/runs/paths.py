@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from pm_hf.files import expand
+
 CONFIG_FILE, REPORT_FILE, STEP_FILE = "config.yaml", "report.json", "step.json"
 MERGE_LINE_FILE = "coefficient.json"  # what `pm_hf.merge_line` has measured
 ROWS_FILE = "rows.json"  # rows of the task that is being trained, and under which conditions
@@ -41,7 +43,7 @@ class RunPaths:
     """Files of a run's output folder."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = expand(folder, "run folder")
         self.config, self.report = self.folder / CONFIG_FILE, self.folder / REPORT_FILE
         self.merge_line, self.merged = self.folder / MERGE_LINE_FILE, self.folder / MERGED_FOLDER
         self.page, self.plots = self.folder / PAGE_FILE, self.folder / PLOTS_FOLDER

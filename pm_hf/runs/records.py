@@ -13,7 +13,7 @@ import yaml
 
 from pm_hf.environment import versions
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import read_json, write_json
+from pm_hf.files import expand, read_json, write_json
 from pm_hf.measuring.metrics import is_joint, summary, task_forgetting
 from pm_hf.merging.coefficient import Coefficient
 from pm_hf.runs.paths import MERGE_LINE_FILE, REPORT_FILE, STEP_FILE, RunPaths
@@ -243,7 +243,7 @@ class Report:
     @classmethod
     def load(cls, path: str | Path) -> "Report":
         """The run in a folder, or what a report.json alone says of one; InputError for what is no run."""
-        path = Path(path).expanduser()
+        path = expand(path, "run")
         whole, paths = path.is_dir(), RunPaths(path)
         file = paths.report if whole else path
         if not file.is_file():

@@ -9,7 +9,7 @@ from pm_hf.adapters.merge import merge_adapters
 from pm_hf.config.schema import RunConfig
 from pm_hf.data.stream import TaskStream
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import same_folder
+from pm_hf.files import expand, same_folder
 from pm_hf.measuring.analytic_head import HeadStatistics
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank, compact_svd, weighted_sum
@@ -38,7 +38,7 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
         if config.analytic_head:
             _check_first_task(stream)
         return None
-    adapter = open_adapter(Path(config.start_from).expanduser())
+    adapter = open_adapter(expand(config.start_from, "start_from"))
     beside, run = [adapter.path, adapter.path.parent], RunPaths(adapter.path.parent)
     finished = [task for task in reversed(run.tasks()) if task.finished]
     beside += [task.folder for task in finished if same_folder(task.merged, adapter.path)]

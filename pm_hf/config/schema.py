@@ -17,7 +17,7 @@ STREAM_METHODS = tuple(
     if method.in_streams
 )
 
-FilePath = Annotated[str, PATH]
+FilePath = Annotated[str, PATH]  # a text that can name a file; ~ is the home folder
 
 
 @dataclass

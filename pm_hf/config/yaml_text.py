@@ -4,6 +4,7 @@ A key that stands twice, an alias that contains itself or expands without end, n
 cannot be read are refused. Dates stay text, as no setting is a date.
 """
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, ScalarNode) or key.tag == _MERGE:
                 continue
             name = self.construct_object(key)
+            if not isinstance(name, Hashable):
+                raise _refuse("found unhashable key", key)
             if name in lines:
                 raise _refuse(f"key {brief(name)} stands twice, first in line {lines[name]}; leave one out", key)
             lines[name] = key.start_mark.line + 1

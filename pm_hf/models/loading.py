@@ -182,7 +182,8 @@ def _reason(error: Exception) -> str:
             "it comes with Python code of its own, which is not run; for code that you have read and trust set "
             "model.trust_remote_code: true"
         )
-    return (text or type(error).__name__).splitlines()[0]
+    lines = [line.strip() for line in text.splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def load_gguf(auto: Any, path: str, file: str, **settings: Any) -> tuple[PreTrainedModel, dict]:

@@ -42,6 +42,7 @@ REFUSED = {
     "tab": ("lora:\n\tr: 2\n", r"line 5: found character '\\t' that cannot start any token; indent with spaces"),
     "python": ("seed: !!python/object/apply:os.getcwd []\n", "line 4: could not determine a constructor for the tag"),
     "list as key": ("? [a]\n: 2\n", "line 4: found unhashable key"),
+    "set as key": ("!!set a: 1\n", "line 4: found unhashable key"),
     "two documents": (
         f"---\n{SETTINGS}",
         "line 4: expected a single document in the stream but found another document",

@@ -14,6 +14,8 @@ from pm_hf.cli import main
 from pm_hf.config.schema import ModelSettings
 from pm_hf.errors import InputError
 from pm_hf.models.loading import load_base, load_image_processor, load_tokenizer
+from pm_hf.reports.card import loading_lines
+from pm_hf.runs.learner import learn
 
 MODELS = """
 from pathlib import Path
@@ -206,3 +208,18 @@ def test_the_setting_is_a_bool_and_off(tiny_base, stream_data, tmp_path):
     assert load_config(config, ["model.trust_remote_code=true"]).to_dict()["model"]["trust_remote_code"] is True
     with pytest.raises(InputError, match="model.trust_remote_code: expected bool, found 'y'"):
         load_config(config, ["model.trust_remote_code=y"])
+
+
+def test_a_run_on_trusted_code_says_so_and_the_default_says_nothing(evil, mark, stream_data, tmp_path):
+    changes = {"method": "frozen", "groups": 1, "model": {"base": str(evil), "trust_remote_code": True}}
+    report = learn(settings(evil, stream_data(8), tmp_path / "run", **changes))
+    assert mark.exists()
+    assert "model.trust_remote_code was true: Python code that comes with the base model may have run" in report.notes
+    assert "trust_remote_code: true" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_the_lines_of_a_card_trust_where_the_run_did():
+    for head, kind in (("classifier", "text-classification"), (None, "causal-lm")):
+        trusted = loading_lines("a/b", "c/d", head, kind, trust_remote_code=True)
+        assert trusted.count("trust_remote_code=True") == trusted.count("from_pretrained(") - 1  # not PeftModel's
+        assert "trust_remote_code" not in loading_lines("a/b", "c/d", head, kind)

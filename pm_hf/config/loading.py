@@ -59,7 +59,8 @@ def load_config(
         config.stream.scenario = "domain_incremental" if config.stream.domain_column else "class_incremental"
     if config.head.kind == "lda" and config.head.means is None:
         config.head.means = "task" if config.stream.scenario == "domain_incremental" else "class"
-    told = {problem.partition(":")[0] for problem in problems}  # where a default stands in for a wrong value
+    groups = {key for key, value in config.to_dict().items() if isinstance(value, dict)}
+    told = {problem.partition(":")[0] for problem in problems} - groups  # there a default stands in for a wrong value
     problems += [problem for problem in value_problems(config) if problem.partition(":")[0] not in told]
     raise_all(problems, name)
     return config

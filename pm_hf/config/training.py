@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from pm_hf.config.typed import brief, convert, join
+from pm_hf.config.typed import as_number, brief, convert, join
 
 # TrainingArguments that the learner decides itself
 MANAGED_ARGUMENTS = frozenset(
@@ -76,8 +76,14 @@ def training_values(training: Mapping[Any, Any], problems: list[str]) -> dict[st
 
 
 def _range_problems(name: str, value: Any) -> list[str]:
-    if name == "optim_args" and value and any(part.count("=") != 1 for part in value.split(",")):
-        return [f"training.optim_args: expected key=value,key=value, found {brief(value)}"]
+    if name == "optim_args" and value:
+        settings = [part.partition("=")[2].strip() for part in value.split(",")]
+        if any(part.count("=") != 1 for part in value.split(",")):
+            return [f"training.optim_args: expected key=value,key=value, found {brief(value)}"]
+        problems = list[str]()
+        for number in settings:
+            convert(Any, as_number(number), "training.optim_args", problems)
+        return problems
     if isinstance(value, bool) or not isinstance(value, int | float):
         return []
     if name in BELOW_ONE:

@@ -4,7 +4,7 @@ import copy
 import importlib.util
 import pickle
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def load_tokenizer(settings: ModelSettings) -> Any:
 
 def load_skeleton(settings: ModelSettings, kind: str = TEXT_KIND) -> PreTrainedModel | None:
     """The base model without weights, on the meta device, with a head of two rows for a classifier; None where it
-    cannot be known without them: of GGUF checkpoints, and of models that come with code of their own."""
+    cannot be known without them: of GGUF checkpoints, and of models with code of their own or that need numbers."""
     if settings.gguf_file is not None:
         return None
     with quiet(), _clear_error(settings):
@@ -72,8 +72,9 @@ def load_skeleton(settings: ModelSettings, kind: str = TEXT_KIND) -> PreTrainedM
         config = AutoConfig.from_pretrained(path, **_source(settings))
         if settings.trust_remote_code and getattr(config, "auto_map", None):
             return None
-        with torch.device("meta"):
+        with torch.device("meta"), suppress(RuntimeError):  # which is what reading a number of a meta tensor raises
             return auto.from_config(config, trust_remote_code=settings.trust_remote_code)
+        return None
 
 
 def load_base(

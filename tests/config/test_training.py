@@ -104,6 +104,7 @@ def test_a_value_has_its_fields_type(given, value):
         ({"max_steps": True}, "training.max_steps: expected int, found True"),
         ({"max_steps": -5}, "training.max_steps: must be at least -1, found -5"),
         ({"optim_args": "a"}, "training.optim_args: expected key=value,key=value, found 'a'"),
+        ({"optim_args": "momentum=0.9,eps=nan"}, "training.optim_args: expected a finite number, found nan"),
         ({"run_name": 2024}, "training.run_name: expected str or null, found 2024; put it into quotes"),
         ({"run_name": "a\0b"}, r"training.run_name: expected text, found 'a\x00b' with a character that no file holds"),
         (
@@ -146,6 +147,13 @@ def test_all_of_them_stand_in_one_error_with_everything_else():
         assert part in message
 
 
+def test_a_problem_of_the_whole_group_does_not_hide_another():
+    message = problem(zebra=1, eval_strategy="epoch", seed=3)
+    assert "zebra are not fields" in message
+    assert "eval_strategy and load_best_model_at_end need rows to evaluate on" in message
+    assert "seed are decided by pm_hf" in message
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -156,6 +164,10 @@ def test_all_of_them_stand_in_one_error_with_everything_else():
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"x": 1}}, "unexpected keyword argument 'x'"),
         ({"lr_scheduler_kwargs": "abc"}, "no optimizer and schedule can be made: "),
         ({"lr_scheduler_kwargs": "{a"}, "training: Expecting property name"),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"num_cycles": NaN}'},
+            "no optimizer and schedule can be made: the learning rate becomes infinite or no number",
+        ),
         ({"dataloader_persistent_workers": True}, "no data loader can be made: persistent_workers option needs"),
         ({"dataloader_multiprocessing_context": "fork"}, "no data loader can be made: multiprocessing_context"),
         (

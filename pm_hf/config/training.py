@@ -1,13 +1,14 @@
 """`training:`, typed and range-checked from the fields of TrainingArguments."""
 
 import enum
+import json
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from pm_hf.config.typed import as_number, brief, convert, join
+from pm_hf.config.typed import as_number, brief, convert, join, nested_faults
 
 # TrainingArguments that the learner decides itself
 MANAGED_ARGUMENTS = frozenset(
@@ -66,6 +67,8 @@ def training_values(training: Mapping[Any, Any], problems: list[str]) -> dict[st
             value = convert(known[name], given, f"training.{name}", problems)
             if isinstance(given, int) and isinstance(value, float):
                 value = given
+            if isinstance(value, str) and value.startswith("{") and dict in map(_kind, get_args(known[name])):
+                problems += _json_problems(name, value)
             problems += [] if len(problems) > before else _range_problems(name, value)
         if len(problems) == before:
             values[name] = value
@@ -73,6 +76,18 @@ def training_values(training: Mapping[Any, Any], problems: list[str]) -> dict[st
     if managed:
         problems.append(f"training: {', '.join(managed)} are decided by pm_hf, which never uploads; remove them")
     return values
+
+
+def _kind(hint: Any) -> Any:
+    return get_origin(hint) or hint
+
+
+def _json_problems(name: str, text: str) -> list[str]:
+    """What is wrong with a mapping that stands as JSON in a text, as TrainingArguments takes it."""
+    try:
+        return list(nested_faults(json.loads(text), f"training.{name}"))
+    except (ValueError, RecursionError):
+        return [f"training.{name}: expected JSON, found {brief(text)}"]
 
 
 def _range_problems(name: str, value: Any) -> list[str]:

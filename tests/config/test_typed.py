@@ -181,7 +181,7 @@ TRAINING = (
 NAMES = st.sampled_from([*names(), *(f"training.{name}" for name in TRAINING), "zebra"])
 
 
-@budget(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@budget(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(NAMES, VALUES, max_size=4))
 def test_any_settings_end_in_a_config_or_in_one_line(changes):
     """The fuzz of `make fuzz` in small."""

@@ -22,6 +22,7 @@ MANAGED_ARGUMENTS = frozenset(
 
 # what PMConfig adds to them and `training` may set
 OWN_FIELDS = {"head_learning_rate": float | None}
+WIDER = {"fsdp": bool | str | list[str] | None}  # fields that take more than their annotation says
 
 
 def _of(low: float, high: float | None, *names: str) -> dict[str, tuple[float, float | None]]:
@@ -33,10 +34,11 @@ RANGES = {
     **_of(1, None, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     **_of(1, None, "torch_empty_cache_steps", "eval_accumulation_steps"),
     **_of(1, None, "ddp_bucket_cap_mb"),
-    **_of(0, None, "learning_rate", "head_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"),
+    **_of(0, None, "learning_rate", "head_learning_rate", "adam_epsilon", "max_grad_norm"),
     **_of(0, None, "warmup_steps", "logging_steps", "eval_steps", "save_steps", "eval_delay", "save_total_limit"),
     **_of(0, None, "neftune_noise_alpha"),
     **_of(-1, None, "max_steps", "local_rank"),
+    **_of(0, 10**8, "weight_decay"),  # times a learning rate it is a float32 still
     **_of(0, 1, "label_smoothing_factor"),
     **_of(0, 10**9, "num_train_epochs"),
     **_of(1, 10**9, "ddp_timeout"),  # seconds
@@ -117,7 +119,7 @@ def _hints() -> dict[str, Any]:
 
     hints = get_type_hints(TrainingArguments, include_extras=True)
     typed = {field.name: _settable(hints[field.name], field.metadata) for field in fields(TrainingArguments)}
-    return typed | dict.fromkeys(MANAGED_ARGUMENTS, Any) | OWN_FIELDS
+    return typed | dict.fromkeys(MANAGED_ARGUMENTS, Any) | OWN_FIELDS | WIDER
 
 
 def _settable(hint: Any, metadata: Mapping) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from pm_hf.files import path_problem
 
-LARGEST = 10**18  # magnitude of a number; the product of two is a float32 still
+LARGEST, LARGEST_FLOAT = 10**18, 1e30  # magnitude of an int, of a float; both are float32 numbers
 PATH = "path"  # Annotated[str, PATH]: a file, a folder, or a Hub id in their place
 
 
@@ -147,8 +147,8 @@ def _fault(value: Any) -> str | None:
     """Why no setting can have this number or text."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"expected a finite number, found {value}"
-    if isinstance(value, int | float) and abs(value) > LARGEST:
-        return f"expected a number of at most {LARGEST:.0e} in magnitude, found {brief(value)}"
+    if isinstance(value, int | float) and abs(value) > (limit := LARGEST if isinstance(value, int) else LARGEST_FLOAT):
+        return f"expected a number of at most {limit:.0e} in magnitude, found {brief(value)}"
     if isinstance(value, str) and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
         return f"expected text, found {brief(value)} with a character that no file holds"
     return None

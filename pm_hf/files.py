@@ -52,6 +52,7 @@ LOCK = ".lock"
 
 
 LONGEST_NAME = 200  # bytes; file systems take 255, and the temporary name is longer
+LONGEST_COMPONENT = 255  # bytes of one name in a path, on any usual file system
 
 
 LONGEST_VALUE, MOST_NAMED = 80, 8  # characters shown of a wrong value, fields named that are missing
@@ -79,6 +80,31 @@ class WriteError(OSError):
         outcome = "what was there before is untouched" if path.exists() else "nothing was left behind"
         super().__init__(f"{path} could not be written: {reason}; {outcome}")
         self.reason, self.errno = reason, errno
+
+
+def path_problem(name: str | os.PathLike) -> str | None:
+    """Why a text can be no path: a NUL, half a character, a name that is too long, the home of nobody; else None."""
+    text = os.fspath(name)
+    try:
+        longest = max(len(part.encode()) for part in text.split("/"))
+    except UnicodeEncodeError:
+        return f"{text!r} has half a character"
+    if "\0" in text:
+        return f"{text!r} has a NUL character"
+    if longest > LONGEST_COMPONENT:
+        return f"a name of {longest} bytes, a file system takes {LONGEST_COMPONENT}: {text[:40]}…"
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        return f"{text!r}: there is no user {text[1:].partition('/')[0]!r}; give the folder's whole path"
+    return None
+
+
+def expand(name: str | os.PathLike, what: str) -> Path:
+    """A path with ~ expanded; InputError with `what` for a text that can be none."""
+    if problem := path_problem(name):
+        raise InputError(f"{what}: {problem}")
+    return Path(name).expanduser()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,7 +12,7 @@ from pm_hf.data.images import ImageEncoder
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.data.rows import Encoder, Rows
 from pm_hf.errors import InputError
-from pm_hf.models.loading import load_image_processor, load_tokenizer, resolve_base
+from pm_hf.models.loading import load_image_processor, load_tokenizer
 from pm_hf.models.released import vocabulary_size
 from pm_hf.models.sharded import transformer_of
 
@@ -84,8 +84,7 @@ def _of_tokens(encoder: Callable[[Any, int], Encoder]) -> Callable[[RunConfig, S
 
 
 def _of_pictures(config: RunConfig, _: Sequence[Path]) -> Encoder:
-    processor = load_image_processor(resolve_base(config.model.base), config.model.revision)
-    return ImageEncoder(processor, config.stream.augmentation, config.seed)
+    return ImageEncoder(load_image_processor(config.model), config.stream.augmentation, config.seed)
 
 
 ENCODERS: dict[str, Callable[[RunConfig, Sequence[Path]], Encoder]] = {

@@ -2,15 +2,15 @@
 
 import copy
 import importlib.util
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
@@ -26,22 +26,30 @@ from pm_hf.adapters.layout import PEFT_PREFIX
 from pm_hf.config.kinds import STREAM_KINDS
 from pm_hf.config.schema import ModelSettings
 from pm_hf.errors import InputError, raise_all
+from pm_hf.files import expand
 from pm_hf.models.contexts import quiet, seeded
 from pm_hf.models.released import fit_vocabulary
 
 HEAD_NAMES = ("classifier", "score")  # what PEFT saves by itself for a sequence classifier
 TEXT_KIND = "text-classification"
+
+
 TOKENIZER_FILE = "tokenizer_config.json"  # beside an adapter whose tokens are not those of the base
 MOST_GGUF_BYTES = 2 * 2**30  # a model of at most this size is kept for the next load
 _kept_gguf: dict[str, tuple[PreTrainedModel, dict]] = {}
 
 
+class NeedsWeightsError(RuntimeError):
+    """A model that is not known from its configuration alone."""
+
+
 def resolve_base(base: str) -> str:
     """Folder of `package:NAME/FOLDER`, or the name as it is; InputError when a local path or package is missing."""
+    path = expand(base, "model.base")
     if not base.startswith("package:"):
-        if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+        if base.startswith((".", "/", "~")) and not path.is_dir():
             raise InputError(f"base model folder {base} does not exist")
-        return str(Path(base).expanduser()) if base.startswith("~") else base
+        return str(path) if base.startswith("~") else base
     package, _, folder = base.removeprefix("package:").partition("/")
     try:
         spec = importlib.util.find_spec(package) if package else None
@@ -60,10 +68,31 @@ def resolve_base(base: str) -> str:
 def load_tokenizer(settings: ModelSettings, beside: Sequence[Path] = ()) -> Any:
     """The tokenizer of the first of these adapter folders that has one beside it, else that of the base model."""
     folder = next((folder for folder in beside if has_tokenizer(folder)), None)
-    with quiet(), _clear_error(settings, folder):
-        if folder is not None:
-            return AutoTokenizer.from_pretrained(str(folder))
-        return AutoTokenizer.from_pretrained(resolve_base(settings.base), **_source(settings))
+    if folder is not None:
+        with quiet(), _clear_error(f"the tokenizer beside the adapter {folder}"):
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=settings.trust_remote_code)
+    with quiet(), _clear_error(_named(settings)):
+        gguf = {} if settings.gguf_file is None else {"gguf_file": settings.gguf_file}
+        return AutoTokenizer.from_pretrained(resolve_base(settings.base), **_source(settings), **gguf)
+
+
+def load_skeleton(
+    settings: ModelSettings, kind: str = TEXT_KIND, names: Mapping[str, Any] | None = None
+) -> PreTrainedModel | None:
+    """The base model without weights, on the meta device; None where it cannot be known without them: of GGUF
+    checkpoints, and of models with code of their own or that need numbers. names: of a classifier's rows, as its
+    configuration has them; without, there are two."""
+    if settings.gguf_file is not None:
+        return None
+    with quiet(), _clear_error(_named(settings)):
+        auto, path = getattr(transformers, STREAM_KINDS[kind].auto_model), resolve_base(settings.base)
+        config = AutoConfig.from_pretrained(path, **_source(settings), **(names or {}))
+        if settings.trust_remote_code and getattr(config, "auto_map", None):
+            return None
+        how = {"trust_remote_code": settings.trust_remote_code, "dtype": getattr(torch, settings.dtype)}
+        with torch.device("meta"), suppress(RuntimeError):  # which is what reading a number of a meta tensor raises
+            return auto.from_config(config, **how)
+        return None
 
 
 def has_tokenizer(adapter: Path) -> bool:
@@ -78,18 +107,21 @@ def load_base(
 
     What the checkpoint lacks is initialised with `seed`; the global random state is left as it was. skeleton: from the
     configuration alone, on the meta device, which tells names and shapes at once; nothing is known to lack but a head.
+    Raises NeedsWeightsError where that does not suffice.
     """
     names = dict(enumerate(labels))
     head: dict[str, Any] = {}
     if STREAM_KINDS[kind].has_head:
         head = {"id2label": names, "label2id": {label: index for index, label in names.items()}}
         head["ignore_mismatched_sizes"] = True
-    with seeded(seed), quiet(), _clear_error(settings):
+    with seeded(seed), quiet(), _clear_error(_named(settings)):
         auto, path = getattr(transformers, STREAM_KINDS[kind].auto_model), resolve_base(settings.base)
-        how = {"revision": settings.revision, "dtype": getattr(torch, settings.dtype), **head}
+        how = {**_source(settings), "dtype": getattr(torch, settings.dtype), **head}
         info: dict[str, Any] = {"missing_keys": [], "mismatched_keys": []}
         if skeleton:
-            model = _load_skeleton(auto, settings, head)
+            model = load_skeleton(settings, kind, {key: head[key] for key in ("id2label", "label2id") if key in head})
+            if model is None:
+                raise NeedsWeightsError
         elif settings.gguf_file is None:
             model, info = auto.from_pretrained(path, output_loading_info=True, **how)
         else:
@@ -167,14 +199,6 @@ def check_loaded(folder: Path, settings: ModelSettings, missing: Sequence[str], 
     raise_all(problems, f"adapter {folder} does not fit model.base {settings.base}")
 
 
-def _load_skeleton(auto: Any, settings: ModelSettings, head: dict[str, Any]) -> PreTrainedModel:
-    """The base model without weights."""
-    named = {key: value for key, value in head.items() if key != "ignore_mismatched_sizes"}
-    config = AutoConfig.from_pretrained(resolve_base(settings.base), **_source(settings), **named)
-    with torch.device("meta"):
-        return auto.from_config(config, dtype=getattr(torch, settings.dtype))
-
-
 def _freeze_statistics(model: nn.Module) -> None:
     """Batch normalisation always uses the checkpoint's running statistics: an adapter could not store new ones."""
     for module in model.modules():
@@ -188,9 +212,8 @@ def _same_mode(mode: bool = True) -> None:
 
 
 def _source(settings: ModelSettings) -> dict[str, Any]:
-    """What from_pretrained is told of the checkpoint."""
-    gguf = {} if settings.gguf_file is None else {"gguf_file": settings.gguf_file}
-    return {"revision": settings.revision, **gguf}
+    """What every from_pretrained is told of the checkpoint; without the last it may ask on a terminal, and run code."""
+    return {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
 
 
 def _saved_root(parameter: str) -> str:
@@ -201,15 +224,34 @@ def _saved_root(parameter: str) -> str:
 
 
 @contextmanager
-def _clear_error(settings: ModelSettings, tokenizer: Path | None = None) -> Iterator[None]:
+def _clear_error(named: str, what: str = "cannot be loaded") -> Iterator[None]:
+    """InputError for whatever comes of a checkpoint's files; memory that does not suffice is no fault of theirs."""
     try:
         yield
-    except InputError:
+    except (InputError, NeedsWeightsError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        what = f"model.base {settings.base}" if tokenizer is None else f"the tokenizer beside the adapter {tokenizer}"
-        raise InputError(f"{what} cannot be loaded: {reason}") from error
+    except Exception as error:  # libraries let any error of their readers through
+        raise InputError(f"{named} {what}: {_reason(error)}") from error
+
+
+def _named(settings: ModelSettings) -> str:
+    return f"model.base {settings.base}"
+
+
+def _reason(error: Exception) -> str:
+    """One line of why a checkpoint is not loaded."""
+    text = str(error).strip()
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights are a pickle that holds more than tensors, which is not run; use a checkpoint of safetensors"
+        )
+    if "trust_remote_code" in text:
+        return (
+            "it comes with Python code of its own, which is not run; for code that you have read and trust set "
+            "model.trust_remote_code: true"
+        )
+    lines = [line.strip() for line in text.splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def load_gguf(auto: Any, path: str, file: str, **settings: Any) -> tuple[PreTrainedModel, dict]:
@@ -232,13 +274,12 @@ def load_gguf(auto: Any, path: str, file: str, **settings: Any) -> tuple[PreTrai
     return model, info
 
 
-def load_image_processor(base: str, revision: str | None = None) -> Any:
+def load_image_processor(settings: ModelSettings) -> Any:
     """The checkpoint's image processor, with Pillow's resizing, so that results do not depend on torchvision."""
     level = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # it warns of processors that only torchvision has
     try:
-        return AutoImageProcessor.from_pretrained(base, revision=revision, backend="pil")
-    except (OSError, ValueError) as error:
-        raise InputError(f"model.base {base} has no image processor: {str(error).splitlines()[0]}") from error
+        with _clear_error(_named(settings), "has no image processor"):
+            return AutoImageProcessor.from_pretrained(resolve_base(settings.base), backend="pil", **_source(settings))
     finally:
         logging.set_verbosity(level)

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from pm_hf.adapters.folder import Adapter
 from pm_hf.adapters.layout import PEFT_PREFIX, peft_type
 from pm_hf.config.kinds import STREAM_KINDS
+from pm_hf.config.patterns import pattern_problem
 from pm_hf.config.schema import LoraSettings, ModelSettings
 from pm_hf.errors import InputError, raise_all
 from pm_hf.models.contexts import quiet, seeded
@@ -50,7 +50,8 @@ def build_task_model(
 
     kind: a key of STREAM_KINDS; language models have no head. saved_from: whose head goes on and whose other values
     that are held whole (embeddings, norms) take the place of the base's, by default `merged`'s. skeleton: on the meta
-    device, without the base's weights: all that is checked is checked, and the model cannot run.
+    device, without the base's weights: all that is checked is checked, and the model cannot run. Raises InputError for
+    what does not fit, and for a skeleton NeedsWeightsError where the configuration alone does not tell.
     What the checkpoint lacks (the head's other layers) is frozen at its value, or at the seeded one; with
     `continue_head` the rows of labels that it knows start from its rows (a head shared by all tasks). Trainable are the
     task's LoRA factors and the head's last Linear, nothing else: checked before it is returned.
@@ -65,7 +66,10 @@ def build_task_model(
             _check_head(base, head, saved_from)
         fit_vocabulary(base, saved_from)
         put_saved(base, saved_from, None if head is None else head_root(base))
-    base_name = base.config.name_or_path
+    base_name, targets = base.config.name_or_path, lora.target_modules
+    if skeleton and isinstance(targets, str):
+        problem = pattern_problem(targets, [name for name, _ in base.named_modules() if name])
+        raise_all([problem] if problem else [], "lora.target_modules")
     with seeded(seed + 7919 * (task + 1)):
         if head is not None:
             _fresh_rows(base, head, labels, saved_from if continue_head else None)
@@ -97,11 +101,6 @@ def build_task_model(
     if trainable != expected:
         raise RuntimeError(f"unexpected set of trainable parameters: {sorted(trainable ^ expected)}")
     return TaskModel(model, head)
-
-
-def outline_task_model(*arguments: Any, **settings: Any) -> TaskModel:
-    """`build_task_model` as a skeleton: every InputError that building it raises, for the cost of its configuration."""
-    return build_task_model(*arguments, **settings, skeleton=True)
 
 
 def task_tensors(model: PeftModel, kind: str = TEXT_KIND) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:

@@ -25,18 +25,21 @@ def loading_lines(
     kind: str = "text-classification",
     *,
     on_hub: bool = False,
+    trust_remote_code: bool = False,
     **how: str | None,
 ) -> str:
     """The lines that load a merged adapter with transformers and peft only.
 
-    head: its name in labels.json, None for a language model. on_hub: `folder` is the id of a repository. how: further
-    settings of the base model (dtype, revision), left out where they are None.
+    head: its name in labels.json, None for a language model. on_hub: `folder` is the id of a repository.
+    trust_remote_code: whether the base model needs code of its own. how: further settings of the base model (dtype,
+    revision), left out where they are None.
     """
-    more = "".join(f', {key}="{value}"' for key, value in how.items() if value is not None)
+    trusted = ", trust_remote_code=True" if trust_remote_code else ""
+    more = "".join(f', {key}="{value}"' for key, value in how.items() if value is not None) + trusted
     model = f'model = PeftModel.from_pretrained(base, "{folder}")'
     if head is None:
         revision = f', revision="{how["revision"]}"' if how.get("revision") else ""
-        tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{base}"{revision})'
+        tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{base}"{revision}{trusted})'
         return f'{tokenizer}\nbase = {STREAM_KINDS[kind].auto_model}.from_pretrained("{base}"{more})\n{model}'
     file = f'hf_hub_download("{folder}", "labels.json")' if on_hub else f'"{folder}/labels.json"'
     return (
@@ -140,7 +143,7 @@ def _intro(run: ReleasedRun, repo: str) -> str:
 def _loading(run: ReleasedRun, repo: str) -> str:
     kind, model = run.config.stream.kind, run.config.model
     how = {"dtype": model.dtype, "revision": run.revision}
-    lines = loading_lines(run.base, repo, run.head, kind, on_hub=True, **how)
+    lines = loading_lines(run.base, repo, run.head, kind, on_hub=True, trust_remote_code=model.trust_remote_code, **how)
     notes = "".join(f"\n\n{_cell(note)}" for note in run.merge_notes())
     return "## Load it\n\n" + _fenced("python", f"{loading_imports(kind, on_hub=True)}\n\n{lines}") + notes
 

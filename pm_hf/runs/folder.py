@@ -288,6 +288,8 @@ class RunFolder:
         """Report on the first `done` tasks, from their step.json."""
         records = [self.record(index) for index in range(done)]
         notes = list(self.stream.notes)
+        if self.config.model.trust_remote_code:
+            notes.append("model.trust_remote_code was true: Python code that comes with the base model may have run")
         notes += [f"task {record.task}: {note}" for record in records for note in record.notes]
         notes += [
             f"task {record.task}: {record.coefficient.note}"

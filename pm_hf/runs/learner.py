@@ -33,7 +33,7 @@ from pm_hf.files import locked, make_folder
 from pm_hf.measuring.curvature import estimate_curvature
 from pm_hf.measuring.scores import Scorer, cut_note
 from pm_hf.merging.curvature import Curvature
-from pm_hf.models.loading import resolve_base
+from pm_hf.models.loading import NeedsWeightsError, resolve_base
 from pm_hf.models.lora import adapted_layers, curvature_bytes, find_head, orthonormal_start
 from pm_hf.models.sharded import is_sharded, load_whole, put_weights, trained_weights
 from pm_hf.models.task_model import (
@@ -41,7 +41,6 @@ from pm_hf.models.task_model import (
     TASK_ADAPTER,
     TaskModel,
     build_task_model,
-    outline_task_model,
     task_tensors,
 )
 from pm_hf.runs.folder import ForgettingError, RunFolder, finished_labels, log_finished_task
@@ -183,7 +182,7 @@ class Run:
         check_encoding(self.encoder, [rows for task in stream.all for rows in (task.train, task.eval, task.test)])
         self.scorer = Scorer(config, self.encoder, args.per_device_eval_batch_size, precision(args), args.device)
         self.head = head_policy(config, self.scorer)
-        self._check_rows_suffice()
+        self._check_rows_suffice(args.train_batch_size if args.dataloader_drop_last else 0)
 
     def learn_task(self, index: int, stop: Stop) -> None:
         """Train, measure, merge and score one task; step.json is written last."""
@@ -252,7 +251,10 @@ class Run:
         It builds the task's model without weights, and merges the adapter that would come of it without writing.
         """
         start, task = start_task(self.config, self.folder.state(0), 0), self.stream.tasks[0]
-        built = self._build(task, start, skeleton=True)
+        try:
+            built = self._build(task, start, skeleton=True)
+        except NeedsWeightsError:
+            return  # it is found when the first task begins
         self._check_built(built, start)
         if start.running is not None:
             check_tokens(self.encoder, built.model.get_base_model())
@@ -265,8 +267,7 @@ class Run:
         """The model of a task; skeleton: without weights, to check that it can be built."""
         config = self.config
         load_whole()
-        build = outline_task_model if skeleton else build_task_model
-        built = build(
+        built = build_task_model(
             config.model,
             config.lora,
             task.labels,
@@ -276,6 +277,7 @@ class Run:
             kind=config.stream.kind,
             saved_from=start.saved,
             continue_head=config.shared_head or bool(config.strategy.replay_per_class),
+            skeleton=skeleton,
         )
         match_padding(built.model, self.encoder)
         if start.factors is not None:
@@ -292,11 +294,19 @@ class Run:
         again.model.to(self.scorer.device)
         return again
 
-    def _check_rows_suffice(self) -> None:
-        """InputError where a process would have no row to measure the curvature on."""
+    def _check_rows_suffice(self, whole_batch: int) -> None:
+        """InputError where a process would have no row to measure the curvature on, or no whole batch of so many rows
+        to train on."""
         samples = self.config.curvature.samples
         sizes = [len(task.train) for task in self.stream.tasks if len(task.train)]
-        fewest = min(sizes, default=process_count())  # a finished task may leave its training rows out
+        fewest = min(
+            sizes, default=max(1, whole_batch) * process_count()
+        )  # a finished task may leave its training rows out
+        if self.config.trains and fewest < whole_batch * process_count():
+            raise InputError(
+                f"training.dataloader_drop_last: the smallest task has {fewest} training rows, less than one batch of "
+                f"{whole_batch * process_count()}; lower per_device_train_batch_size, or leave it out"
+            )
         if self.config.measures_curvature and min(fewest, samples or fewest) < process_count():
             raise InputError(
                 f"curvature.samples is {samples} and the smallest task has {fewest} training rows: each of "

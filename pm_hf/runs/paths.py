@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pm_hf.errors import InputError
+from pm_hf.files import expand
 
 CONFIG_FILE, REPORT_FILE, STEP_FILE = "config.yaml", "report.json", "step.json"
 MERGE_LINE_FILE = "coefficient.json"  # what `pm_hf.merge_line` has measured
@@ -53,12 +53,7 @@ class RunPaths:
     """Files of a run's output folder."""
 
     def __init__(self, folder: str | Path) -> None:
-        if "\0" in str(folder):
-            raise InputError(f"folder {str(folder)!r}: no path may hold a NUL")
-        try:
-            self.folder = Path(folder).expanduser()
-        except RuntimeError as error:
-            raise InputError(f"folder {folder}: there is no such user; write its path in full") from error
+        self.folder = expand(folder, "run folder")
         self.config, self.report = self.folder / CONFIG_FILE, self.folder / REPORT_FILE
         self.merge_line, self.merged = self.folder / MERGE_LINE_FILE, self.folder / MERGED_FOLDER
         self.page, self.plots = self.folder / PAGE_FILE, self.folder / PLOTS_FOLDER

@@ -9,11 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
+from pm_hf.config.yaml_text import read_yaml
 from pm_hf.environment import versions
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import FileMark, as_record, read_json, read_record, write_json
+from pm_hf.files import FileMark, as_record, expand, read_json, read_record, write_json
 from pm_hf.measuring.metrics import is_joint, summary, task_forgetting
 from pm_hf.merging.coefficient import Coefficient
 from pm_hf.runs.paths import MERGE_LINE_FILE, REPORT_FILE, RunPaths
@@ -245,9 +244,8 @@ class Report:
     @classmethod
     def load(cls, path: str | Path) -> "Report":
         """The run in a folder, or what a report.json alone says of one; InputError for what is no run."""
-        paths = RunPaths(path)
-        path = paths.folder
-        whole = path.is_dir()
+        path = expand(path, "run")
+        whole, paths = path.is_dir(), RunPaths(path)
         file = paths.report if whole else path
         if not file.is_file():
             raise InputError(f"{path} holds no {REPORT_FILE}: expected the output_dir of a run with a finished task")
@@ -381,10 +379,7 @@ def _numbered_classes(config: Mapping[str, Any], records: Sequence[TaskRecord | 
 
 def _read_settings(path: Path) -> dict:
     """The settings as config.yaml has them, of whichever version; InputError where it is no YAML."""
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}; {WAY_OUT}") from error
+    settings = read_yaml(path) if path.is_file() else {}
     return settings if isinstance(settings, dict) else {}
 
 

@@ -10,7 +10,7 @@ from pm_hf.adapters.naming import check_loads
 from pm_hf.config.schema import RunConfig
 from pm_hf.data.stream import TaskStream
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import same_files
+from pm_hf.files import expand, same_files
 from pm_hf.measuring.analytic_head import HeadStatistics
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank, balanced, compact_svd, weighted_sum
@@ -39,7 +39,7 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
         if config.analytic_head:
             _check_first_task(stream)
         return None
-    adapter = open_adapter(Path(config.start_from).expanduser())
+    adapter = open_adapter(expand(config.start_from, "start_from"))
     check_loads(adapter)
     beside, run = [adapter.path, adapter.path.parent], RunPaths(adapter.path.parent)
     finished = [task for task in reversed(run.tasks()) if task.finished]

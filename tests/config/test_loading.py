@@ -8,8 +8,8 @@ from helpers import refusal, with_changes
 
 from pm_hf.config.loading import load_config, save_config
 from pm_hf.config.presets import PRESETS
-from pm_hf.config.rules import MANAGED_ARGUMENTS
 from pm_hf.config.schema import RunConfig
+from pm_hf.config.training import MANAGED_ARGUMENTS
 from pm_hf.errors import InputError
 
 EVERY = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
@@ -233,12 +233,12 @@ def test_managed_keys_are_real_training_arguments():
     assert {field.name for field in fields(PMConfig)} >= MANAGED_ARGUMENTS
 
 
-def test_unknown_training_keys_are_refused(tmp_path):
-    from pm_hf.training.task_trainer import training_arguments
-
-    config = load_config(small(training={"learning_rte": 1e-3, "epochs": 3, "learning_rate": "1e-3"}))
-    with pytest.raises(InputError, match="training: epochs, learning_rte are not fields of TrainingArguments"):
-        training_arguments(config, tmp_path, 0)
+def test_unknown_training_keys_are_refused():
+    message = refusal(
+        load_config, small(training={"learning_rte": 1e-3, "epochs": 3, "learning_rate": "1e-3", 1: 2}, lora__r=0)
+    )
+    assert "training: 1, epochs, learning_rte are not fields of TrainingArguments" in message
+    assert "lora.r: must be at least 1" in message
 
 
 def test_training_number_written_as_text_reaches_the_trainer_as_a_number(tmp_path):

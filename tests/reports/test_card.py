@@ -152,7 +152,7 @@ def test_making_has_method_versions_and_settings_without_places(run):
     card = card_of(run)
     text = str(card)
     settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
-    assert settings["model"] == {"base": "owner/base", "dtype": "float32"}
+    assert settings["model"] == {"base": "owner/base", "dtype": "float32", "trust_remote_code": False}
     assert settings["stream"]["train"] == "train.csv"
     assert settings["stream"]["test"] == "test.csv"
     assert not {"output_dir", "data_dir"} & settings.keys()

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import yaml
 
-from pm_hf.config.kinds import STREAM_KINDS
-from pm_hf.config.presets import PRESETS, forget_preset, preset_defaults
+from pm_hf.config.presets import PRESETS, forget_preset, kind_of, preset_defaults
 from pm_hf.config.rules import value_problems
 from pm_hf.config.schema import RunConfig
 from pm_hf.errors import InputError, raise_all
@@ -19,8 +18,12 @@ from pm_hf.files import write_text
 FREE_KEYS = (
     *("output_dir", "data_dir", "max_forgetting", "training.report_to", "training.run_name"),
     *("stream.tasks", "stream.class_groups", "stream.domain_column", "stream.order"),
+    "merge.on_zero_curvature",  # finished tasks had a curvature, or are as it was then
 )
 
+
+# what a saved config.yaml without these meant before a kind of stream had defaults: those of TrainingArguments
+TRANSFORMERS_TRAINING = {"learning_rate": 5e-5, "num_train_epochs": 3}
 
 # keys of `merge` that are options of its method too
 KEYS_AND_OPTIONS = ("on_zero_curvature", "coefficient")
@@ -42,12 +45,14 @@ def load_config(
         _as_saved(raw)
     for key, value in changes.items():
         set_key(raw, key, value, problems)
-    method = raw.get("method", RunConfig.method)
+    kind = kind_of(raw)
+    method = raw["method"] = raw.get("method") or kind.method
     if not isinstance(method, str) or method not in PRESETS:
         problems.append(f"method: unknown {method!r}; valid: {', '.join(PRESETS)}")
-        method = RunConfig.method  # so that the other problems are found too
+        method = kind.method  # so that the other problems are found too
     _settle_options(raw, problems)
-    if not _has_head(raw):
+    _fill_training(raw, kind.training)
+    if not kind.has_head:
         fill_defaults(raw, {"head": {"kind": "none"}})
     fill_defaults(raw, preset_defaults(method, raw))
     config = from_mapping(RunConfig, raw, "", problems)
@@ -70,11 +75,20 @@ def config_text(config: RunConfig) -> str:
     return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-def _has_head(raw: Mapping) -> bool:
-    """Whether models of the kind asked for have a head; as the default has, a kind that does not exist too."""
-    stream = raw.get("stream")
-    kind = stream.get("kind") if isinstance(stream, Mapping) else None
-    return not isinstance(kind, str) or kind not in STREAM_KINDS or STREAM_KINDS[kind].has_head
+def _fill_training(raw: dict, defaults: Mapping[str, float]) -> None:
+    """Learning rates and epochs where there are none, the alpha of twice the rank. A learning rate of one's own is the
+    head's too, and a number of steps stands for the epochs."""
+    lora = raw.get("lora")
+    rank = lora.get("r") if isinstance(lora, Mapping) else None
+    if isinstance(rank, int):
+        fill_defaults(raw, {"lora": {"alpha": 2 * rank}})
+    training = {} if raw.get("training") is None else raw["training"]
+    if not isinstance(training, Mapping):
+        return
+    given = {key for key, value in training.items() if value is not None}
+    decided = {"head_learning_rate"} if "learning_rate" in given else set()
+    decided |= {"num_train_epochs"} if "max_steps" in given else set()
+    fill_defaults(raw, {"training": {key: value for key, value in defaults.items() if key not in decided}})
 
 
 def _merge_and_options(raw: Mapping) -> tuple[dict, dict]:
@@ -109,6 +123,8 @@ def _as_saved(raw: dict) -> None:
         merge, options = _merge_and_options(raw)
         for key in _contradicted(merge, options):
             del options[key]  # it had no effect then
+        if isinstance(raw["training"], dict):
+            fill_defaults(raw["training"], TRANSFORMERS_TRAINING)
 
 
 def _read_source(source: str | Path | Mapping | RunConfig) -> tuple[dict, str]:

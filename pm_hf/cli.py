@@ -89,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     inspect = commands.add_parser("inspect", help="what adapters are, and how each pair relates")
-    inspect.add_argument("adapters", nargs="+", metavar="ADAPTER")
+    inspect.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER", help="adapter folder or Hub id; RUN of --coefficient"
+    )
     inspect.add_argument(
         "--coefficient",
         action="store_true",
@@ -112,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("folder", metavar="RUN", help="output_dir of the run")
     push.add_argument("repo", metavar="REPO", help="repository owner/name, created if it is not there")
     push.add_argument(
-        "--base_model_id", "--base-model-id", metavar="ID", help="the base model on the Hub; default: model.base"
+        "--base-model-id", "--base_model_id", metavar="ID", help="the base model on the Hub; default: model.base"
     )
     push.add_argument("--public", action="store_true", help="a public repository; default: private")
     push.add_argument("--dry-run", action="store_true", help="print the files and the card, use no network")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.streams import CLASSES, WORDS, settings, write_data, write_language_data, write_rows
+from helpers.streams import WORDS, settings, write_data, write_language_data
 
 from pm_hf.runs.learner import learn
 
@@ -88,24 +88,7 @@ def finished_run(tiny_base, stream_data, tmp_path_factory):
 @pytest.fixture
 def stream_config(tiny_base, tmp_path) -> dict:
     """Settings of a class-incremental stream of 3 tasks with 2 classes each; a task takes about a second."""
-    write_rows(tmp_path / "train.csv", CLASSES, 24, seed=1)
-    write_rows(tmp_path / "test.csv", CLASSES, 8, seed=2)
-    return {
-        "output_dir": str(tmp_path / "run"),
-        "data_dir": str(tmp_path),
-        "method": "pm",
-        "model": {"base": str(tiny_base)},
-        "stream": {"train": "train.csv", "test": "test.csv", "class_groups": 3, "max_length": 16},
-        "lora": {"r": 2, "alpha": 4, "target_modules": ["key", "value"]},
-        "curvature": {"samples": 32},
-        "training": {
-            "num_train_epochs": 6,
-            "per_device_train_batch_size": 8,
-            "per_device_eval_batch_size": 16,
-            "learning_rate": 2e-2,
-            "head_learning_rate": 2e-2,
-        },
-    }
+    return settings(tiny_base, write_data(tmp_path), tmp_path / "run", stream__class_groups=3)
 
 
 @pytest.fixture(scope="session")

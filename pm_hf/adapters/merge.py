@@ -194,9 +194,11 @@ def _leaves_some_out(config: Mapping) -> bool:
 
 def _traced(source: str | os.PathLike, adapter: Adapter) -> str:
     """An input as it was given; for a Hub id with the commit that was used."""
-    parts = adapter.path.parts
-    commit = f" (commit {parts[parts.index('snapshots') + 1]})" if "snapshots" in parts else ""
-    return str(source) if Path(source) == adapter.path else f"{source}{commit}"
+    if Path(source) == adapter.path:
+        return str(source)
+    places = zip(*(adapter.path.parts[i:] for i in range(3)), strict=False)  # huggingface_hub's cache
+    commits = [commit for model, name, commit in places if model.startswith("models--") and name == "snapshots"]
+    return f"{source} (commit {commits[-1]})" if commits else str(source)
 
 
 def _merge_modules(plan: Plan, size: _Size, keep: bool) -> tuple[dict[str, Update], dict[str, dict], float]:

@@ -24,7 +24,7 @@ from pm_hf.adapters.saved_modules import merge_saved
 from pm_hf.environment import versions
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import write_json
-from pm_hf.merging.lowrank import LowRank, compact_svd
+from pm_hf.merging.lowrank import LowRank, balanced, compact_svd
 from pm_hf.merging.methods import METHODS, read_options
 from pm_hf.merging.methods.base import Matrix, row_blocks, smallest_kept
 from pm_hf.merging.methods.linear import AVERAGE
@@ -427,5 +427,4 @@ def _trimmed(term: LowRank, density: float) -> Tensor:
 
 def _singular(term: LowRank) -> LowRank:
     """One direction for each singular value."""
-    U, s, Vh = compact_svd(term)
-    return LowRank(U * s.sqrt(), s.sqrt()[:, None] * Vh)
+    return balanced(*compact_svd(term))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -83,9 +83,7 @@ def optimal_coefficient(
         raise InputError(f"freedom must be 'global' or 'module' for a coefficient, found {freedom!r}")
     modules = {name: _coefficient({name: term}, curvature.tasks) for name, term in terms.items()}
     whole = _coefficient(terms, curvature.tasks)
-    return Coefficient(
-        whole.raw, whole.used, whole.numerator, whole.past, whole.current, whole.one_over_t, modules, whole.note
-    )
+    return replace(whole, modules=modules)
 
 
 def free_solution(

@@ -67,8 +67,7 @@ class LowRank:
         Qb, (core,), Qa = common_bases([self])
         U, s, Vh = torch.linalg.svd(core, full_matrices=False)
         keep = _kept(s, max_rank, energy)
-        root = s[:keep].sqrt()  # both factors get √s: balanced, so that half precision loses least
-        truncated = LowRank((Qb @ U[:, :keep]) * root, root[:, None] * (Vh[:keep] @ Qa.T)).to(self.B.dtype)
+        truncated = balanced(Qb @ U[:, :keep], s[:keep], Vh[:keep] @ Qa.T).to(self.B.dtype)
         if self.B.dtype in (torch.float16, torch.bfloat16):  # rounding is no longer small beside the truncation
             total, gap = self.norm(), add(self.to(torch.float64), truncated.to(torch.float64).scale(-1.0)).norm()
             return truncated, gap / total if total else 0.0
@@ -117,6 +116,12 @@ def compact_svd(matrix: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     return Q @ U[:, :rank], s[:rank], Vh[:rank] @ P.T
 
 
+def balanced(U: Tensor, s: Tensor, Vh: Tensor) -> LowRank:
+    """U diag(s) Vh, (out, k), (k,), (k, in), with √s in both factors, so that half precision loses least."""
+    root = s.sqrt()
+    return LowRank(U * root, root[:, None] * Vh)
+
+
 def numerical_rank(s: Tensor, dtype: torch.dtype) -> int:
     """Number of singular values (descending) above the rounding of factors that were stored in `dtype`."""
     return int((s > len(s) * torch.finfo(dtype).eps * s[:1]).sum())
@@ -136,8 +141,7 @@ def from_dense(matrix: Tensor, max_rank: int | None) -> tuple[LowRank, float]:
     if min(matrix.shape) <= DENSE_SVD_LIMIT:
         U, s, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
         keep = _kept(s, max_rank, None)
-        root = s[:keep].sqrt()
-        return LowRank(U[:, :keep] * root, root[:, None] * Vh[:keep]).to(matrix.dtype), _relative_tail(s, keep)
+        return balanced(U[:, :keep], s[:keep], Vh[:keep]).to(matrix.dtype), _relative_tail(s, keep)
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(matrix.shape[1], max_rank + OVERSAMPLING, generator=generator, dtype=matrix.dtype)
     Q, _ = torch.linalg.qr(matrix @ probe)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from html import escape
 from pathlib import Path
 
@@ -66,18 +67,18 @@ class Chart:
     marks: dict[float, str] = field(default_factory=dict)
     limits: tuple[float, float] | None = None
 
-    @property
+    @cached_property
     def points(self) -> list[tuple[float, float]]:
         """All points of all series."""
         pairs = [pair for series in self.series for pair in zip(series.x, series.y, strict=True)]
         return [(x, y) for x, y in pairs if y is not None]
 
-    @property
+    @cached_property
     def whole(self) -> bool:
         """Whether the x axis counts something."""
         return all(x == int(x) for x, _ in self.points)
 
-    @property
+    @cached_property
     def ranges(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """Ends of the x and the y axis, each with some room."""
         xs, ys = zip(*self.points, strict=True)

@@ -1,7 +1,8 @@
 """What a run does with the classification head of a task: nothing, train its rows, or compute them from statistics."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,45 +21,25 @@ from pm_hf.runs.paths import TaskPaths
 from pm_hf.runs.start import TaskStart
 
 
-class HeadPolicy(Protocol):
-    """What happens to the head around a task's training."""
+class HeadPolicy:
+    """What happens to the head around a task's training: nothing, as language models have none."""
 
     def check(self, built: TaskModel) -> None:
         """InputError where this cannot be done with the model's head."""
-        ...
 
-    def before_training(self, built: TaskModel, task: Task, start: TaskStart) -> RemovableHandle | None:
-        """Prepare the rows; what holds while the task trains goes with the handle."""
-        ...
+    def before_training(self, built: TaskModel, task: Task, start: TaskStart) -> AbstractContextManager[Any]:
+        """Prepare the rows; what holds while the task trains is a context."""
+        return nullcontext()
 
     def curvature_heads(self, built: TaskModel, start: TaskStart) -> dict[str, LowRank] | None:
         """{head: its [weight | bias] before the task, (rows, in + 1)} of a head that belongs into the curvature."""
-        ...
+        return None
 
     def after_merge(self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None, *, trained: bool) -> None:
         """Give the merge its final rows; trained: whether the task trained the backbone."""
-        ...
 
 
-class NoHead:
-    """Language models have none."""
-
-    def check(self, built: TaskModel) -> None:
-        """Nothing to look at."""
-
-    def before_training(self, built: TaskModel, task: Task, start: TaskStart) -> RemovableHandle | None:
-        """Nothing to prepare."""
-        return None
-
-    def curvature_heads(self, built: TaskModel, start: TaskStart) -> dict[str, LowRank] | None:
-        """None."""
-        return None
-
-    def after_merge(self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None, *, trained: bool) -> None:
-        """The merge is whole as it is."""
-
-
-class LinearHead(NoHead):
+class LinearHead(HeadPolicy):
     """Rows that are trained with the task and merged by label; inside the curvature where all tasks share them."""
 
     def __init__(self, *, in_curvature: bool) -> None:
@@ -73,7 +54,7 @@ class LinearHead(NoHead):
         return {built.head: head_matrix(find_head(built.model, built.head)).scale(0.0)}
 
 
-class AnalyticHead(NoHead):
+class AnalyticHead(HeadPolicy):
     """Rows of linear discriminant analysis, computed from each class's mean and one scatter matrix.
 
     With `training: seen` a task's rows start there and compete with the fixed rows of every class seen.
@@ -87,18 +68,18 @@ class AnalyticHead(NoHead):
         if find_head(built.model, str(built.head)).bias is None:
             raise InputError(f"head.kind lda needs a head with a bias, {built.head} has none; use head.kind: linear")
 
-    def before_training(self, built: TaskModel, task: Task, start: TaskStart) -> RemovableHandle | None:
+    def before_training(self, built: TaskModel, task: Task, start: TaskStart) -> AbstractContextManager[Any]:
         """Start the task's rows at their analytic values, and let them compete with all that is known.
 
         The model is at the running merge. The rows of the labels that the task trains (its own classes, and those that
         are replayed) are those of its own features and of what is known, with the temperature that fits rows of the
-        task held out in turn. Until the handle is removed, the head's logits (n, C) are followed by those of the fixed
-        rows of every other class seen, computed in float32, so that a cross-entropy over the task's labels is one over
-        all. None where no other class is known. The curvature is measured without them: H is of the cross-entropy
+        task held out in turn. Within the context the head's logits (n, C) are followed by those of the fixed rows of
+        every other class seen, computed in float32, so that a cross-entropy over the task's labels is one over all. The
+        curvature is measured without them: H is of the cross-entropy
         among the task's own classes, as P&M is published.
         """
         if self.settings.training != "seen":
-            return None
+            return nullcontext()
         head, own_mean = str(built.head), self.settings.means == "task"
         features = self.scorer.features_of(built.model.to(self.scorer.device), task.train, task.own, head)
         seen = _load_statistics(start.statistics)
@@ -113,7 +94,7 @@ class AnalyticHead(NoHead):
             linear.weight[places] = weight[rows].to(linear.weight)
             linear.bias[places] = bias[rows].to(linear.bias)
         others = [row for row, label in enumerate(statistics.labels) if label not in task.labels]
-        return _compete(linear, weight[others], bias[others]) if others else None
+        return _compete(linear, weight[others], bias[others]) if others else nullcontext()
 
     def after_merge(self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None, *, trained: bool) -> None:
         """Follow the backbone's drift, add the task's own classes, write the rows into the merge.
@@ -140,7 +121,7 @@ class AnalyticHead(NoHead):
 def head_policy(config: RunConfig, scorer: Scorer) -> HeadPolicy:
     """What the run does with the head."""
     if not config.kind.has_head:
-        return NoHead()
+        return HeadPolicy()
     if config.analytic_head:
         return AnalyticHead(config.head, scorer)
     return LinearHead(in_curvature=config.shared_head and config.sums_curvature)

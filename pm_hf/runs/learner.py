@@ -4,7 +4,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,18 +95,14 @@ class TrainedTask:
 @contextmanager
 def _locked_by_main(folder: Path) -> Iterator[None]:
     """The folder's lock, held by the main process for all."""
-    lock = locked(folder)
+    with ExitStack() as held:
 
-    def take() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.__enter__()
+        def take() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder))
 
-    on_main_process(take)
-    try:
+        on_main_process(take)
         yield
-    finally:
-        if process_index() == 0:
-            lock.__exit__(None, None, None)
 
 
 class Run:
@@ -135,6 +131,7 @@ class Run:
             """What process 0 does with the trained task."""
             merge = self._merge(paths, start, trained.curvature)
             self.head.after_merge(paths, task, start, trained.head, trained=self._trains(index))
+            scores, held_out = self._scores(paths, trained.head, index)
             record = TaskRecord(
                 task=task.name,
                 labels=list(task.labels),
@@ -148,8 +145,8 @@ class Run:
                 curvature_bytes=0 if trained.curvature is None else trained.curvature.nbytes,
                 test_rows=len(task.test),
                 training=trained.record,
-                scores=self._scores(paths, trained.head, index),
-                held_out=self._held_out(paths),
+                scores=scores,
+                held_out=held_out,
                 seconds=time.perf_counter() - began,
                 process_peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                 conditions=conditions(),
@@ -172,10 +169,8 @@ class Run:
         built, record = on_all_processes(lambda: self._build(task, start)), None
         on_all_processes(lambda: self._check_built(built, start))
         if self._trains(start.index):
-            handle = on_all_processes(lambda: self.head.before_training(built, task, start))
-            record = self._train(built, task, start, stop)
-            if handle is not None:
-                handle.remove()
+            with on_all_processes(lambda: self.head.before_training(built, task, start)):
+                record = self._train(built, task, start, stop)
             built = self._unsharded(built, task, start)
         stop.check()
         curvature = self._measure(built, task, start)
@@ -345,21 +340,22 @@ class Run:
             max_rank=settings.max_rank,
         )
 
-    def _held_out(self, paths: TaskPaths) -> dict[str, dict[str, float]]:
-        """{text: {metric: score}} of what is never trained on."""
-        texts = self.stream.held_out
-        scores = self.scorer.score(paths.merged, None, texts) if texts else []
-        return {text.name: values for text, values in zip(texts, scores, strict=True)}
+    def _scores(
+        self, paths: TaskPaths, head: str | None, index: int
+    ) -> tuple[dict[str, list[float | None]], dict[str, dict[str, float]]]:
+        """({metric: one score for each task seen}, {text that is never trained on: {metric: score}}).
 
-    def _scores(self, paths: TaskPaths, head: str | None, index: int) -> dict[str, list[float | None]]:
-        """{metric: one score for each task seen}."""
-        if self.config.merges:
-            scores = self.scorer.score(paths.merged, head, self.stream.seen(index))
-            names = dict.fromkeys(name for values in scores for name in values)
-            return {name: [values.get(name) for values in scores] for name in names}
-        own = self.scorer.score(paths.merged, head, [self.stream.tasks[index]])[0]
-        past = self.folder.record(index - 1).scores if index else {}
-        return {name: [*past.get(name, [None] * index), own.get(name)] for name in dict.fromkeys([*past, *own])}
+        The model is loaded once for both. Where tasks are not merged, each keeps the scores of its own adapter.
+        """
+        merges, texts = self.config.merges, self.stream.held_out
+        tasks = self.stream.seen(index) if merges else (self.stream.tasks[index],)
+        measured = self.scorer.score(paths.merged, head, [*tasks, *texts])
+        of_tasks, of_texts = measured[: len(tasks)], measured[len(tasks) :]
+        past = self.folder.record(index - 1).scores if index and not merges else {}
+        before: list[float | None] = [] if merges else [None] * index
+        names = dict.fromkeys([*past, *(name for values in of_tasks for name in values)])
+        scores = {name: [*past.get(name, before), *(values.get(name) for values in of_tasks)] for name in names}
+        return scores, {text.name: values for text, values in zip(texts, of_texts, strict=True)}
 
 
 def make_penalties(config: RunConfig, built: TaskModel, start: TaskStart) -> list[Penalty]:

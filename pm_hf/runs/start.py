@@ -12,7 +12,7 @@ from pm_hf.errors import InputError, raise_all
 from pm_hf.files import same_folder
 from pm_hf.measuring.analytic_head import HeadStatistics
 from pm_hf.merging.curvature import Curvature
-from pm_hf.merging.lowrank import LowRank, compact_svd, weighted_sum
+from pm_hf.merging.lowrank import LowRank, balanced, compact_svd, weighted_sum
 from pm_hf.merging.methods.linear import SEQUENTIAL
 from pm_hf.models.loading import resolve_base
 from pm_hf.runs.paths import CURVATURE_FILE, STATISTICS_FILE, RunPaths, TaskPaths
@@ -186,5 +186,4 @@ def _reduced(matrix: LowRank) -> LowRank:
     """The same matrix with as few factors as its numerical rank needs: those of the last optimum and of the running
     merge have most of their directions in common, and would double at every task."""
     U, s, Vh = compact_svd(matrix)
-    root = s.sqrt()
-    return LowRank(U * root, root[:, None] * Vh).to(matrix.B.dtype) if len(s) else matrix
+    return balanced(U, s, Vh).to(matrix.B.dtype) if len(s) else matrix

@@ -13,6 +13,7 @@ from helpers.adapter_folders import (
     assert_same,
     dense,
     distance,
+    edited,
     head,
     peft_quiet,
     saved_tensors,
@@ -156,8 +157,7 @@ def test_names_that_end_alike_keep_their_own_rank_in_peft(tmp_path, names):
     shapes, base = dict.fromkeys(names, (6, 6)), deep()
     task = write_folder(tmp_path / "task", shapes, rank={n: RANKS[n] for n in names}, config={"rank_pattern": {}})
     anchored = {f"^{name}$": RANKS[name] for name in names}
-    written = json.loads((task / CONFIG).read_text()) | {"rank_pattern": anchored}
-    (task / CONFIG).write_text(json.dumps(written))
+    edited(task, rank_pattern=anchored)
     report = merge_adapters(task, tmp_path / "out")
     assert {name: module["rank_out"] for name, module in report.modules.items()} == {n: RANKS[n] for n in names}
     expected = {name: product.dense().double() for name, product in open_adapter(task).products().items()}

@@ -1,10 +1,11 @@
 """Bad input of merge_adapters: one clear InputError before anything is written, the old output byte for byte whole."""
 
-import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
+from helpers import adapter_folders
 from helpers.adapter_folders import (
     CONFIG,
     HEAD,
@@ -14,6 +15,7 @@ from helpers.adapter_folders import (
     assert_same,
     curvature_sums,
     dense,
+    edited,
     head,
     tree,
     write_folder,
@@ -22,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import pm_hf.adapters.folder
 import pm_hf.files
-from pm_hf import InputError, merge_adapters
+from pm_hf import merge_adapters
 
 
 @pytest.fixture
@@ -33,18 +35,7 @@ def pair(tmp_path):
     return write_folder(tmp_path / "merged", seed=1), write_folder(tmp_path / "task", seed=2), output
 
 
-def refused(tmp_path, message, adapters, output, **arguments):
-    """The call raises InputError with one line that matches, and changes nothing on disk."""
-    before = tree(tmp_path)
-    with pytest.raises(InputError, match=message) as caught:
-        merge_adapters(adapters, output, **({"overwrite": True} | arguments))
-    assert "\n" not in str(caught.value)
-    assert tree(tmp_path) == before
-
-
-def edit(folder, name, change):
-    """Rewrite a JSON file of a folder by a function of its content."""
-    (folder / name).write_text(json.dumps(change(json.loads((folder / name).read_text()))))
+refused = partial(adapter_folders.refused, overwrite=True)  # the output exists
 
 
 def tensors(**changes):
@@ -59,7 +50,7 @@ def tensors(**changes):
 
 def setting(**changes):
     """Damage: settings of adapter_config.json; ... removes one."""
-    return lambda folder: edit(folder, CONFIG, lambda c: {k: v for k, v in (c | changes).items() if v is not ...})
+    return partial(edited, **changes)
 
 
 def pickle_only(folder):

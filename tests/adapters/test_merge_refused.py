@@ -14,9 +14,10 @@ from helpers.adapter_folders import (
     assert_same,
     curvature_sums,
     dense,
+    edited,
     head,
+    refused,
     saved_tensors,
-    tree,
     write_folder,
 )
 from safetensors.torch import load_file, save_file
@@ -34,23 +35,11 @@ def pair(tmp_path):
     return [write_folder(tmp_path / name, seed=i) for i, name in enumerate("ab")]
 
 
-def edit(folder, name, **changes):
-    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
-
-
 def scaled(folder, factor):
     """The folder with every lora_B times a factor."""
     state = load_file(folder / WEIGHTS)
     save_file({n: t * factor if "lora_B" in n else t for n, t in state.items()}, folder / WEIGHTS)
     return folder
-
-
-def refused(tmp_path, message, *given, **arguments):
-    before = tree(tmp_path)
-    with pytest.raises(InputError, match=message) as caught:
-        merge_adapters(*given, **arguments)
-    assert "\n" not in str(caught.value)
-    assert tree(tmp_path) == before
 
 
 def test_values_that_the_storage_dtype_cannot_hold(pair, tmp_path):
@@ -70,7 +59,7 @@ def merged(folder, tmp_path):
 def test_an_update_that_overflows_is_a_warning_of_inspect(pair):
     state = load_file(pair[0] / WEIGHTS)
     save_file({n: torch.full_like(t, 1e30) for n, t in state.items()}, pair[0] / WEIGHTS)
-    edit(pair[0], CONFIG, lora_alpha=1e30)
+    edited(pair[0], lora_alpha=1e30)
     assert any("overflows float32" in warning for warning in describe(pair[0])["warnings"])
 
 
@@ -163,14 +152,14 @@ SETTINGS = {
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in SETTINGS.items() for value in values])
 def test_settings_of_another_type(pair, tmp_path, key, value):
-    edit(pair[0], CONFIG, **{key: value})
+    edited(pair[0], **{key: value})
     refused(tmp_path, f"{CONFIG} says {key} .*, expected", pair[0], tmp_path / "out", coefficient=1)
 
 
 @pytest.mark.parametrize("value", [None, "GAUSSIAN", True])
 def test_spellings_that_peft_accepts(pair, tmp_path, value):
     merge_adapters(pair[0], tmp_path / "usual", coefficient=1)
-    edit(pair[0], CONFIG, init_lora_weights=value, bias=None)
+    edited(pair[0], init_lora_weights=value, bias=None)
     merge_adapters(pair[0], tmp_path / "out", coefficient=1)
     usual, merged = (load_file(tmp_path / name / WEIGHTS) for name in ("usual", "out"))
     assert usual.keys() == merged.keys()
@@ -186,7 +175,7 @@ def test_spellings_that_peft_accepts(pair, tmp_path, value):
     ],
 )
 def test_weights_of_modules_that_the_configuration_leaves_out(pair, tmp_path, changes):
-    edit(pair[0], CONFIG, **changes)
+    edited(pair[0], **changes)
     refused(tmp_path, "1 modules are not in target_modules", pair[0], tmp_path / "out", coefficient=1)
 
 
@@ -237,12 +226,12 @@ def test_an_output_that_cannot_be_is_told_before_any_work(pair, tmp_path, monkey
 
 
 def test_what_only_an_earlier_adapter_says_of_the_base_is_kept(pair, tmp_path):
-    edit(pair[0], CONFIG, revision="v1", task_type="CAUSAL_LM")
-    edit(pair[1], CONFIG, revision=None, task_type=None)
+    edited(pair[0], revision="v1", task_type="CAUSAL_LM")
+    edited(pair[1], revision=None, task_type=None)
     merge_adapters(pair, tmp_path / "out", method="average")
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert (config["revision"], config["task_type"]) == ("v1", "CAUSAL_LM")
-    edit(pair[1], CONFIG, revision="v2")
+    edited(pair[1], revision="v2")
     refused(tmp_path, "different revisions of the base model", pair, tmp_path / "o", method="average")
 
 

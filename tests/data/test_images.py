@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from helpers import refusal
 from helpers.models import PICTURE_SIZE, SHAPES, draw, encoded, save_processor, write_npz
 from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
@@ -36,13 +37,6 @@ def no_cache(tmp_path, monkeypatch):
 
 def read(folder, *, side="train", extra=None, **source):
     return read_rows(KIND, Source(**source), str(folder), test=side == "test", extra=extra)
-
-
-def refused(folder, **source):
-    with pytest.raises(InputError) as caught:
-        read(folder, **source)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def pixels(rows):
@@ -118,10 +112,10 @@ def test_bad_folders_are_one_clear_error(tmp_path):
     (tmp_path / "broken" / "bar").mkdir(parents=True)
     (tmp_path / "broken" / "bar" / "1.png").write_bytes(b"no picture")
     (tmp_path / "broken" / "bar" / "2.png").write_bytes(encoded(draw(["bar"], SHAPES, 0)[0]))
-    assert "holds no pictures: expected" in refused(tmp_path, train="empty")
-    assert "1 files are no pictures, first" in refused(tmp_path, train="broken")
-    assert "absent does not exist; set data_dir=FOLDER" in refused(tmp_path, train="absent")
-    assert "a folder has no column domain" in refused(tmp_path, train="broken", extra="domain")
+    assert "holds no pictures: expected" in refusal(read, tmp_path, train="empty")
+    assert "1 files are no pictures, first" in refusal(read, tmp_path, train="broken")
+    assert "absent does not exist; set data_dir=FOLDER" in refusal(read, tmp_path, train="absent")
+    assert "a folder has no column domain" in refusal(read, tmp_path, train="broken", extra="domain")
 
 
 def test_image_column_of_a_data_set_in_any_file_format(tmp_path, no_cache):
@@ -141,9 +135,9 @@ def test_image_column_of_a_data_set_in_any_file_format(tmp_path, no_cache):
         rows, values = read(tmp_path, **source, image_column="img", label_column="kind", extra="where")
         assert (rows.labels, values) == (["box", "bar", "bar"], ["1", "0", "1"])
         assert all((a == b).all() for a, b in zip(pixels(rows), drawn, strict=True))
-    assert "missing column image, label; found img, kind, where" in refused(tmp_path, dataset="owner/name")
+    assert "missing column image, label; found img, kind, where" in refusal(read, tmp_path, dataset="owner/name")
     columns = {"image_column": "where", "label_column": "kind"}
-    assert "column where must hold images, found Value" in refused(tmp_path, dataset="owner/name", **columns)
+    assert "column where must hold images, found Value" in refusal(read, tmp_path, dataset="owner/name", **columns)
 
 
 # decoding

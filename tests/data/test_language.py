@@ -3,6 +3,7 @@ import importlib.util
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from helpers import refusal
 from helpers.models import byte_tokenizer, tiny_model, tiny_tokenizer, word_tokenizer
 from torch.nn.functional import cross_entropy
 
@@ -26,12 +27,6 @@ def read(columns, features=None, **settings):
     return rows.inputs, rows.labels
 
 
-def refused(columns, features=None, **settings):
-    with pytest.raises(InputError) as caught:
-        read(columns, features, **settings)
-    return str(caught.value)
-
-
 # rows
 
 
@@ -49,7 +44,7 @@ def test_prompt_and_completion_are_found_by_name_and_by_column():
 def test_completion_of_a_class_column_is_the_class_s_name():
     features = Features({"prompt": Value("string"), "completion": ClassLabel(names=["no", "yes"])})
     assert read({"prompt": ["p", "q"], "completion": [1, 0]}, features) == (["p", "q"], ["yes", "no"])
-    wrong = refused({"prompt": ["p"], "completion": [-1]}, features)
+    wrong = refusal(read, {"prompt": ["p"], "completion": [-1]}, features)
     assert wrong == "the file: column completion holds no class in row 0 (-1); hidden labels?"
 
 
@@ -94,9 +89,9 @@ def test_class_columns_of_a_template_are_named():
 def test_answers_replace_labels():
     columns = {"text": ["a", "b"], "label": [0, 1]}
     assert read(columns, prompt_template="{text}", answers={0: "bad", 1: "good"})[1] == [" bad", " good"]
-    lacking = refused(columns, prompt_template="{text}", answers={0: "bad"})
+    lacking = refusal(read, columns, prompt_template="{text}", answers={0: "bad"})
     assert lacking == "the file: answers: no words for 1; found 0"
-    assert "answers belong to a prompt_template" in refused(columns, answers={0: "bad", 1: "good"})
+    assert "answers belong to a prompt_template" in refusal(read, columns, answers={0: "bad", 1: "good"})
 
 
 def test_empty_template_is_none():
@@ -129,9 +124,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("columns", "settings", "message"), WRONG)
 def test_wrong_columns_are_named(columns, settings, message):
-    found = refused(columns, **settings)
-    assert message in found
-    assert "\n" not in found
+    assert message in refusal(read, columns, **settings)
 
 
 # tokens of a causal model

@@ -1,1 +1,28 @@
 """What tests share: tiny models, streams, adapters, references."""
+
+import copy
+
+from pm_hf.errors import InputError
+
+
+def with_changes(config: dict, changes: dict) -> dict:
+    """A copy of nested settings with the changes, whose keys have __ for the dot."""
+    made = copy.deepcopy(config)
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        place = made
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return made
+
+
+def refusal(call, /, *args, **kwargs) -> str:
+    """The message of the InputError that the call raises, which is one line."""
+    try:  # without pytest, as benchmarks import these helpers
+        call(*args, **kwargs)
+    except InputError as error:
+        message = str(error)
+        assert "\n" not in message, message
+        return message
+    raise AssertionError("nothing was refused")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import refusal
+from pm_hf import merge_adapters
 from pm_hf.merging.curvature import Curvature, CurvatureSpec, accumulate
 from pm_hf.merging.lowrank import LowRank
 
@@ -58,6 +61,13 @@ def write_folder(
     return path
 
 
+def edited(folder, **changes):
+    """The folder with other settings in its adapter_config.json; ... removes one."""
+    settings = json.loads((folder / CONFIG).read_text()) | changes
+    (folder / CONFIG).write_text(json.dumps({key: value for key, value in settings.items() if value is not ...}))
+    return folder
+
+
 def head(rows, seed, width=16, dtype=torch.float32, bias=True):
     """Tensors of a linear classification head."""
     generator = torch.Generator().manual_seed(seed)
@@ -104,6 +114,15 @@ def assert_same(found, expected, tolerance=1e-6):
 def tree(folder):
     """{relative path: bytes, or None for a folder} of everything below a folder, hidden names too."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def refused(folder, message, *given, **arguments):
+    """What merge_adapters refuses with: one line that matches `message`; nothing in the folder changes."""
+    before = tree(folder)
+    found = refusal(merge_adapters, *given, **arguments)
+    assert re.search(message, found), found
+    assert tree(folder) == before
+    return found
 
 
 def low_rank(matrix):

@@ -33,6 +33,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import pm_hf.training.trainer
+from helpers import with_changes
 
 KINDS = ("red", "blue", "green", "gold", "dark", "pale")
 WORDS = [f"{kind}{i}" for kind in KINDS for i in range(5)]
@@ -221,13 +222,7 @@ def image_settings(base, data, output, method="pm", **changes) -> dict:
             "head_learning_rate": 2e-2,
         },
     }
-    for key, value in changes.items():
-        *parents, last = key.split("__")
-        place = config
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
-    return config
+    return with_changes(config, changes)
 
 
 # PEFT asks any model for a property of which newer transformers warn
@@ -429,10 +424,6 @@ def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: f
     for name, value in left.items():
         assert right[name].norm() > 0, name
         assert (value - right[name]).norm() <= tolerance * right[name].norm(), name
-
-
-# {kind: (a function that builds the model, a function that makes so many rows)}
-TRAINED_KINDS = {"classifier": (lora_bert, rows), "language model": (lora_llama, language_rows)}
 
 
 def ones(*ids):

@@ -1,7 +1,6 @@
 """PEFT adapters that are no LoRA on the base's own weights, and the ways to turn them into one, run with PEFT."""
 
 import copy
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -192,10 +191,3 @@ def factored(update: dict[str, Tensor], folder: Path) -> Path:
     config = LoraConfig(r=r, lora_alpha=r, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)
     config.save_pretrained(folder)
     return folder
-
-
-def edited(path: Path, **settings) -> Path:
-    """The folder with other settings in its configuration."""
-    file = path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-    return path

@@ -2,7 +2,6 @@
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -16,9 +15,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from helpers.per_example import lora_layers
 from pm_hf.models.language_model import IGNORED
 
-PREFIX, WORDS = "base_model.model.", 11
+WORDS = 11
 CAUSAL = ("llama", "gpt2", "qwen2")
 KINDS = (*CAUSAL, "t5")
 TARGETS = {  # LoRA's target modules; T5's are in the encoder, the decoder and between them
@@ -61,10 +61,6 @@ def task_model(kind: str, targets: list[str] | None = None, words: int = WORDS) 
         if "lora_" in name:
             parameter.data.normal_(0, 0.2, generator=generator)
     return model
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    return {n.removeprefix(PREFIX): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
 def rows(kind: str, sizes: list[tuple[int, int]], seed: int = 0, words: int = WORDS) -> list[dict[str, Tensor]]:

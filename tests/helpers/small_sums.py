@@ -1,6 +1,10 @@
-"""Streams of tiny tasks and their running sums of curvature."""
+"""Streams of tiny tasks, their running sums of curvature, and other content for the files of those."""
+
+import json
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from pm_hf.merging.curvature import Curvature, CurvatureSpec, accumulate
 from pm_hf.merging.lowrank import LowRank, add
@@ -40,3 +44,12 @@ def stream(settings: CurvatureSpec, tasks: int) -> list[Curvature]:
         steps.append(accumulate(measured, optimum, delta, settings, 10 + seed, owner=owner, previous=previous))
         merged = optimum
     return steps
+
+
+def rewrite(path, change) -> None:
+    """Write the file again after change(tensors, header) in place, as a foreign program might."""
+    with safe_open(path, "pt") as handle:
+        metadata = handle.metadata()
+    tensors, header = load_file(path), json.loads(metadata["curvature"])
+    change(tensors, header)
+    save_file(tensors, path, metadata=metadata | {"curvature": json.dumps(header)})

@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 import pm_hf.runs.learner
+from helpers import with_changes
 from helpers.adapter_folders import peft_quiet
 from helpers.models import KINDS, TARGETS, tiny_folder
 from pm_hf.adapters.folder import open_adapter
@@ -77,15 +78,9 @@ def settings(base, data, output, method="pm", groups=3, **changes):
         "stream": {"train": "train.csv", "test": "test.csv", "class_groups": first(groups), "max_length": 16},
         "lora": {"r": 2, "alpha": 4, "target_modules": ["key", "value"]},
         "curvature": {"samples": 32},
-        "training": dict(TRAINING),
+        "training": TRAINING,
     }
-    for key, value in changes.items():
-        *parents, last = key.split("__")
-        place = config
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
-    return config
+    return with_changes(config, changes)
 
 
 def domains(base, data, output, method="pm", **changes):
@@ -118,6 +113,12 @@ def contents(folder):
 def steps(folder):
     """step.json of every finished task, in order."""
     return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("task-*/step.json"))]
+
+
+def at(line, alpha):
+    """The point of a merge line at a coefficient."""
+    (point,) = [point for point in line["points"] if point["coefficient"] == alpha]
+    return point
 
 
 def tensors(adapter):
@@ -230,14 +231,7 @@ def language_settings(data, output, model="llama", method="pm", **changes):
         "curvature__samples": 12,
         "training": {"num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": 3e-2},
     }
-    made: dict = {}
-    for key, value in (config | changes).items():
-        *parents, last = key.split("__")
-        place = made
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
-    return made
+    return with_changes({}, config | changes)
 
 
 # ---- adapters trained without the learner

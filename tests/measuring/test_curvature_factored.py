@@ -4,8 +4,8 @@ import helpers.slow_language as slow
 import pytest
 import torch
 from helpers.adapter_folders import assert_same, dense, peft_quiet
-from helpers.per_example import distance
-from helpers.slow_language import base_model, batches, lora_layers, rows, task_model
+from helpers.per_example import distance, lora_layers
+from helpers.slow_language import base_model, batches, rows, task_model
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -5,8 +5,8 @@ import itertools
 import helpers.slow_language as slow
 import pytest
 import torch
-from helpers.per_example import distance
-from helpers.slow_language import CAUSAL, KINDS, MODULES, SIZES, batches, lora_layers, rows, task_model
+from helpers.per_example import distance, lora_layers
+from helpers.slow_language import CAUSAL, KINDS, MODULES, SIZES, batches, rows, task_model
 
 import pm_hf.measuring.curvature
 from pm_hf import InputError, estimate_curvature

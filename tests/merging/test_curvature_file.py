@@ -8,9 +8,8 @@ import sys
 
 import pytest
 import torch
-from helpers.small_sums import FACTORED, FISHER, GRAM, OWNER, SHAPES, stream, task
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from helpers.small_sums import FACTORED, FISHER, GRAM, OWNER, SHAPES, rewrite, stream, task
+from safetensors.torch import save_file
 
 from pm_hf.errors import InputError
 from pm_hf.merging import curvature as kernel
@@ -31,15 +30,6 @@ def small_chunks(monkeypatch):
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "c.safetensors"
-
-
-def rewrite(path, change) -> None:
-    """Write the file again after change(tensors, header) in place, as a foreign program might."""
-    with safe_open(path, "pt") as handle:
-        metadata = handle.metadata()
-    tensors, header = load_file(path), json.loads(metadata["curvature"])
-    change(tensors, header)
-    save_file(tensors, path, metadata=metadata | {"curvature": json.dumps(header)})
 
 
 @every

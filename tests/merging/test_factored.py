@@ -1,14 +1,11 @@
 """The factored curvature r cᵀ/mean(r) against the matrices that it stands for, written out in float64."""
 
-import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_sums import FACTORED, FISHER, GRAM, OWNER, SHAPES, means, stream, task
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from helpers.small_sums import FACTORED, FISHER, GRAM, OWNER, SHAPES, means, rewrite, stream, task
 
 from pm_hf.errors import InputError
 from pm_hf.merging.coefficient import ZeroCurvatureError, check_fits, free_solution, optimal_coefficient
@@ -242,15 +239,6 @@ def test_another_adapter_is_refused():
 
 
 # ---- file
-
-
-def rewrite(path, change) -> None:
-    """Write the file again after change(tensors, header) in place, as a foreign program might."""
-    with safe_open(path, "pt") as handle:
-        metadata = handle.metadata()
-    tensors, header = load_file(path), json.loads(metadata["curvature"])
-    change(tensors, header)
-    save_file(tensors, path, metadata=metadata | {"curvature": json.dumps(header)})
 
 
 def test_loading_and_the_coefficient_need_the_header_alone(path, monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from helpers import refusal
 from helpers.models import OLD_NAME, TARGETS, WORDS, tiny_folder
 from helpers.streams import same_tensors, settings, steps
 from peft import PeftModel
@@ -35,12 +36,6 @@ CHANGES = {
 @pytest.fixture(scope="module")
 def data(stream_data):
     return stream_data(12)
-
-
-def refused(base, data, output, **changes):
-    with pytest.raises(InputError) as caught:
-        load_config(settings(base, data, output, **changes))
-    return str(caught.value)
 
 
 # ---- the rows
@@ -80,8 +75,8 @@ def test_without_rows_to_evaluate_on_evaluation_is_refused_with_the_way_out(tiny
     message = "eval_strategy and load_best_model_at_end need rows to evaluate on; set stream.eval_share"
     for key, value in BEST.items():
         if key != "metric_for_best_model":
-            assert message in refused(tiny_base, data, tmp_path, **{f"training__{key}": value})
-    assert message in refused(tiny_base, data, tmp_path, early_stopping_patience=1)
+            assert message in refusal(load_config, settings(tiny_base, data, tmp_path, **{f"training__{key}": value}))
+    assert message in refusal(load_config, settings(tiny_base, data, tmp_path, early_stopping_patience=1))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +90,7 @@ def test_without_rows_to_evaluate_on_evaluation_is_refused_with_the_way_out(tiny
     ],
 )
 def test_impossible_values_are_refused(tiny_base, data, tmp_path, changes, message):
-    assert message in refused(tiny_base, data, tmp_path, **CHANGES | changes)
+    assert message in refusal(load_config, settings(tiny_base, data, tmp_path, **CHANGES | changes))
 
 
 def test_evaluation_and_saving_at_different_times_are_refused_before_anything_runs(tiny_base, data, tmp_path):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import transformers
+from helpers import refusal
 from helpers.models import OLD_NAME, greedy, log_probabilities, mean_log_probability
 from helpers.streams import LANGUAGE_TASKS, same_tensors, steps
 from helpers.streams import language_settings as settings
@@ -14,7 +15,6 @@ from peft import PeftModel
 from pm_hf.config.loading import load_config
 from pm_hf.data.encoders import make_encoder
 from pm_hf.data.stream import load_stream
-from pm_hf.errors import InputError
 from pm_hf.merging.curvature import Curvature
 from pm_hf.runs.learner import evaluate, learn
 
@@ -51,23 +51,6 @@ def loaded(config, adapter):
     kind = "Seq2SeqLM" if config["stream"]["kind"] == "seq2seq-lm" else "CausalLM"
     base = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(config["model"]["base"])
     return PeftModel.from_pretrained(base, str(adapter)).eval(), make_encoder(load_config(config))
-
-
-def refused(config):
-    with pytest.raises(InputError) as caught:
-        learn(config)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.fixture
-def no_training(monkeypatch):
-    """Fail when anything is trained: bad input has to be found before."""
-
-    def train(*args, **kwargs):
-        raise AssertionError("training began")
-
-    monkeypatch.setattr("pm_hf.runs.learner.train", train)
 
 
 RUNS = {
@@ -252,7 +235,7 @@ def test_upper_bounds_and_replay_take_prompts(language_data, tmp_path, method):
 
 
 def test_size_of_the_curvature_is_printed_and_limited(language_data, tmp_path, capsys, no_training):
-    message = refused(settings(language_data, tmp_path / "run", curvature__max_gib=1e-6))
+    message = refusal(learn, settings(language_data, tmp_path / "run", curvature__max_gib=1e-6))
     assert "curvature.kind fisher needs " in message
     assert "use kind: factored" in message
     assert "curvature: " in capsys.readouterr().err
@@ -260,10 +243,11 @@ def test_size_of_the_curvature_is_printed_and_limited(language_data, tmp_path, c
 
 def test_what_cannot_be_learned_is_refused_before_training(language_data, tmp_path, no_training):
     run = tmp_path / "run"
-    assert "stream.max_length must be at least 2" in refused(settings(language_data, run, stream__max_length=1))
-    long = refused(settings(language_data, run, "gpt2", stream__max_length=65))
+    assert "stream.max_length must be at least 2" in refusal(learn, settings(language_data, run, stream__max_length=1))
+    long = refusal(learn, settings(language_data, run, "gpt2", stream__max_length=65))
     assert f"stream.max_length 65 is more than the 64 positions of {language_data / 'gpt2'}" in long
-    tokens = refused(chats(language_data, run, model__base=str(language_data / "t5"), stream__kind="seq2seq-lm"))
+    tokens = refusal(learn, chats(language_data, run, model__base=str(language_data / "t5"), stream__kind="seq2seq-lm"))
     assert "chat messages need stream.kind causal-lm" in tokens
-    other = refused(settings(language_data, run, model__base=str(language_data / "t5"), stream__kind="causal-lm"))
-    assert f"model.base {language_data / 't5'} cannot be loaded: Unrecognized configuration class" in other
+    other = settings(language_data, run, model__base=str(language_data / "t5"), stream__kind="causal-lm")
+    message = refusal(learn, other)
+    assert f"model.base {language_data / 't5'} cannot be loaded: Unrecognized configuration class" in message

@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers import refusal
 from helpers.streams import contents, same_tensors, settings, steps, write_rows
 
 import pm_hf.runs.merge_line as line
 from pm_hf.config.loading import load_config, save_config
 from pm_hf.data.stream import load_stream
-from pm_hf.errors import InputError
 from pm_hf.runs.folder import finished_labels
 from pm_hf.runs.learner import evaluate, learn
 
@@ -71,21 +71,6 @@ def rest(data, tmp_path):
     return folder
 
 
-@pytest.fixture
-def no_training(monkeypatch):
-    def train(*args, **kwargs):
-        raise AssertionError("training began")
-
-    monkeypatch.setattr("pm_hf.runs.learner.train", train)
-
-
-def refused(settings):
-    with pytest.raises(InputError) as caught:
-        learn(settings)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize("method", ["pm", "best"])
 def test_run_without_the_old_training_rows_is_the_run_that_had_them(tiny_base, two, three, rest, tmp_path, method):
     folder = shutil.copytree(two / method, tmp_path / "run")
@@ -118,13 +103,13 @@ def test_finished_run_of_test_files_alone_is_reported_and_its_adapter_scored(tin
 @pytest.mark.usefixtures("no_training")
 def test_task_that_is_not_finished_needs_its_training_rows(tiny_base, data, two, tmp_path):
     before = contents(two / "pm")
-    message = refused(config(tiny_base, data, two / "pm", "pm", 3, left=("first", "third")))
+    message = refusal(learn, config(tiny_base, data, two / "pm", "pm", 3, left=("first", "third")))
     assert message == (
         f"stream.tasks: third leave out train, which only finished tasks may, and {two / 'pm'} has 2 finished tasks; "
         "name the training files, or the output_dir in which they are finished"
     )
     assert contents(two / "pm") == before
-    message = refused(config(tiny_base, data, tmp_path / "new", "pm", 2, left=NAMES[:2]))
+    message = refusal(learn, config(tiny_base, data, tmp_path / "new", "pm", 2, left=NAMES[:2]))
     assert f"first, second leave out train, which only finished tasks may, and {tmp_path / 'new'} has 0" in message
     assert not (tmp_path / "new").exists()
 
@@ -132,7 +117,7 @@ def test_task_that_is_not_finished_needs_its_training_rows(tiny_base, data, two,
 @pytest.mark.usefixtures("no_training")
 def test_changed_test_rows_are_refused_where_the_training_rows_are_left_out(tiny_base, two, rest):
     write_rows(rest / "second-test.csv", ["car"], 6, seed=99)
-    message = refused(config(tiny_base, rest, two / "pm", "pm", 3, left=NAMES[:2]))
+    message = refusal(learn, config(tiny_base, rest, two / "pm", "pm", 3, left=NAMES[:2]))
     assert "task 1 (second): its labels or test rows differ" in message
     assert "(first)" not in message
 
@@ -140,7 +125,7 @@ def test_changed_test_rows_are_refused_where_the_training_rows_are_left_out(tiny
 @pytest.mark.usefixtures("no_training")
 def test_changed_training_rows_are_refused_where_they_are_named(tiny_base, two, rest):
     write_rows(rest / "first-train.csv", CLASSES["first"], 12, seed=99)
-    message = refused(config(tiny_base, rest, two / "pm", "pm", 3, left=("second",)))
+    message = refusal(learn, config(tiny_base, rest, two / "pm", "pm", 3, left=("second",)))
     assert "task 0 (first): its labels or rows differ" in message
     assert "(second)" not in message
 
@@ -151,13 +136,13 @@ def test_task_finished_before_test_rows_had_a_digest_is_refused(tiny_base, two, 
     step = json.loads((folder / "task-00-first" / "step.json").read_text())
     del step["test_fingerprint"]
     (folder / "task-00-first" / "step.json").write_text(json.dumps(step))
-    message = refused(config(tiny_base, rest, folder, "pm", 3, left=NAMES[:2]))
+    message = refusal(learn, config(tiny_base, rest, folder, "pm", 3, left=NAMES[:2]))
     assert "task 0 (first): an older version finished it, whose training rows cannot be left out" in message
 
 
 @pytest.mark.parametrize(("method", "key"), [("replay", "replay_per_class"), ("joint", "joint")])
 def test_methods_that_train_on_earlier_rows_need_them(tiny_base, rest, tmp_path, method, key):
-    message = refused(config(tiny_base, rest, tmp_path / "run", method, 3, left=NAMES[:2]))
+    message = refusal(learn, config(tiny_base, rest, tmp_path / "run", method, 3, left=NAMES[:2]))
     expected = f"stream: strategy.{key} trains on rows of earlier tasks: name the training files of 'first', 'second'"
     assert message == expected
 

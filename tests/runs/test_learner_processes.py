@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from helpers.models import batch, lora_bert, quick_arguments, rows, trained_state
-from helpers.processes import ODD, PLAIN, SHORT, close, run, stopped, without_dropout
+from helpers.processes import ODD, PLAIN, SHORT, close, run, stopped
 from helpers.streams import contents, dense, domains, same_tensors, settings, steps, write_yaml
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -32,11 +32,6 @@ STREAMS = {
     "merge_only, shared head": ODD,
     "merge_only, accumulated": {},
 }
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base, tmp_path_factory):
-    return without_dropout(tiny_base, tmp_path_factory.mktemp("still") / "base")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import refusal
 from helpers.streams import (
     GROUPS,
     contents,
@@ -52,23 +53,6 @@ def two_best(tiny_base, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two") / "pm_gram_lda"
     learn(settings(tiny_base, data, folder, method="pm_gram_lda", groups=2))
     return folder
-
-
-def refused(config):
-    with pytest.raises(InputError) as caught:
-        learn(config)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.fixture
-def no_training(monkeypatch):
-    """Fail when anything is trained: bad input has to be found before."""
-
-    def train(*args):
-        raise AssertionError("training began")
-
-    monkeypatch.setattr("pm_hf.runs.learner.train", train)
 
 
 # domains
@@ -125,7 +109,7 @@ def test_coefficient_in_the_step_file_is_the_solver_s(domain_run):
 def test_analytic_head_without_rows_of_a_class_in_the_first_domain_is_refused_before_training(tiny_base, tmp_path):
     config = domains(tiny_base, tmp_path, tmp_path / "run", method="best")
     write_rows(tmp_path / "plain-train.csv", ["apple", "bird"], 8, seed=1)
-    assert "car" in refused(config)
+    assert "car" in refusal(learn, config)
 
 
 # one head at a time
@@ -248,8 +232,8 @@ def test_extended_run_equals_one_that_had_all_tasks_at_once(tiny_base, data, two
 @pytest.mark.usefixtures("no_training")
 def test_config_that_contradicts_the_finished_part_is_refused_with_the_keys(tiny_base, data, two):
     before = contents(two)
-    message = refused(
-        settings(tiny_base, data, two, groups=3, method="average", lora__r=4, training__num_train_epochs=9)
+    message = refusal(
+        learn, settings(tiny_base, data, two, groups=3, method="average", lora__r=4, training__num_train_epochs=9)
     )
     for part in (
         "holds another run; use its config or another output_dir",
@@ -264,11 +248,11 @@ def test_config_that_contradicts_the_finished_part_is_refused_with_the_keys(tiny
 
 @pytest.mark.usefixtures("no_training")
 def test_other_or_fewer_tasks_than_finished_are_refused(tiny_base, data, two):
-    fewer = refused(settings(tiny_base, data, two, groups=1))
+    fewer = refusal(learn, settings(tiny_base, data, two, groups=1))
     assert "the folder has 2 finished tasks, the config fits the first 1" in fewer
     config = settings(tiny_base, data, two)
     config["stream"]["class_groups"] = first(1) | {"second": GROUPS["third"]}
-    assert "task 1 (second): its labels or rows differ" in refused(config)
+    assert "task 1 (second): its labels or rows differ" in refusal(learn, config)
 
 
 @pytest.mark.usefixtures("no_training")
@@ -278,7 +262,7 @@ def test_changed_data_of_a_finished_task_is_refused(tiny_base, two, tmp_path, na
     lines = (changed / name).read_text().splitlines()
     lines[1] = "the0 of0," + lines[1].rsplit(",", 1)[1]
     (changed / name).write_text("\n".join(lines) + "\n")
-    assert "task 0 (first): its labels or rows differ" in refused(settings(tiny_base, changed, two))
+    assert "task 0 (first): its labels or rows differ" in refusal(learn, settings(tiny_base, changed, two))
 
 
 def test_number_written_otherwise_is_no_contradiction(tiny_base, data, two):
@@ -332,7 +316,8 @@ def test_release_without_curvature_says_that_the_past_has_no_weight(tiny_base, d
 def test_release_without_curvature_is_refused_when_the_past_must_be_measured(tiny_base, data, two, tmp_path):
     alone = shutil.copytree(two / "merged", tmp_path / "alone" / "merged")
     config = release(tiny_base, data, tmp_path / "run", alone, merge__options={"unmeasured_past": "error"})
-    assert "merge.options.unmeasured_past is error, and it has no curvature.safetensors beside it" in refused(config)
+    message = refusal(learn, config)
+    assert "merge.options.unmeasured_past is error, and it has no curvature.safetensors beside it" in message
     learn(config | {"merge": config["merge"] | {"coefficient": 0.25}})  # a given coefficient measures nothing
     (step,) = steps(tmp_path / "run")
     assert step["coefficient"]["used"] == 0.25
@@ -343,7 +328,7 @@ def test_release_that_does_not_fit_is_refused_in_one_error(tiny_base, data, two,
     other = shutil.copytree(tiny_base, tmp_path / "other-base")
     nameless = shutil.copytree(two / "merged", tmp_path / "nameless")
     (nameless / "labels.json").unlink()
-    message = refused(release(other, data, tmp_path / "run", nameless, merge__max_rank=1))
+    message = refusal(learn, release(other, data, tmp_path / "run", nameless, merge__max_rank=1))
     assert "3 problems" in message
     assert f"its base model is {tiny_base}, the config's is {other}" in message
     assert "its rank 4 is above merge.max_rank 1" in message
@@ -354,12 +339,12 @@ def test_release_that_does_not_fit_is_refused_in_one_error(tiny_base, data, two,
 @pytest.mark.usefixtures("no_training")
 def test_release_whose_labels_are_not_the_domains_is_refused(tiny_base, two, tmp_path):
     config = domains(tiny_base, tmp_path, tmp_path / "run", start_from=str(two / "merged"))
-    assert "its labels are not those of the domain-incremental stream, in this order" in refused(config)
+    assert "its labels are not those of the domain-incremental stream, in this order" in refusal(learn, config)
 
 
 @pytest.mark.usefixtures("no_training")
 def test_release_without_statistics_is_refused_for_the_analytic_head(tiny_base, data, two, tmp_path):
-    message = refused(release(tiny_base, data, tmp_path / "run", two / "merged", method="best"))
+    message = refusal(learn, release(tiny_base, data, tmp_path / "run", two / "merged", method="best"))
     assert "head.kind lda needs head_statistics.safetensors beside it; use head.kind: linear" in message
 
 
@@ -370,7 +355,7 @@ def test_release_without_statistics_is_refused_for_the_analytic_head(tiny_base, 
 def test_release_whose_curvature_cannot_be_continued_is_refused_before_training(
     tiny_base, data, two, tmp_path, changes
 ):
-    message = refused(release(tiny_base, data, tmp_path / "run", two / "merged", **changes))
+    message = refusal(learn, release(tiny_base, data, tmp_path / "run", two / "merged", **changes))
     assert "curvature" in message or "lora.target_modules differ from the running merge's" in message
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.records import finished_run, page_of
-from helpers.streams import dense, settings, steps, tensors, write_data
+from helpers.streams import at, dense, settings, steps, tensors, write_data
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
 
@@ -58,11 +58,6 @@ def found(run, short):
 
 def folders(run):
     return sorted(Path(run).glob("task-*"))
-
-
-def at(line, alpha):
-    (point,) = [point for point in line["points"] if point["coefficient"] == alpha]
-    return point
 
 
 def by_hand(config, run, index, alpha):

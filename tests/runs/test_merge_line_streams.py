@@ -4,7 +4,7 @@ adapters."""
 import pytest
 import torch
 from helpers.models import OLD_NAME
-from helpers.streams import domains, first, language_settings, settings, steps
+from helpers.streams import at, domains, first, language_settings, settings, steps
 
 from pm_hf.reports.page import write_report
 from pm_hf.runs import merge_line as module
@@ -33,11 +33,6 @@ def learned(config):
     (line,) = found["tasks"]
     assert line["notes"] == []
     return found, line, steps(config["output_dir"])
-
-
-def at(line, alpha):
-    (point,) = [point for point in line["points"] if point["coefficient"] == alpha]
-    return point
 
 
 def test_a_shared_head_moves_along_the_line(tiny_base, tmp_path):

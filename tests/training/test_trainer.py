@@ -14,6 +14,7 @@ from helpers.models import (
     batch,
     logged,
     lora_bert,
+    pin,
     quick_arguments,
     rows,
     trained_state,
@@ -35,10 +36,6 @@ THIRDS = (1 / 3, 1 / 3, 1 / 3)
 def make_trainer(folder, model=None, callbacks=None, **settings) -> PMTrainer:
     args = quick_arguments(folder, PMConfig, **settings)
     return PMTrainer(model=model or lora_bert(), args=args, train_dataset=rows(24), callbacks=callbacks)
-
-
-def pin(monkeypatch, factor: float) -> None:
-    monkeypatch.setattr(pm_hf.training.trainer, "perturbation_factor", lambda *args, **kwargs: factor)
 
 
 def scalings(model) -> list[dict]:

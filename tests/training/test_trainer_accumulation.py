@@ -5,7 +5,6 @@ import torch
 from accelerate import Accelerator
 from helpers.models import (
     OLD_NAME,
-    TRAINED_KINDS,
     Gradients,
     assert_close,
     assert_equal_states,
@@ -30,12 +29,6 @@ from pm_hf.models.contexts import scaled_adapter
 from pm_hf.training.trainer import perturbation_factor
 
 pytestmark = pytest.mark.filterwarnings(OLD_NAME)
-
-
-@pytest.fixture(params=TRAINED_KINDS)
-def kind(request):
-    """(a function that builds the model, a function that makes so many rows)."""
-    return TRAINED_KINDS[request.param]
 
 
 def make_trainer(folder, model, data, size, accumulation, callbacks=(), **settings) -> PMTrainer:

@@ -4,7 +4,6 @@ import pytest
 import torch
 from helpers.models import (
     OLD_NAME,
-    TRAINED_KINDS,
     Gradients,
     Watch,
     assert_close,
@@ -27,12 +26,6 @@ from pm_hf import PMConfig, PMTrainer
 from pm_hf.training.trainer import perturbation_factor
 
 pytestmark = pytest.mark.filterwarnings(OLD_NAME)
-
-
-@pytest.fixture(params=TRAINED_KINDS)
-def kind(request):
-    """(a function that builds the model, a function that makes so many rows)."""
-    return TRAINED_KINDS[request.param]
 
 
 def make_trainer(folder, model, data, callbacks=(), **settings) -> PMTrainer:

@@ -3,12 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import OLD_NAME, Watch, quick_arguments
+from helpers.models import OLD_NAME, Watch, pin, quick_arguments
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-import pm_hf.training.trainer
 from pm_hf import PMConfig, PMTrainer
 
 pytestmark = pytest.mark.filterwarnings(OLD_NAME)
@@ -73,7 +72,7 @@ def test_the_expected_gradient_is_that_of_the_loss_plus_the_curvature_term(tmp_p
         model.zero_grad()  # no update: every factor sees the same weights
 
     for factor in (1.0, 1 + scale, 1 - scale):
-        monkeypatch.setattr(pm_hf.training.trainer, "perturbation_factor", lambda *_, f=factor, **__: f)
+        pin(monkeypatch, factor)
         data = [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
         run(tmp_path, model, data, Watch(collect), max_steps=1, weight_decay=0.0)
     expected_A, expected_B = (

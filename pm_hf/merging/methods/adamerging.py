@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pm_hf.errors import InputError
-from pm_hf.merging.lowrank import LowRank, compact_svd, weighted_sum
+from pm_hf.merging.lowrank import LowRank, balanced, compact_svd, weighted_sum
 from pm_hf.merging.methods.base import (
     DENSE_COST,
     SUM_COST,
@@ -69,8 +69,7 @@ def _masked_term(name: str, term: LowRank, mask: Sequence) -> LowRank:
             f"{name}: expected a mask of {len(s)} singular values, found {len(mask)}; learn it with these adapters"
         )
     keep = torch.tensor(mask, dtype=torch.bool)
-    root = s[keep].sqrt()
-    return LowRank(U[:, keep] * root, root[:, None] * Vh[keep]).to(term.B.dtype)
+    return balanced(U[:, keep], s[keep], Vh[keep]).to(term.B.dtype)
 
 
 ADAMERGING = Method(

@@ -17,8 +17,9 @@ class StreamKind:
     auto_model: class of transformers that loads the model. task_type: PEFT's name for the task, None where it has none.
     pipeline: the task's name on the Hub. rows: what a row holds, and so how it is read. has_head: whether the model has
     a classification head (otherwise it is a language model). settings: those of `stream` that only kinds which name
-    them have a use for. method, training: `method:`, and the learning rates and epochs of `training:`, of a YAML that
-    names none, chosen on held-out training rows (results/defaults; the language models' method by results/streams).
+    them have a use for. method: what stands for `method:` where a YAML has none. training: what stands for a learning
+    rate and what goes with it, and for the epochs. They are chosen on held-out training rows (results/defaults), the
+    language models' method by results/streams.
     """
 
     auto_model: str
@@ -27,12 +28,23 @@ class StreamKind:
     rows: Literal["texts", "pictures", "prompts"]
     has_head: bool
     method: str
-    training: Mapping[str, float]
+    training: Mapping[str, float | str]
     settings: tuple[str, ...] = ()
 
 
-_CLASSIFIERS_TRAINING = {"learning_rate": 1e-3, "head_learning_rate": 1e-2, "num_train_epochs": 5}
-_LANGUAGE_TRAINING = {"learning_rate": 5e-4, "num_train_epochs": 3}
+_CLASSIFIERS_TRAINING: dict[str, float | str] = {
+    "learning_rate": 2e-3,
+    "head_learning_rate": 1e-2,
+    "lr_scheduler_type": "cosine",
+    "per_device_train_batch_size": 16,
+    "num_train_epochs": 5,
+}
+_LANGUAGE_TRAINING: dict[str, float | str] = {
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "cosine",
+    "per_device_train_batch_size": 8,
+    "num_train_epochs": 3,
+}
 _PROMPT_SETTINGS = ("prompt_template", "answers", "held_out")
 
 STREAM_KINDS: dict[str, StreamKind] = {

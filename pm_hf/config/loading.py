@@ -75,9 +75,9 @@ def config_text(config: RunConfig) -> str:
     return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-def _fill_training(raw: dict, defaults: Mapping[str, float]) -> None:
-    """Learning rates and epochs where there are none, the alpha of twice the rank. A learning rate of one's own is the
-    head's too, and a number of steps stands for the epochs."""
+def _fill_training(raw: dict, defaults: Mapping[str, float | str]) -> None:
+    """Put in an alpha of twice the rank; a learning rate, with the head's, a schedule and a batch size; epochs where no
+    number of steps is given."""
     lora = raw.get("lora")
     rank = lora.get("r") if isinstance(lora, Mapping) else None
     if isinstance(rank, int):
@@ -86,7 +86,7 @@ def _fill_training(raw: dict, defaults: Mapping[str, float]) -> None:
     if not isinstance(training, Mapping):
         return
     given = {key for key, value in training.items() if value is not None}
-    decided = {"head_learning_rate"} if "learning_rate" in given else set()
+    decided = set(defaults) - {"num_train_epochs"} if "learning_rate" in given else set()
     decided |= {"num_train_epochs"} if "max_steps" in given else set()
     fill_defaults(raw, {"training": {key: value for key, value in defaults.items() if key not in decided}})
 

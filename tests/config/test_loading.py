@@ -289,20 +289,25 @@ def test_what_a_yaml_leaves_open_is_the_kinds(kind, method, merge):
     assert (config.lora.r, config.lora.alpha) == (8, 16)
 
 
+RATE = {"learning_rate", "head_learning_rate", "lr_scheduler_type", "per_device_train_batch_size"}
+
+
 @pytest.mark.parametrize(
-    ("given", "resolved"),
+    ("given", "filled"),
     [
-        ({"learning_rate": 1e-4}, {"learning_rate": 1e-4, "num_train_epochs": 5}),  # the head's too
-        ({"head_learning_rate": 0.5}, {"head_learning_rate": 0.5, "learning_rate": 1e-3, "num_train_epochs": 5}),
-        ({"max_steps": 7}, {"max_steps": 7, "learning_rate": 1e-3, "head_learning_rate": 1e-2}),
-        (
-            {"num_train_epochs": 2, "learning_rate": None},
-            {"num_train_epochs": 2, "learning_rate": 1e-3} | {"head_learning_rate": 1e-2},
-        ),
+        ({}, {*RATE, "num_train_epochs"}),
+        ({"learning_rate": 1e-4}, {"num_train_epochs"}),  # the head's too, with transformers' schedule and batch size
+        ({"head_learning_rate": 0.5}, {*RATE, "num_train_epochs"}),
+        ({"per_device_train_batch_size": 4}, {*RATE, "num_train_epochs"}),
+        ({"max_steps": 7}, RATE),
+        ({"num_train_epochs": 2}, RATE),
+        ({"learning_rate": None}, {*RATE, "num_train_epochs"}),
     ],
 )
-def test_what_is_given_of_the_training_is_kept(given, resolved):
-    assert load_config(small(training=given)).training == resolved
+def test_what_is_given_of_the_training_is_kept(given, filled):
+    kept = {name: value for name, value in given.items() if value is not None}
+    defaults = STREAM_KINDS["text-classification"].training
+    assert load_config(small(training=given)).training == {name: defaults[name] for name in filled} | kept
 
 
 def test_alpha_is_twice_the_rank():
@@ -312,8 +317,7 @@ def test_alpha_is_twice_the_rank():
 
 def test_settings_of_a_run_before_the_kinds_had_defaults_are_those_of_then():
     saved = load_config(small()).to_dict()
-    for name in ("learning_rate", "head_learning_rate", "num_train_epochs"):
-        del saved["training"][name]
+    saved["training"] = {}
     assert load_config(saved).training == TRANSFORMERS_TRAINING
     defaults = TrainingArguments(output_dir="out", use_cpu=True)
     assert {name: getattr(defaults, name) for name in TRANSFORMERS_TRAINING} == TRANSFORMERS_TRAINING

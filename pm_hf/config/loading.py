@@ -7,8 +7,7 @@ from typing import Any
 
 import yaml
 
-from pm_hf.config.kinds import STREAM_KINDS
-from pm_hf.config.presets import PRESETS, forget_preset, preset_defaults
+from pm_hf.config.presets import PRESETS, forget_preset, kind_of, preset_defaults
 from pm_hf.config.rules import value_problems
 from pm_hf.config.schema import RunConfig
 from pm_hf.config.training import training_values
@@ -21,8 +20,12 @@ from pm_hf.files import write_text
 FREE_KEYS = (
     *("output_dir", "data_dir", "max_forgetting", "training.report_to", "training.run_name"),
     *("stream.tasks", "stream.class_groups", "stream.domain_column", "stream.order"),
+    "merge.on_zero_curvature",  # finished tasks had a curvature, or are as it was then
 )
 
+
+# what a saved config.yaml without these meant before a kind of stream had defaults: those of TrainingArguments
+TRANSFORMERS_TRAINING = {"learning_rate": 5e-5, "num_train_epochs": 3}
 
 # keys of `merge` that are options of its method too
 KEYS_AND_OPTIONS = ("on_zero_curvature", "coefficient")
@@ -44,12 +47,14 @@ def load_config(
         _as_saved(raw)
     for key, value in changes.items():
         set_key(raw, key, value, problems)
-    method = raw.get("method", RunConfig.method)
+    kind = kind_of(raw)
+    method = raw["method"] = kind.method if raw.get("method") in (None, "") else raw["method"]
     if not isinstance(method, str) or method not in PRESETS:
         problems.append(f"method: unknown {brief(method)}; valid: {', '.join(PRESETS)}")
-        method = RunConfig.method  # so that the other problems are found too
+        method = kind.method  # so that the other problems are found too
     _settle_options(raw, problems)
-    if not _has_head(raw):
+    _fill_training(raw, kind.training)
+    if not kind.has_head:
         fill_defaults(raw, {"head": {"kind": "none"}})
     fill_defaults(raw, preset_defaults(method, raw))
     if isinstance(raw.get("training"), dict):
@@ -76,11 +81,20 @@ def config_text(config: RunConfig) -> str:
     return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-def _has_head(raw: Mapping) -> bool:
-    """Whether models of the kind asked for have a head; as the default has, a kind that does not exist too."""
-    stream = raw.get("stream")
-    kind = stream.get("kind") if isinstance(stream, Mapping) else None
-    return not isinstance(kind, str) or kind not in STREAM_KINDS or STREAM_KINDS[kind].has_head
+def _fill_training(raw: dict, defaults: Mapping[str, float | str]) -> None:
+    """Put in an alpha of twice the rank; a learning rate, with the head's, a schedule and a batch size; epochs where no
+    number of steps is given."""
+    lora = raw.get("lora")
+    rank = lora.get("r") if isinstance(lora, Mapping) else None
+    if isinstance(rank, int):
+        fill_defaults(raw, {"lora": {"alpha": 2 * rank}})
+    training = {} if raw.get("training") is None else raw["training"]
+    if not isinstance(training, Mapping):
+        return
+    given = {key for key, value in training.items() if value is not None}
+    decided = set(defaults) - {"num_train_epochs"} if "learning_rate" in given else set()
+    decided |= {"num_train_epochs"} if "max_steps" in given else set()
+    fill_defaults(raw, {"training": {key: value for key, value in defaults.items() if key not in decided}})
 
 
 def _merge_and_options(raw: Mapping) -> tuple[dict, dict]:
@@ -115,6 +129,8 @@ def _as_saved(raw: dict) -> None:
         merge, options = _merge_and_options(raw)
         for key in _contradicted(merge, options):
             del options[key]  # it had no effect then
+        if isinstance(raw["training"], dict):
+            fill_defaults(raw["training"], TRANSFORMERS_TRAINING)
 
 
 def _read_source(source: str | Path | Mapping | RunConfig) -> tuple[dict, str]:

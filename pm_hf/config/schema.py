@@ -87,7 +87,7 @@ class LoraSettings:
     """The task adapter."""
 
     r: int = 8  # rank
-    alpha: int = 8  # scaling is alpha / r
+    alpha: int = 16  # scaling is alpha / r; default: 2 · r
     dropout: float = 0.0  # probability
     target_modules: list[str] | str | None = None  # names or a regular expression; default: PEFT's for the model
 
@@ -123,7 +123,7 @@ class MergeSettings:
     freedom: Literal["global", "module", "free"] | None = None  # one coefficient, one a module, the whole matrix
     coefficient: float | None = None  # a coefficient of one's own instead of the computed one
     max_rank: int | None = 64  # rank kept; null: exact, the rank grows with every task
-    on_zero_curvature: Literal["error", "average"] = "error"  # pm: refuse, or 1/t; the same as in `options`
+    on_zero_curvature: Literal["error", "average"] = "average"  # pm: refuse, or 1/t; the same as in `options`
 
 
 @dataclass
@@ -158,13 +158,14 @@ class RunConfig:
     """Everything that decides a run; saved as config.yaml."""
 
     output_dir: FilePath = ""
-    method: str = "pm"  # a row of PRESETS: fills what is left null below
+    method: str = ""  # a row of PRESETS: fills what is left null below; default: that of stream.kind
     seed: int = 0  # 0 to 2**32 − 1
     data_dir: FilePath | None = None  # folder that file names in `stream` are relative to
     model: ModelSettings = field(default_factory=ModelSettings)
     stream: StreamSettings = field(default_factory=StreamSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
-    training: dict[str, Any] = field(default_factory=dict)  # any field of TrainingArguments, and head_learning_rate
+    # any field of TrainingArguments, and head_learning_rate; default of the learning rates and epochs: the kind's
+    training: dict[str, Any] = field(default_factory=dict)
     perturbation: PerturbationSettings = field(default_factory=PerturbationSettings)
     curvature: CurvatureSettings = field(default_factory=CurvatureSettings)
     merge: MergeSettings = field(default_factory=MergeSettings)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pm_hf.adapters.layout import ADAPTER_FILES
 from pm_hf.config.loading import config_text, differing_keys, load_config, save_config
+from pm_hf.config.presets import preset_notes
 from pm_hf.config.schema import RunConfig
 from pm_hf.data.stream import Task, TaskStream, tasks_without_rows
 from pm_hf.distributed import log_line
@@ -287,7 +288,7 @@ class RunFolder:
     def report(self, done: int) -> Report:
         """Report on the first `done` tasks, from their step.json."""
         records = [self.record(index) for index in range(done)]
-        notes = list(self.stream.notes)
+        notes = [*preset_notes(self.config), *self.stream.notes]
         if self.config.model.trust_remote_code:
             notes.append("model.trust_remote_code was true: Python code that comes with the base model may have run")
         notes += [f"task {record.task}: {note}" for record in records for note in record.notes]

@@ -215,7 +215,11 @@ class Run:
                 seconds=time.perf_counter() - began,
                 process_peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                 conditions=conditions(),
-                notes=[*notes, *self._truncation_notes(task, trained, index)],
+                notes=[
+                    *notes,
+                    *self._learning_notes(task, trained, index),
+                    *self._truncation_notes(task, trained, index),
+                ],
             )
             self.folder.finish_task(index, record)
             self.tracking.log(index + 1)
@@ -358,6 +362,17 @@ class Run:
             evaluated=self.encoder.examples(task.eval, task.labels) if len(task.eval) else None,
         )
         return replace(record, cut_rows=cut)
+
+    def _learning_notes(self, task: Task, trained: TrainedTask, index: int) -> list[str]:
+        """What is to be said where a task was hardly learned; with a penalty in its loss nothing can be."""
+        strategy, classes = self.config.strategy, None
+        if trained.record is None or strategy.ewc_weight or strategy.olora_weight or strategy.base_kl_weight:
+            return []
+        if self.config.kind.has_head:
+            against = self.stream.seen(index) if self.config.head.training == "seen" else [task]
+            classes = len({label for each in against for label in each.labels})
+        note = trained.record.learning_note(classes)
+        return [] if note is None else [note]
 
     def _truncation_notes(self, task: Task, trained: TrainedTask, index: int) -> list[str]:
         """What is to be said of rows that the model does not see whole."""

@@ -1,0 +1,5 @@
+"""x"""
+from hypothesis import strategies as st
+CASES = st.integers()
+def judge(case, folder):
+    return "right"

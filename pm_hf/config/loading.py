@@ -86,7 +86,7 @@ def _fill_training(raw: dict, defaults: Mapping[str, float | str]) -> None:
     number of steps is given."""
     lora = raw.get("lora")
     rank = lora.get("r") if isinstance(lora, Mapping) else None
-    if isinstance(rank, int):
+    if isinstance(rank, int) and rank > 0:
         fill_defaults(raw, {"lora": {"alpha": 2 * rank}})
     training = {} if raw.get("training") is None else raw["training"]
     if not isinstance(training, Mapping):

@@ -42,7 +42,8 @@ def from_mapping(kind: type, raw: Any, path: str, problems: list[str]) -> Any:
         if name in raw:
             before = len(problems)
             value = convert(hints[name], raw[name], join(path, name), problems)
-            if len(problems) == before or is_dataclass(value):  # a group keeps what is right in it
+            groups = value if isinstance(value, list) and value else [value]
+            if len(problems) == before or all(map(is_dataclass, groups)):  # groups keep what is right in them
                 values[name] = value
     return kind(**values)
 

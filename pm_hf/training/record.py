@@ -45,10 +45,10 @@ class TrainingRecord:
         guessing = SAME_LOSS * first if classes is None else CHANCE_SHARE * math.log(classes)
         if last < guessing:
             return None
-        change = f"the training loss went from {first:.3g} to {last:.3g}"
+        ending = f"the training loss went from {first:.3g} to {last:.3g}"
         if classes is not None:
-            change += f", guessing among {classes} classes has {math.log(classes):.3g}"
-        return f"{change}: next to nothing was learned; raise training.learning_rate or num_train_epochs"
+            ending += f" where guessing among {classes} classes has {math.log(classes):.3g}"
+        return f"{ending}: the task was hardly learned; raise training.learning_rate or num_train_epochs"
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> "TrainingRecord | None":

@@ -115,7 +115,9 @@ def test_aliases_and_merge_keys_mean_what_they_mean(tmp_path):
 
 def test_groups_that_share_an_alias_are_groups_of_their_own(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("output_dir: out\nmodel: {base: x}\nstream: {class_groups: 2}\nhead: &e {}\nmerge: *e\n")
+    path.write_text(
+        "output_dir: out\nmethod: pm\nmodel: {base: x}\nstream: {class_groups: 2}\nhead: &e {}\nmerge: *e\n"
+    )
     assert load_config(path).head.kind == "linear"
 
 

@@ -452,8 +452,8 @@ def test_task_whose_texts_are_all_empty_is_refused(tmp_path, empty):
         ("\u200b", "tasks[0] has no name"),
         ("x" * 300, "a task's name of 300 bytes, 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'…, is longer than 240"),
         ("\u00e4" * 121, "a task's name of 242 bytes"),
-        ("a\0b", r"task 'a\x00b': no name has the character '\x00'"),
-        ("a\ud800", r"no name has the character '\ud800'"),
+        ("a\0b", r"stream.tasks[0].name: expected text, found 'a\x00b' with a character that no file holds"),
+        ("a\ud800", r"stream.tasks[0].name: expected text, found 'a\ud800' with a character that no file holds"),
     ],
 )
 def test_task_name_that_no_folder_can_have_is_refused(tmp_path, name, message):

@@ -28,4 +28,4 @@ def test_a_training_that_learned_nothing_is_noted(losses, classes, noted):
     note = record(*losses).learning_note(classes)
     assert (note is not None) == noted
     if note and classes:
-        assert f"{losses[-1]:.3g}, guessing among 4 classes has {math.log(4):.3g}" in note
+        assert f"{losses[-1]:.3g} where guessing among 4 classes has {math.log(4):.3g}" in note

@@ -157,6 +157,8 @@ def _judge_valid(case: Mapping, folder: Path) -> str:
         check(found == value or (name == "stream.tasks" and _tasks(found, value)), name, "is", found, "not", value)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         check(number or type(found) is type(value), name, "is a", type(found), "not a", type(value))
+    if "lora.r" in meant and "lora.alpha" not in meant:
+        check(config.lora.alpha == 2 * meant["lora.r"], "lora.alpha is", config.lora.alpha, "of rank", meant["lora.r"])
     _comes_back(config, folder)
     return RIGHT
 
@@ -234,6 +236,8 @@ def _load(settings: Mapping[str, Any], way: str, folder: Path) -> RunConfig:
                 return load_config({}, values=settings)
         place[last] = value
     text = yaml.safe_dump(nested, default_flow_style=way == "flow", allow_unicode=True, sort_keys=False)
+    if "\x85" in text:  # which PyYAML writes and does not read back
+        text = yaml.safe_dump(nested, default_flow_style=way == "flow", sort_keys=False)
     path = folder / "c.yaml"
     content = ("\ufeff" if way == "marked" else "") + (text.replace("\n", "\r\n") if way == "windows" else text)
     path.write_bytes(content.encode("utf-8", "surrogatepass"))

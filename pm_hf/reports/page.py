@@ -12,7 +12,7 @@ from pm_hf.reports.charts import STYLE, Chart, escape, svg
 from pm_hf.reports.release import redact
 from pm_hf.reports.run_charts import COSTS, charts, line_chart_names, metric_name
 from pm_hf.runs.paths import RunPaths
-from pm_hf.runs.records import LOWER_IS_BETTER, MergeLine, Report, ScoreRows, read_runs
+from pm_hf.runs.records import COMPARED_COEFFICIENTS, LOWER_IS_BETTER, MergeLine, Report, ScoreRows, read_runs
 from pm_hf.text import NO_VALUE, format_number
 
 LONGEST = 300  # characters shown of a setting
@@ -302,9 +302,6 @@ def _versions(runs: list[Report]) -> str:
     keys = list(dict.fromkeys(key for of_run in made_with for key in of_run))
     rows = [[key, *(cell(of_run.get(key, NO_VALUE)) for of_run in made_with)] for key in keys]
     return table("What the runs were made with", ["", *(run.label for run in runs)], rows, "text") if keys else ""
-
-
-COMPARED_COEFFICIENTS = {"chosen": "chosen", "one_over_t": "1/t", "best_loss": "best loss"}
 
 
 def merge_lines(runs: Sequence[Report], drawn: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from pm_hf.reports.charts import Chart, Series, write_chart
-from pm_hf.runs.records import CLASS_INCREMENTAL, TASK_INCREMENTAL, Report, TaskRecord
+from pm_hf.runs.records import CLASS_INCREMENTAL, COMPARED_COEFFICIENTS, TASK_INCREMENTAL, Report, TaskRecord
 from pm_hf.text import format_metric
 
 DOTS = 600  # loss points drawn of a run
@@ -167,10 +167,10 @@ def _predicted(x: list[float], values: list[float | None], measured: Sequence[fl
 
 def _compared(task: Mapping, best: str, values: Mapping[float, float]) -> list[Series]:
     """One point for each of the coefficients that are compared."""
-    named = (("chosen", "chosen", 3), ("one_over_t", "1/t", 4), (best, "best", 5))
+    named = [*((key, COMPARED_COEFFICIENTS[key]) for key in ("chosen", "one_over_t")), (best, "best")]
     return [
         Series(f"{name} {task[key]:.3f}", [task[key]], [values[task[key]]], line=False, colour=look, shape=look)
-        for key, name, look in named
+        for look, (key, name) in enumerate(named, start=3)
     ]
 
 

@@ -26,12 +26,19 @@ from pm_hf.merging.coefficient import Coefficient
 from pm_hf.runs.folder import finished_labels
 from pm_hf.runs.learner import Run
 from pm_hf.runs.paths import RunPaths, TaskPaths
-from pm_hf.runs.records import CLASS_INCREMENTAL, LOWER_IS_BETTER, TASK_INCREMENTAL, MergeLine, Report, TaskRecord
+from pm_hf.runs.records import (
+    CLASS_INCREMENTAL,
+    COMPARED_COEFFICIENTS,
+    LOWER_IS_BETTER,
+    TASK_INCREMENTAL,
+    MergeLine,
+    Report,
+    TaskRecord,
+)
 from pm_hf.runs.start import start_task
 from pm_hf.text import NO_VALUE, format_metric, format_number, printable, text_table
 
 COEFFICIENT_GRID = tuple(tenth / 10 for tenth in range(11))
-COMPARED = ("chosen", "one_over_t", "best_loss")  # coefficients whose regret is reported
 SAME_SCORE = 1e-4  # difference of two scores of one adapter that is not worth a note
 
 
@@ -226,7 +233,7 @@ def _regrets(points: Sequence[Mapping], alphas: Mapping[str, float], metric: str
             "score": _scale(metric) * abs(best_score - at[alphas[name]]["score"]),
             "loss": at[alphas[name]]["loss_mean"] - best_loss,
         }
-        for name in COMPARED
+        for name in COMPARED_COEFFICIENTS
     }
 
 
@@ -253,7 +260,7 @@ def _merge_line(config: RunConfig, metric: str, tasks: list[dict], skipped: list
     """The content of coefficient.json."""
     mean = {
         name: {kind: fmean(task["regret"][name][kind] for task in tasks) for kind in ("score", "loss")}
-        for name in COMPARED
+        for name in COMPARED_COEFFICIENTS
         if tasks
     }
     predicts = any(task["points"][0]["predicted"] is not None for task in tasks)
@@ -293,7 +300,7 @@ def merge_line_table(line: Mapping[str, Any]) -> str:
 
 def _task_lines(line: Mapping, task: Mapping) -> list[str]:
     name = format_metric(line["metric"])
-    marks = {"chosen": "chosen", "one_over_t": "1/t", "best_loss": "best loss", "best_score": f"best {name}"}
+    marks = COMPARED_COEFFICIENTS | {"best_score": f"best {name}"}
     rows = [["α", "predicted", "change", "loss", "earlier", "own", name, "earlier", "own", ""]]
     start = next(point for point in task["points"] if point["coefficient"] == 0)
     for point in task["points"]:
@@ -320,6 +327,6 @@ def _parts(values: Sequence[float]) -> tuple[float, float | None, float]:
 def _regret_text(line: Mapping, regret: Mapping) -> str:
     listed = [
         f"{name} {regret[key]['score']:.2f} {line['regret_unit']} and {regret[key]['loss']:.4f} nats"
-        for key, name in (("chosen", "chosen"), ("one_over_t", "1/t"), ("best_loss", "best loss"))
+        for key, name in COMPARED_COEFFICIENTS.items()
     ]
     return "regret: " + ", ".join(listed)

@@ -116,6 +116,10 @@ def read_coefficient(content: Mapping[str, Any] | None) -> Coefficient | None:
     return Coefficient(**filled, **values, modules=parts)  # type: ignore[arg-type]
 
 
+# keys of the coefficients whose regret a merge line has, and what they are called
+COMPARED_COEFFICIENTS = {"chosen": "chosen", "one_over_t": "1/t", "best_loss": "best loss"}
+
+
 @dataclass(frozen=True)
 class MergeLine:
     """coefficient.json: what `pm_hf.merge_line` measured; see there for the keys of its tasks."""

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,10 @@ class RunFolder:
             last.optimum if last.optimum.is_dir() else last.adapter,
         )
 
+    def count_finished(self) -> int:
+        """Number of finished tasks before the first that is not, whatever they hold."""
+        return sum(1 for _ in takewhile(lambda index: self.task(index).finished, range(len(self.stream.tasks))))
+
     def finished(self) -> int:
         """Number of finished tasks in the folder; InputError when they contradict the config, or where the training
         rows of a task are left out that is not finished."""
@@ -139,9 +143,7 @@ class RunFolder:
                     f"output_dir {self.path} is not empty and holds no {CONFIG_FILE}; choose another folder"
                 )
             return 0
-        done = 0
-        while done < len(self.stream.tasks) and self.task(done).finished:
-            done += 1
+        done = self.count_finished()
         tasks = self.paths.tasks()
         started = any(task.finished or task.has_checkpoints for task in tasks)
         saved = load_config(path)

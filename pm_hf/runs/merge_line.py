@@ -108,9 +108,7 @@ def _line_problems(config: RunConfig) -> list[str]:
 def _folded(work: Run) -> list[int]:
     """Finished tasks that were folded into a merge before them; InputError where there is none, or for other data."""
     folder, tasks = work.folder, work.stream.tasks
-    done = 0
-    while done < len(tasks) and folder.task(done).finished:
-        done += 1
+    done = folder.count_finished()
     other = [task.name for i, task in enumerate(tasks[:done]) if folder.data_problem(i)]
     raise_all(
         [f"labels or rows of {', '.join(other)} are not those that it was trained on; use data_dir=FOLDER"]

@@ -35,7 +35,7 @@ from pm_hf.runs.records import (
     Report,
     TaskRecord,
 )
-from pm_hf.runs.start import start_task
+from pm_hf.runs.start import TaskStart, start_task
 from pm_hf.text import NO_VALUE, format_metric, format_number, printable, text_table
 
 COEFFICIENT_GRID = tuple(tenth / 10 for tenth in range(11))
@@ -168,7 +168,8 @@ def _grid(alpha: Coefficient) -> set[float]:
 def _task(work: Run, index: int, record: TaskRecord, metric: str) -> dict[str, Any]:
     """One task's line, scored."""
     began, alpha = time.perf_counter(), _coefficient(record)
-    points = scan(_grid(alpha), lambda value: _point(work, index, record, value, metric))
+    start = start_task(work.config, work.folder.state(index), index)
+    points = scan(_grid(alpha), lambda value: _point(work, start, record, value, metric))
     sign = -1 if metric in LOWER_IS_BETTER else 1
     best = {
         "best_loss": best_coefficient(points, lambda point: -point["loss_mean"], alpha.used),
@@ -188,9 +189,9 @@ def _task(work: Run, index: int, record: TaskRecord, metric: str) -> dict[str, A
     }
 
 
-def _point(work: Run, index: int, record: TaskRecord, alpha: float, metric: str) -> dict[str, Any]:
+def _point(work: Run, start: TaskStart, record: TaskRecord, alpha: float, metric: str) -> dict[str, Any]:
     """The merge with one coefficient, loaded as users load it."""
-    start, seen = start_task(work.config, work.folder.state(index), index), work.stream.seen(index)
+    index, seen = start.index, work.stream.seen(start.index)
     with TemporaryDirectory(prefix="pm-hf-") as folder:
         paths = TaskPaths(Path(folder))
         merge_adapters(

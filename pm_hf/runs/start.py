@@ -2,7 +2,6 @@
 
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Literal
 
 from pm_hf.adapters.folder import Adapter, Update, base_name, measured_tasks, open_adapter, write_adapter
 from pm_hf.adapters.merge import merge_adapters
@@ -14,6 +13,7 @@ from pm_hf.files import expand, same_files
 from pm_hf.measuring.analytic_head import HeadStatistics
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank, balanced, compact_svd, weighted_sum
+from pm_hf.merging.methods.base import Start
 from pm_hf.merging.methods.linear import SEQUENTIAL
 from pm_hf.models.loading import resolve_base
 from pm_hf.runs.paths import CURVATURE_FILE, MERGED_FOLDER, STATISTICS_FILE, RunPaths, TaskPaths
@@ -142,7 +142,7 @@ class TaskStart:
     """
 
     index: int
-    train_from: Literal["merged", "last", "base"]
+    train_from: Start
     running: Adapter | None = None
     frozen: Adapter | None = None
     factors: Adapter | None = None

@@ -1,14 +1,21 @@
 """Numbers, texts and paths that no setting can have are told by the setting's name."""
 
+from typing import get_type_hints
+
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
+from pm_hf.config import schema
 from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.config.typed import LARGEST, brief, convert
 from pm_hf.errors import InputError
+from pm_hf.merging.coefficient import Freedom
+from pm_hf.merging.curvature import CurvatureKind
+from pm_hf.merging.methods.base import Start
+from pm_hf.training.penalties import Divergence
 
 BASE = {"output_dir": "out", "model.base": "tiny", "stream.class_groups": 2}
 NAN, INF = float("nan"), float("inf")
@@ -193,3 +200,11 @@ def test_any_settings_end_in_a_config_or_in_one_line(changes):
         lines = [] if load_config(config) == config else ["read back as another"]
     assert lines != ["read back as another"]
     assert len(lines) <= 1
+
+
+def test_choices_are_those_of_what_they_are_handed_to():
+    """schema.py writes them out, for the page of all settings shows its lines."""
+    merge = get_type_hints(schema.MergeSettings)
+    assert (merge["train_from"], merge["freedom"]) == (Start | None, Freedom | None)
+    assert get_type_hints(schema.CurvatureSettings)["kind"] == CurvatureKind | None
+    assert get_type_hints(schema.StrategySettings)["divergence"] == Divergence

@@ -33,6 +33,7 @@ from pm_hf.adapters.checks import (
 from pm_hf.adapters.layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CARD_FILE,
     LABELS_FILE,
     MERGE_REPORT,
     PEFT_PREFIX,
@@ -310,9 +311,6 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}); copy or save the adapter again") from error
-
-
-CARD_FILE = "README.md"
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from pm_hf.files import (
     damaged_file,
     errno_of,
     file_marks,
+    free_bytes,
     read_json,
     read_record,
     sync,
@@ -327,7 +328,7 @@ def _write_error(path: Path, error: Exception) -> Exception:
     of_torch = isinstance(error, RuntimeError)
     if of_torch and not TORCH_WRITER.search(str(error)):
         return error
-    free = shutil.disk_usage(next(above for above in (path, *path.parents) if above.is_dir())).free
+    free = free_bytes(path)
     shutil.rmtree(path, ignore_errors=True)
     reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
     reason = "torch.save failed, as it does when the disk is full" if of_torch else reason

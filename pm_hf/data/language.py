@@ -52,10 +52,18 @@ def language_rows(
 
 
 class _PromptEncoder(ABC):
-    """What the encoders of prompts and completions share: an example of each row, and how many were `cut`."""
+    """What the encoders of prompts and completions share: an example of each row, how many were `cut`, and batches."""
 
     tokenizer: Any
+    pad: int
     cut: int
+
+    def collate(self, examples: list[dict]) -> dict[str, Tensor]:
+        """input_ids and attention_mask (N, T), labels (N, T), of an encoder-decoder (N, U), padded on the right."""
+        ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))
+        mask = [[1] * len(row) for row in ids]
+        columns = {"input_ids": (ids, self.pad), "attention_mask": (mask, 0), "labels": (labels, IGNORED)}
+        return {name: pad_rows(rows, value) for name, (rows, value) in columns.items()}
 
     def training(self, rows: Rows, labels: Sequence[str] = ()) -> list[dict]:
         """Same as `examples`."""
@@ -93,16 +101,6 @@ class CausalEncoder(_PromptEncoder):
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no end-of-text token (eos_token); set one")
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-    def collate(self, examples: list[dict]) -> dict[str, Tensor]:
-        """input_ids, attention_mask, labels, (N, T), padded on the right."""
-        return self.padded([e["input_ids"] for e in examples], [e["labels"] for e in examples])
-
-    def padded(self, ids: list[list[int]], labels: list[list[int]], *, left: bool = False) -> dict[str, Tensor]:
-        """Sequences of token ids and of labels as one batch."""
-        mask = [[1] * len(row) for row in ids]
-        columns = {"input_ids": (ids, self.pad), "attention_mask": (mask, 0), "labels": (labels, IGNORED)}
-        return {name: pad_rows(rows, value, left=left) for name, (rows, value) in columns.items()}
 
     def prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt as it stands before its completion."""
@@ -178,14 +176,6 @@ class Seq2SeqEncoder(_PromptEncoder):
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer, self.max_length, self.cut = tokenizer, _two_tokens(max_length), 0
         self.pad = tokenizer.pad_token_id or 0
-
-    def collate(self, examples: list[dict]) -> dict[str, Tensor]:
-        """input_ids and attention_mask (N, T) of the encoder, labels (N, U) of the decoder, padded on the right."""
-        ids = [example["input_ids"] for example in examples]
-        mask = [[1] * len(row) for row in ids]
-        columns = {"input_ids": (ids, self.pad), "attention_mask": (mask, 0)}
-        columns["labels"] = ([example["labels"] for example in examples], IGNORED)
-        return {name: pad_rows(rows, value) for name, (rows, value) in columns.items()}
 
     def prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of the encoder's input."""

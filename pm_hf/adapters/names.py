@@ -106,6 +106,7 @@ def _without_adapter_name(name: str) -> tuple[str | None, str | None]:
     if place < 0:
         return name, None
     rest = parts[place + 1 :]
-    tail = rest[-1:] if rest[-1:] in (["weight"], ["bias"]) else []
+    of_module = not parts[place].startswith("lora_embedding")  # whose factors are parameters themselves
+    tail = rest[-1:] if of_module and rest[-1:] in (["weight"], ["bias"]) else []
     inner = rest[: len(rest) - len(tail)]
     return (".".join(parts[: place + 1] + tail), inner[0]) if len(inner) == 1 else (name, None)

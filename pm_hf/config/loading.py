@@ -11,7 +11,7 @@ from pm_hf.config.presets import PRESETS, forget_preset, kind_of, preset_default
 from pm_hf.config.rules import value_problems
 from pm_hf.config.schema import RunConfig
 from pm_hf.config.training import training_values
-from pm_hf.config.typed import as_number, brief, from_mapping
+from pm_hf.config.typed import as_number, brief, convert, from_mapping
 from pm_hf.config.yaml_text import parse_value, read_yaml
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import write_text
@@ -26,6 +26,8 @@ FREE_KEYS = (
 
 # what a saved config.yaml without these meant before a kind of stream had defaults: those of TrainingArguments
 TRANSFORMERS_TRAINING = {"learning_rate": 5e-5, "num_train_epochs": 3}
+
+NEXT_LINE = "\x85"  # the one character that PyYAML writes as it is and reads as a blank
 
 # keys of `merge` that are options of its method too
 KEYS_AND_OPTIONS = ("on_zero_curvature", "coefficient")
@@ -61,7 +63,7 @@ def load_config(
         raw["training"] = training_values(raw["training"], problems)
     config = from_mapping(RunConfig, raw, "", problems)
     if config.stream.scenario is None:
-        config.stream.scenario = "domain_incremental" if config.stream.domain_column else "class_incremental"
+        config.stream.scenario = "domain_incremental" if config.stream.domain_column is not None else "class_incremental"
     if config.head.kind == "lda" and config.head.means is None:
         config.head.means = "task" if config.stream.scenario == "domain_incremental" else "class"
     groups = {key for key, value in config.to_dict().items() if isinstance(value, dict)}
@@ -78,15 +80,17 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 def config_text(config: RunConfig) -> str:
     """The resolved settings as YAML."""
-    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+    settings = config.to_dict()
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(settings, sort_keys=False) if NEXT_LINE in text else text
 
 
 def _fill_training(raw: dict, defaults: Mapping[str, float | str]) -> None:
     """Put in an alpha of twice the rank; a learning rate, with the head's, a schedule and a batch size; epochs where no
     number of steps is given."""
     lora = raw.get("lora")
-    rank = lora.get("r") if isinstance(lora, Mapping) else None
-    if isinstance(rank, int) and rank > 0:
+    rank = convert(int, lora.get("r"), "lora.r", []) if isinstance(lora, Mapping) else None  # in any spelling
+    if isinstance(rank, int) and not isinstance(rank, bool) and rank > 0:
         fill_defaults(raw, {"lora": {"alpha": 2 * rank}})
     training = {} if raw.get("training") is None else raw["training"]
     if not isinstance(training, Mapping):
@@ -129,8 +133,11 @@ def _as_saved(raw: dict) -> None:
         merge, options = _merge_and_options(raw)
         for key in _contradicted(merge, options):
             del options[key]  # it had no effect then
-        if isinstance(raw["training"], dict):
-            fill_defaults(raw["training"], TRANSFORMERS_TRAINING)
+        training = raw["training"]
+        if isinstance(training, dict):
+            by_steps = training.get("max_steps") is not None  # no epochs are filled in beside it
+            meant = {key: value for key, value in TRANSFORMERS_TRAINING.items() if not (by_steps and "epochs" in key)}
+            fill_defaults(training, meant)
 
 
 def _read_source(source: str | Path | Mapping | RunConfig) -> tuple[dict, str]:

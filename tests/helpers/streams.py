@@ -26,6 +26,34 @@ WORDS = [f"{kind}{i}" for kind in ("apple", "bird", "car", "dog", "egg", "fog", 
 CLASSES = ("apple", "bird", "car", "dog", "egg", "fog")  # a text's class is the kind of word it has most of
 
 
+def write_base(folder: Path) -> Path:
+    """A BERT encoder with 2 layers of width 32, without a head, and its word tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=32,
+        initializer_range=0.1,  # wide enough for a random encoder to carry the words to the pooled position
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
 def write_rows(path: Path, classes, per_class: int, seed: int, **columns) -> Path:
     """CSV of texts with `per_class` rows of each class; further columns hold a constant, or one value a row."""
     rng = random.Random(seed)

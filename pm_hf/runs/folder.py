@@ -50,6 +50,7 @@ class RunFolder:
             last.curvature if last.curvature.is_file() else None,
             last.statistics if last.statistics.is_file() else None,
             last.optimum if last.optimum.is_dir() else last.adapter,
+            last.pool if last.pool.is_file() else None,
         )
 
     def finished(self) -> int:
@@ -142,6 +143,7 @@ class RunFolder:
         last = index - 2 if self.config.max_forgetting is not None else index - 1
         for older in map(self.task, range(last + 1)):
             older.curvature.unlink(missing_ok=True)
+            older.pool.unlink(missing_ok=True)
             shutil.rmtree(older.optimum, ignore_errors=True)
             shutil.rmtree(older.change, ignore_errors=True)
 
@@ -218,6 +220,8 @@ def log_finished_task(index: int, total: int, record: TaskRecord, metric: str) -
     line = f"task {index + 1}/{total} {record.task}: {name} {scores[-1]:.3f}, mean of {len(scores)} {mean:.3f}"
     if alpha is not None and record.freedom != "free":
         line += f", coefficient {alpha.used:.3f} (1/t {alpha.one_over_t:.3f})"
+    if record.replay:
+        line += f", {record.replay['kept']} of {record.replay['written']} written rows kept"
     log_line(f"{line}, {record.seconds:.1f} s")
 
 

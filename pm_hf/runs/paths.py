@@ -6,6 +6,8 @@ CONFIG_FILE, REPORT_FILE, STEP_FILE = "config.yaml", "report.json", "step.json"
 MERGE_LINE_FILE = "coefficient.json"  # what `pm_hf.merge_line` has measured
 ROWS_FILE = "rows.json"  # rows of the task that is being trained, and under which conditions
 CURVATURE_FILE, STATISTICS_FILE = "curvature.safetensors", "head_statistics.safetensors"
+POOL_FILE = "pool.jsonl"  # written rows of all tasks so far
+WRITER_FOLDER = "writer"  # inside checkpoints
 PAGE_FILE, PLOTS_FOLDER = "report.html", "plots"
 LOGS_FOLDER, TRACKERS_FILE = "logs", "trackers.json"
 TASK_PREFIX = "task-"
@@ -25,6 +27,7 @@ class TaskPaths:
         self.curvature, self.statistics = folder / CURVATURE_FILE, folder / STATISTICS_FILE
         self.optimum, self.change = folder / OPTIMUM_FOLDER, folder / CHANGE_FOLDER
         self.checkpoints = folder / CHECKPOINTS_FOLDER
+        self.pool, self.writer = folder / POOL_FILE, self.checkpoints / WRITER_FOLDER
 
     @property
     def finished(self) -> bool:

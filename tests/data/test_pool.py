@@ -94,7 +94,7 @@ def test_turns_and_the_likeliest():
     assert in_turns([[1, 2, 3], [], [4], [5, 6]]) == [1, 4, 5, 2, 6, 3]
     assert in_turns([]) == []
     assert likeliest({"a": 0.1, "b": 0.3, "c": 0.0}) == {"b": 0.75, "a": 0.25}
-    many = likeliest({number: 1.0 for number in range(30)})
+    many = likeliest(dict.fromkeys(range(30), 1.0))
     assert list(many) == list(range(20))
     assert sum(many.values()) == pytest.approx(1)
 

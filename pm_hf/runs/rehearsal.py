@@ -31,6 +31,7 @@ from pm_hf.training.writer import Writer, train_writer
 
 ROUNDS = 5  # how often texts are asked for in place of those that were dropped
 ADVISED_ROWS = 64  # of each task
+SAMPLES = 4  # written rows of each task that step.json and the report show
 SEARCH_ROWS = 128  # of the pool, that the coefficient is searched with
 
 
@@ -113,6 +114,7 @@ class Rehearsal:
             "longest_common_run": written.longest_run,
             "rows_asked": share,
             "pool_rows": len(after.rows),
+            "samples": [{"asked": row.asked, "prompt": row.prompt, "says": row.completion} for row in rows[:SAMPLES]],
             "seconds": {**written.seconds, "label": time.perf_counter() - began},
         }
 

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 from collections import Counter
+from html import escape
 from statistics import fmean
 
 import pytest
@@ -26,6 +27,9 @@ from pm_hf.config.loading import load_config
 from pm_hf.data.encoders import make_encoder
 from pm_hf.data.pool import Pool, targets
 from pm_hf.data.stream import load_stream
+from pm_hf.reports.card import model_card
+from pm_hf.reports.page import write_report
+from pm_hf.reports.release import read_finished_run
 from pm_hf.runs.learner import learn
 
 pytestmark = pytest.mark.filterwarnings(OLD_NAME)
@@ -339,6 +343,20 @@ def test_where_nothing_could_be_written_the_coefficient_is_the_average(data, tmp
     assert "no written row of an earlier task" in second["coefficient"]["note"]
     assert second["replay"]["kept"] == 0
     assert second["replay"]["empty"] == second["replay"]["written"] > 0
+
+
+def test_report_and_card_say_what_was_written_and_searched(runs, tmp_path):
+    folder = shutil.copytree(runs[0], tmp_path / "run")
+    page = write_report([folder], tmp_path / "page")[0].read_text()
+    assert "Search of the coefficient of task 3, third" in page
+    assert "Written rows" in page
+    sample = steps(folder)[2]["replay"]["samples"][0]
+    assert escape(sample["prompt"]) in page
+    replays = [step["replay"] for step in steps(folder)]
+    card = model_card(read_finished_run(folder, "owner/base"), "me/kept")
+    assert "also trained on synthetic rows, at most 12 at a time" in card
+    assert f"{sum(replay['copies'] for replay in replays)} exact or near copies were dropped" in card
+    assert f"shares with a training row is {max(replay['longest_common_run'] for replay in replays)}." in card
 
 
 def test_the_line_of_a_finished_task_says_what_was_written(data, tmp_path, capsys):

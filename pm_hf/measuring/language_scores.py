@@ -125,12 +125,12 @@ class LanguageScorer:
     @torch.no_grad()
     def likeliest_tokens(self, examples: Sequence[dict], count: int) -> list[list[dict[int, float]]]:
         """Of each target token of each example: {token id: probability} of the `count` likeliest in its place."""
-        found: list[list[dict[int, float]]] = [[] for _ in examples]
+        tokens: list[list[dict[int, float]]] = [[] for _ in examples]
         for part, _, logits, of_example in self._targets(examples):
             best = logits.softmax(1).topk(min(count, logits.shape[1]))
             for row, ids, values in zip(of_example.tolist(), best.indices.tolist(), best.values.tolist(), strict=True):
-                found[part[row]].append(dict(zip(ids, values, strict=True)))
-        return found
+                tokens[part[row]].append(dict(zip(ids, values, strict=True)))
+        return tokens
 
     def _targets(self, examples: Sequence[dict]) -> Iterator[tuple[list[int], dict[str, Tensor], Tensor, Tensor]]:
         """(examples of a batch, the batch, logits (n, V) float32 at its target tokens, example of each (n,))."""

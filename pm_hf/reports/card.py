@@ -197,7 +197,7 @@ def _synthetic_rows(run: ReleasedRun) -> str:
     copies = sum(record.replay["copies"] for record in records)
     return (
         f"No training row of an earlier task was kept. The adapter was also trained on synthetic rows, at most {kept} "
-        "at a time, which an adapter of the base wrote from the task's rows. They were compared with the training rows: "
+        "at a time, which an adapter of the base wrote after the task's rows. They were compared with training rows: "
         f"{copies} exact or near copies were dropped, the longest run of tokens that a kept row shares with a training "
         f"row is {longest}. Of the rows only the few on the report page are published.\n\n"
     )

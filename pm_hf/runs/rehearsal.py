@@ -169,8 +169,8 @@ class Rehearsal:
         if not len(rows):
             return []
         if task.own:
-            found = scorer.answer_probabilities(rows, answers).tolist()
-            soft = [likeliest(dict(zip(answers, values, strict=True))) for values in found]
+            probabilities = scorer.answer_probabilities(rows, answers).tolist()
+            soft = [likeliest(dict(zip(answers, values, strict=True))) for values in probabilities]
             return [
                 PoolRow(task.name, answer, prompt, max(target, key=lambda key: target[key]), target, [])
                 for answer, prompt, target in zip(asked, rows.inputs, soft, strict=True)
@@ -183,8 +183,8 @@ class Rehearsal:
 
     def _with_tokens(self, scorer: LanguageScorer, rows: Rows, task: str) -> list[PoolRow]:
         prompts: Sequence[Prompt] = rows.inputs
-        found = scorer.likeliest_tokens(self.encoder.examples(rows), MOST_CHOICES)
-        soft = [[[list(part), list(part.values())] for part in map(likeliest, of_row)] for of_row in found]
+        tokens = scorer.likeliest_tokens(self.encoder.examples(rows), MOST_CHOICES)
+        soft = [[[list(part), list(part.values())] for part in map(likeliest, of_row)] for of_row in tokens]
         return [
             PoolRow(task, "", prompt, completion, {}, tokens)
             for prompt, completion, tokens in zip(prompts, rows.labels, soft, strict=True)

@@ -15,8 +15,8 @@ class WritingForm:
     """How the prompts of one task are written: "Answer: {answer}\\nText:" is completed by " {text}".
 
     The text is what differs between the task's prompts: `before` and `after` stand around it in all of them. Of a chat
-    it is the last message, `system` the message that most rows begin with, if any. answers: those to write for; where
-    the completions are free text there is one, "", and the source is "Text:". plain: the rows have no prompt, the text
+    it is the last message, `system` the message that most rows begin with, if any. answers: those of the task's
+    rows; where the completions are free text there is one, "", and the source is "Text:". plain: the rows have no prompt, the text
     is their completion. single_line: no training text has a line break.
     """
 
@@ -31,13 +31,13 @@ class WritingForm:
     @classmethod
     def of(cls, task: Task) -> "WritingForm":
         """The form of a task's training rows."""
-        inputs = task.train.inputs
+        inputs, known = task.train.inputs, set(task.train.labels)
         chat, plain = not isinstance(inputs[0], str), not any(inputs)
         texts = task.train.labels if plain else [_last(prompt) for prompt in inputs]
         before, after = ("", "") if plain else _frame(texts)
         openings = Counter(_system(prompt) for prompt in inputs) if chat else Counter[str | None]()
         return cls(
-            answers=task.own or ("",),
+            answers=tuple(answer for answer in task.own if answer in known) or ("",),
             before=before,
             after=after,
             chat=chat,

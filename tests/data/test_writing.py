@@ -45,6 +45,10 @@ def test_the_frame_is_in_whole_words(prompts, before, after):
     assert [made.row(text)[0] for text in made.texts(rows)] == prompts
 
 
+def test_nothing_is_written_for_an_answer_that_the_task_has_no_row_of():
+    assert form(TEMPLATED, (" blue", " green", " red")).answers == (" blue", " red")
+
+
 def test_texts_with_line_breaks_are_written_with_them():
     rows = Rows(["a\nb\nAnswer:", "c\nAnswer:"], [" x", " y"])
     assert form(rows, (" x", " y")).text("d\ne") == "d\ne"

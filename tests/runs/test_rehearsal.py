@@ -13,9 +13,18 @@ import pytest
 import torch
 import transformers
 from helpers import refusal
+from helpers.kills import assert_same, killed_until_done
 from helpers.models import OLD_NAME, log_probabilities
 from helpers.processes import forked, run
-from helpers.streams import LANGUAGE_TASKS, contents, language_settings, same_tensors, steps, words, write_lines
+from helpers.streams import (
+    LANGUAGE_TASKS,
+    language_settings,
+    same_tensors,
+    steps,
+    words,
+    write_lines,
+    write_yaml,
+)
 from peft import PeftModel
 
 import pm_hf.data.pool
@@ -40,7 +49,6 @@ REHEARSAL = {
     "merge__coefficient": "search",
     "training__num_train_epochs": 2,
 }
-MEASURED = ("seconds", "step_seconds", "process_peak_memory_mb")
 
 
 def settings(data, output, model="llama", tasks=TASKS, **changes):
@@ -54,16 +62,6 @@ def pool_of(folder):
     """The pool that a finished run has left."""
     (path,) = folder.glob("task-*/pool.jsonl")
     return Pool.load(path)
-
-
-def recorded(folder):
-    """Every step.json without what was measured by the clock."""
-    found = steps(folder)
-    for step in found:
-        for key in MEASURED:
-            step.pop(key, None)
-        del step["replay"]["seconds"]
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -243,12 +241,47 @@ def test_a_run_that_is_killed_while_it_writes_ends_with_the_same_pool_and_adapte
         assert len(steps(tmp_path / "run")) == 1
         assert (tmp_path / "run" / "task-01-second" / "pool.jsonl").is_file() == (where == "after the pool")
     learn(config)
-    mine, theirs = contents(tmp_path / "run"), contents(whole)
-    assert mine.keys() == theirs.keys()
-    assert mine["task-01-second/pool.jsonl"] == theirs["task-01-second/pool.jsonl"]
-    for adapter in [*whole.glob("task-*/*ed"), *whole.glob("task-*/adapter"), whole / "merged"]:
-        assert same_tensors(tmp_path / "run" / adapter.relative_to(whole), adapter)
-    assert recorded(tmp_path / "run") == recorded(whole)
+    assert_same(tmp_path / "run", whole)
+    assert pool_of(tmp_path / "run") == pool_of(whole)
+
+
+def test_a_run_that_is_stopped_in_the_writers_training_goes_on(runs, data, tmp_path, monkeypatch):
+    config, (_, whole) = settings(data, tmp_path / "run", tasks=list(TASKS)[:2]), runs
+    path = write_yaml(tmp_path / "c.yaml", config)
+
+    class AskToStop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def work():
+        train = pm_hf.training.writer.train
+
+        def stopped(*args, callbacks=(), **kwargs):
+            return train(*args, callbacks=[AskToStop(), *callbacks], **kwargs)
+
+        monkeypatch.setattr(pm_hf.training.writer, "train", stopped)
+        return main(["train", "--config", str(path)])
+
+    status, said = forked(work)
+    assert status == 1, said
+    assert "stopped by SIGTERM" in said
+    assert (tmp_path / "run" / "task-00-first" / "checkpoints" / "writer" / "checkpoint-2").is_dir()
+    learn(config)
+    assert_same(tmp_path / "run", whole)
+    assert pool_of(tmp_path / "run") == pool_of(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_a_run_that_is_killed_at_random_ends_with_the_same_pool_and_adapters(seed, runs, data, tmp_path):
+    _, whole = runs
+    path = write_yaml(tmp_path / "c.yaml", settings(data, tmp_path / "run", tasks=list(TASKS)[:2]))
+    rng = random.Random(seed)
+    kills = killed_until_done(path, tmp_path / "run", lambda done: rng.randrange(400))
+    assert kills
+    assert_same(tmp_path / "run", whole)
+    assert pool_of(tmp_path / "run") == pool_of(whole)
 
 
 def test_two_processes_write_one_pool(data, tmp_path):

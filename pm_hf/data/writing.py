@@ -15,9 +15,9 @@ class WritingForm:
     """How the prompts of one task are written: "Answer: {answer}\\nText:" is completed by " {text}".
 
     The text is what differs between the task's prompts: `before` and `after` stand around it in all of them. Of a chat
-    it is the last message, `system` the message that most rows begin with, if any. answers: those of the task's
-    rows; where the completions are free text there is one, "", and the source is "Text:". plain: the rows have no prompt, the text
-    is their completion. single_line: no training text has a line break.
+    it is the last message, `system` the message that most rows begin with, if any. answers: those of the task's rows;
+    where the completions are free text there is one, "", and the source is "Text:". plain: the rows have no prompt, the
+    text is their completion. single_line: no training text has a line break.
     """
 
     answers: tuple[str, ...]

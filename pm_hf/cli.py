@@ -3,17 +3,40 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from pm_hf.errors import InputError
+from pm_hf.text import printable_lines
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
+INTERRUPTED, CLOSED_PIPE = 128 + signal.SIGINT, 128 + getattr(signal, "SIGPIPE", 13)  # as a shell names those signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0 when done, 1 when it failed while running, 2 for bad input (one line on stderr)."""
+    """Run one command; returns 0 when done, 1 when it failed while running, 2 for bad input (one line on stderr), 130
+    after Ctrl-C (one line), 141 without a word where what it writes to is closed."""
+    _write_any_character()
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
+    except BrokenPipeError:
+        _drop_what_is_closed()
+        return CLOSED_PIPE
+    except KeyboardInterrupt:
+        if _reports_errors():
+            trains = "train" in (sys.argv[1:2] if arguments is None else arguments[:1])
+            way_on = "continues from the newest checkpoint" if trains else "begins again"
+            _say(f"pm-hf: stopped by Ctrl-C; the same command {way_on}", error=True)
+        return INTERRUPTED
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     options.overrides = rest
@@ -23,11 +46,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except InputError as error:
         if _reports_errors():
-            print(f"pm-hf: {error}", file=sys.stderr)
+            _say(f"pm-hf: {error}", error=True)
         return BAD_INPUT
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        print(f"pm-hf: {error}", file=sys.stderr)
+        _say(f"pm-hf: {error}", error=True)
         return FAILED
+
+
+def _say(text: str, *, error: bool = False) -> None:
+    """Print lines; a name from a file that is in them commands no terminal."""
+    print(printable_lines(text), file=sys.stderr if error else sys.stdout)
+
+
+def _write_any_character() -> None:
+    """What the locale cannot encode is written as \\u03b1."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_what_is_closed() -> None:
+    """Let what is still to be written to a closed pipe go nowhere, so that the interpreter ends without a word."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _open_standard_streams() -> None:
+    """Where stdin, stdout or stderr was closed, the next file to be opened would take its number, and get what is
+    written there."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 without it, print writes to stdout
 
 
 def _reports_errors() -> bool:
@@ -48,6 +106,7 @@ class _Parser(argparse.ArgumentParser):
 
 def entry() -> None:
     """Console script."""
+    _open_standard_streams()
     sys.exit(main())
 
 
@@ -75,6 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--freedom", default="global", help="global, module or free")
     merge.add_argument("--weights", nargs="+", type=float, help="one for each adapter")
     merge.add_argument("--option", action="append", default=[], metavar="key=value", help="setting of the method")
+    merge.add_argument(
+        "--rows-from", metavar="ADAPTER", help="whose head and embeddings to take where rows have no names"
+    )
     merge.add_argument("--max-rank", type=_rank, help="largest rank kept, or full; default: exact")
     merge.add_argument("--energy", type=float, help="share of the squared norm kept")
     merge.add_argument("--dtype", help="float32, float16 or bfloat16; default float32")
@@ -85,6 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="score a merged adapter on the tasks of a config")
     evaluate.add_argument("--config", required=True, help="YAML file of the stream")
     evaluate.add_argument("--adapter", help="merged adapter; default: the newest of the run")
+    evaluate.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="exit code 0 also where tasks are left out",
+    )
     evaluate.epilog = train.epilog
     evaluate.set_defaults(run=_evaluate)
 
@@ -140,17 +207,17 @@ def _train(options: argparse.Namespace) -> int:
     try:
         report = learn(config)
     except ForgettingError as error:
-        print(error.report.table())
-        print(f"pm-hf: {error}", file=sys.stderr)
+        _say(error.report.table())
+        _say(f"pm-hf: {error}", error=True)
         return FAILED
     except (StoppedError, DivergedError) as error:
-        print(f"pm-hf: {error}", file=sys.stderr)
+        _say(f"pm-hf: {error}", error=True)
         return FAILED
     except OtherProcessError as error:  # that process says what it is
         return BAD_INPUT if error.bad_input else FAILED
     if process_index() == 0:
-        print(report.table())
-        print(f"merged adapter: {RunPaths(report.folder).merged}")
+        _say(report.table())
+        _say(f"merged adapter: {RunPaths(report.folder).merged}")
     return DONE
 
 
@@ -168,6 +235,7 @@ def _merge(options: argparse.Namespace) -> int:
         weights=options.weights,
         options=_option_pairs(options.option),
         learned=options.learned,
+        rows_from=options.rows_from,
         max_rank=options.max_rank,
         energy=options.energy,
         dtype=options.dtype,
@@ -177,18 +245,20 @@ def _merge(options: argparse.Namespace) -> int:
     alpha = report.coefficient
     if alpha is not None:
         note = f"; {alpha.note}" if alpha.note and alpha.source != "given" else ""
-        print(f"coefficient {alpha.used:.6f} (raw {alpha.raw:.6f}, 1/t {alpha.one_over_t:.6f}){note}")
+        _say(f"coefficient {alpha.used:.6f} (raw {alpha.raw:.6f}, 1/t {alpha.one_over_t:.6f}){note}")
     elif report.weights is not None:
-        print("weights " + " ".join(f"{weight:.6g}" for weight in report.weights))
+        _say("weights " + " ".join(f"{weight:.6g}" for weight in report.weights))
     for name, module in report.modules.items():
         ranks = "+".join(str(rank) for rank in module["ranks_in"])
-        print(f"{name}: rank {ranks} -> {module['rank_out']}, relative error {module['error']:.2e}")
+        _say(f"{name}: rank {ranks} -> {module['rank_out']}, relative error {module['error']:.2e}")
     for name, how in report.heads.items():
-        print(f"{name}: {how}")
-    print(f"largest error {report.error:.2e} of the truncation, {report.cast_error:.2e} of the storage dtype")
+        _say(f"{name}: {how}")
+    for note in report.notes:
+        _say(f"note: {note}")
+    _say(f"largest error {report.error:.2e} of the truncation, {report.cast_error:.2e} of the storage dtype")
     memory = "" if report.peak_memory_mb is None else f", peak memory {report.peak_memory_mb:.0f} MB"
-    print(f"{report.seconds:.2f} s{memory}")
-    print("dry run: nothing written" if options.dry_run else f"written: {options.output}")
+    _say(f"{report.seconds:.2f} s{memory}")
+    _say("dry run: nothing written" if options.dry_run else f"written: {options.output}")
     return DONE
 
 
@@ -200,7 +270,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     scores = evaluate(config, options.adapter or RunPaths(config.output_dir).merged)
     for name, score in scores.items():
-        print(f"{name}: " + ", ".join(f"{metric.replace('_', '-')} {value:.4f}" for metric, value in score.items()))
+        _say(f"{name}: " + ", ".join(f"{metric.replace('_', '-')} {value:.4f}" for metric, value in score.items()))
+    for note in scores.notes:
+        _say(f"pm-hf: {note}", error=True)
+    for name, reason in scores.left_out.items():
+        _say(f"pm-hf: {name} is left out: {reason}", error=True)
+    if scores.left_out and not options.allow_missing:
+        _say("pm-hf: not every task was scored; --allow-missing takes that as it is", error=True)
+        return FAILED
     return DONE
 
 
@@ -210,7 +287,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from pm_hf.adapters.inspection import inspect_adapters, tables
 
     described = inspect_adapters(options.adapters)
-    print(json.dumps(described, indent=2, ensure_ascii=False) if options.json else tables(described))
+    _say(json.dumps(described, indent=2) if options.json else tables(described))
     return DONE
 
 
@@ -223,9 +300,9 @@ def _inspect_line(options: argparse.Namespace) -> int:
     line = merge_line(run, [*settings, *options.overrides])
     page, notes = write_report([run])
     for note in notes:
-        print(note, file=sys.stderr)
-    print(json.dumps(line, indent=2, ensure_ascii=False) if options.json else merge_line_table(line))
-    print(f"written: {RunPaths(run).merge_line}, {page} and its plots", file=sys.stderr)
+        _say(note, error=True)
+    _say(json.dumps(line, indent=2) if options.json else merge_line_table(line))
+    _say(f"written: {RunPaths(run).merge_line}, {page} and its plots", error=True)
     return DONE
 
 
@@ -234,8 +311,8 @@ def _report(options: argparse.Namespace) -> int:
 
     path, notes = write_report(options.runs, options.output)
     for note in notes:
-        print(note, file=sys.stderr)
-    print(f"written: {path}")
+        _say(note, error=True)
+    _say(f"written: {path}")
     return DONE
 
 
@@ -244,11 +321,11 @@ def _methods(_: argparse.Namespace) -> int:
 
     for name, method in METHODS.items():
         kinds = " and ".join(kind for kind, has in (("fold", method.fold), ("several", method.batch)) if has)
-        print(f"{name}: {method.about}")
-        print(f"    {method.paper}; merges {kinds}; trains from {method.train_from}; needs {method.needs}")
-        print(f"    cost: {method.cost}")
+        _say(f"{name}: {method.about}")
+        _say(f"    {method.paper}; merges {kinds}; trains from {method.train_from}; needs {method.needs}")
+        _say(f"    cost: {method.cost}")
         for option, setting in method.options.items():
-            print(f"    --option {option}={setting.default}: {setting.about}")
+            _say(f"    --option {option}={setting.default}: {setting.about}")
     return DONE
 
 
@@ -258,10 +335,10 @@ def _push(options: argparse.Namespace) -> int:
     if options.dry_run:
         upload = build_upload(options.folder, options.repo, base_model_id=options.base_model_id)
         for name, size in upload.sizes().items():
-            print(f"{size:>12,d}  {name}")
-        print(f"\n{upload.card}\ndry run: nothing uploaded to {upload.repo}")
+            _say(f"{size:>12,d}  {name}")
+        _say(f"\n{upload.card}\ndry run: nothing uploaded to {upload.repo}")
         return DONE
-    print(push(options.folder, options.repo, base_model_id=options.base_model_id, public=options.public))
+    _say(push(options.folder, options.repo, base_model_id=options.base_model_id, public=options.public))
     return DONE
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 from pm_hf.errors import InputError
+from pm_hf.text import printable
 
 Result = TypeVar("Result")
 
@@ -91,7 +92,7 @@ def on_main_process(function: Callable[[], Result]) -> Result:
 def log_line(text: str) -> None:
     """One line on stderr, of the main process."""
     if process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def on_all_processes(function: Callable[[], Result]) -> Result:

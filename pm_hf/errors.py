@@ -1,11 +1,17 @@
 """The one error that bad input gets."""
 
+from pm_hf.text import printable
+
 
 class InputError(ValueError):
     """Input that cannot be used: the message says what, what was expected, what was found, and the way out.
 
-    It is raised before any work starts. The command line prints it as one line and exits with code 2.
+    It is raised before any work starts. The command line prints it as one line and exits with code 2. The message may
+    quote names and values from files: it is made printable, see pm_hf.text.printable.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 def raise_all(problems: list[str], subject: str) -> None:

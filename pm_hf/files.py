@@ -1,21 +1,28 @@
 """Writes that are whole or absent: one file or one folder at a time, synced before it takes its name.
 
-A write goes into a folder `.<name>.tmp-<pid>` beside its target. What a killed process leaves of it is removed by the
-next write to the same target.
+A write goes into a folder `.<name>.tmp-<place>-<pid>` beside its target; the place stands for the machine, or the
+container, whose process number it is. What a killed process leaves is removed by the next write to the same target.
 """
 
 import ctypes
+import errno
+import functools
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import socket
+import stat
 import sys
-from collections.abc import Collection, Iterator, Mapping
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -29,7 +36,10 @@ except ImportError:  # not a Unix
     fcntl = None  # type: ignore[assignment]
 
 
-LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)(-\d+)?")
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-((?P<place>m[0-9a-f]{8})-)?(?P<pid>\d+)(-\d+)?")
+
+
+ABANDONED = 24 * 3600  # seconds without a change after which what another machine left counts as dead
 
 
 _number, _open = count(), set[Path]()  # temporary folders of this process: how many there were, which are in use
@@ -42,6 +52,22 @@ LOCK = ".lock"
 
 
 LONGEST_NAME = 200  # bytes; file systems take 255, and the temporary name is longer
+LONGEST_COMPONENT = 255  # bytes of one name in a path, on any usual file system
+
+
+LONGEST_VALUE, MOST_NAMED = 80, 8  # characters shown of a wrong value, fields named that are missing
+
+
+Record = TypeVar("Record")
+
+
+if TYPE_CHECKING:
+    Number = float
+else:
+    Number = int | float  # in a record: as it stands in the file; `float` alone turns 3 into 3.0
+
+
+FileMark = tuple[int, str]  # size in bytes and SHA-256 of a file
 
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux <fcntl.h> and <linux/fs.h>
@@ -54,6 +80,31 @@ class WriteError(OSError):
         outcome = "what was there before is untouched" if path.exists() else "nothing was left behind"
         super().__init__(f"{path} could not be written: {reason}; {outcome}")
         self.reason, self.errno = reason, errno
+
+
+def path_problem(name: str | os.PathLike) -> str | None:
+    """Why a text can be no path: a NUL, half a character, a name that is too long, the home of nobody; else None."""
+    text = os.fspath(name)
+    try:
+        longest = max(len(part.encode()) for part in text.split("/"))
+    except UnicodeEncodeError:
+        return f"{text!r} has half a character"
+    if "\0" in text:
+        return f"{text!r} has a NUL character"
+    if longest > LONGEST_COMPONENT:
+        return f"a name of {longest} bytes, a file system takes {LONGEST_COMPONENT}: {text[:40]}…"
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        return f"{text!r}: there is no user {text[1:].partition('/')[0]!r}; give the folder's whole path"
+    return None
+
+
+def expand(name: str | os.PathLike, what: str) -> Path:
+    """A path with ~ expanded; InputError with `what` for a text that can be none."""
+    if problem := path_problem(name):
+        raise InputError(f"{what}: {problem}")
+    return Path(name).expanduser()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -102,11 +153,105 @@ def free_space_problem(path: Path, needed: int) -> str | None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; InputError when it is missing or broken."""
+    """Read a JSON file; InputError when it is missing, cannot be read (its cause is the OSError) or is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except FileNotFoundError as error:
+        raise InputError(f"{path} cannot be read as JSON: it does not exist") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; make it readable") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def read_record(path: Path, kind: type[Record], way_out: str) -> Record:
+    """Read a JSON file that a run wrote, as the dataclass that says what stands in it; see `as_record`."""
+    return as_record(read_json(path), kind, str(path), way_out)
+
+
+def as_record(content: Any, kind: type[Record], subject: str, way_out: str) -> Record:
+    """JSON content as a dataclass.
+
+    Types are taken as they stand ("1" is no number, 1.0 no count), numbers are finite, keys that `kind` does not have
+    are left alone, and those with a default may be missing: another version may have written the file. Besides, a
+    method `problem` of `kind` says what types do not tell. Raises InputError with the subject, the first field that is
+    not as expected, what was expected and found there, and the way out.
+    """
+    from pydantic import ValidationError
+
+    try:
+        # validated as JSON, where a list may become a tuple and a whole number a float, and nothing else is converted
+        record: Record = _schema(cast(Any, kind)).validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        raise InputError(f"{subject}: {_first_problem(error)}; {way_out}") from error
+    problem = _not_finite(content, "") or (record.problem() if hasattr(record, "problem") else None)
+    if problem:
+        raise InputError(f"{subject}: {problem}; {way_out}")
+    return record
+
+
+@functools.cache
+def _schema(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _first_problem(error: Any) -> str:
+    errors = error.errors(include_url=False, include_context=False)
+    if missing := [".".join(map(str, part["loc"])) for part in errors if part["type"] == "missing"]:
+        return f"it lacks {', '.join(missing[:MOST_NAMED])}"
+    first = errors[0]
+    field = ".".join(map(str, first["loc"])) or "content"
+    expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    shown = json.dumps(first["input"], ensure_ascii=False)
+    return (
+        f"{field}: expected {expected}, found {shown if len(shown) <= LONGEST_VALUE else shown[:LONGEST_VALUE] + ' …'}"
+    )
+
+
+def _not_finite(value: Any, field: str) -> str | None:
+    """The first number of JSON content that is NaN or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{field}: expected a finite number, found {value}"
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    below = (_not_finite(item, f"{field}.{key}" if field else str(key)) for key, item in items)
+    return next((problem for problem in below if problem), None)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, as `sha256sum` prints it; 1 to 2 GB a second where the processor has instructions for
+    it, a third of that elsewhere."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def file_marks(folder: Path, names: Iterable[str]) -> dict[str, FileMark]:
+    """{name: (size in bytes, SHA-256)} of the files in `folder` that `names` name; of a folder every file in it."""
+    marks: dict[str, FileMark] = {}
+    for name in names:
+        path = folder / name
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        marks |= {
+            file.relative_to(folder).as_posix(): (file.stat().st_size, digest(file)) for file in files if file.is_file()
+        }
+    return marks
+
+
+def damaged_file(folder: Path, marks: Mapping[str, FileMark]) -> str | None:
+    """What is wrong with the first file that is not as it was marked; None where all are."""
+    for name, (size, _) in marks.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is not there"
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes, it was written with {size}"
+    changed = next((name for name, (_, known) in marks.items() if digest(folder / name) != known), None)
+    return None if changed is None else f"{folder / changed} holds other bytes than were written"
 
 
 def output_problems(path: Path, *, overwrite: bool, allowed: Collection[str] | None = None) -> list[str]:
@@ -165,9 +310,11 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder unless it is there, and wait until its name is on the disk."""
-    path.mkdir(exist_ok=True)
-    sync(path.parent)
+    """Make a folder, and those above it, unless they are there, and wait until their names are on the disk."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new or [path]:
+        sync(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -178,7 +325,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold an existing folder for this process; InputError when another one holds it.
+    """Hold an existing folder for this process; InputError when another one holds it, or its lock cannot be one.
 
     The lock is the kernel's: it goes with the process, however that ends. Systems without flock are not protected.
     """
@@ -186,15 +333,19 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     path = folder / LOCK
-    with open(path, "a+", encoding="ascii") as handle:
+    with os.fdopen(_open_lock(path), "r+", encoding="utf-8", errors="replace") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.stat(path).st_ino != os.fstat(handle.fileno()).st_ino:
-                raise FileExistsError(path)  # its holder has just removed it, and another made a new one
-        except OSError as error:
-            handle.seek(0)
-            holder = handle.read().strip() or "unknown"
+                raise BlockingIOError(path)  # its holder has just removed it, and another made a new one
+        except (BlockingIOError, PermissionError, FileNotFoundError) as error:
+            holder = handle.read(200).strip() or "unknown"
             raise InputError(f"{folder} is in use by process {holder}; wait for it or choose another folder") from error
+        except OSError as error:
+            raise InputError(
+                f"{folder} cannot be locked against a second run: its file system has no flock ({error.strerror}); "
+                "choose a folder on another file system, or mount this one with locks"
+            ) from error
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
@@ -204,25 +355,53 @@ def locked(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def copy_folder(source: Path, target: Path) -> None:
-    """Replace `target` by a copy of `source`, whole or not at all."""
+def _open_lock(path: Path) -> int:
+    """A descriptor of the lock's file, made if need be; InputError where something else has its name."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        lock = None
+    if lock is not None and stat.S_ISREG(os.fstat(lock).st_mode):
+        return lock
+    if lock is not None:
+        os.close(lock)
+    raise InputError(f"{path} is a link or no file: expected the lock of a run; remove it")
+
+
+def copy_folder(source: Path, target: Path, kept: Iterable[str] = ()) -> None:
+    """Replace `target` by a copy of `source`, whole or not at all. kept: names in `target` that stay in it."""
     with new_folder(target, overwrite=True) as temporary:
-        for folder, _, names in os.walk(source, onerror=_raise, followlinks=True):
-            inside = temporary / Path(folder).relative_to(source)
-            inside.mkdir(exist_ok=True)
-            for name in names:
-                shutil.copy2(Path(folder, name), inside / name)
+        for name in kept:
+            _copy(target / name, temporary / name)
+        _copy(source, temporary)
 
 
-def remove_leftovers(folder: Path, name: str | None = None) -> None:
+def _copy(source: Path, target: Path) -> None:
+    """A copy of a file, or of a folder and all that is in it, over what stands there; links are followed."""
+    if not source.is_dir():
+        shutil.copy2(source, target)
+        return
+    for folder, _, names in os.walk(source, onerror=_raise, followlinks=True):
+        inside = target / Path(folder).relative_to(source)
+        inside.mkdir(exist_ok=True)
+        for name in names:
+            shutil.copy2(Path(folder, name), inside / name)
+
+
+def remove_leftovers(folder: Path, name: str | None = None, *, held: bool = False) -> None:
     """Remove what dead processes left beside the target `name` in `folder`, or beside every target.
 
-    What a living process of this machine writes stays. An old folder whose target is gone was about to be replaced: it
-    gets its name back.
+    What a living process of this machine writes stays, and what another machine or container wrote within a day.
+    held: nobody else writes in this folder, as this process holds the run's lock. An old folder whose target is gone
+    was about to be replaced: it gets its name back.
     """
     for path in folder.iterdir():
         leftover = LEFTOVER.fullmatch(path.name)
-        if not leftover or name not in (None, leftover["name"]) or path in _open or _alive(int(leftover["pid"])):
+        if not leftover or name not in (None, leftover["name"]) or path in _open:
+            continue
+        if not held and _at_work(path, leftover):
             continue
         target = folder / leftover["name"]
         if leftover["kind"] == "old" and not target.exists():
@@ -231,14 +410,36 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def same_folder(left: Path, right: Path) -> bool:
-    """Whether two folders hold the same files."""
-    if not right.is_dir():
+def _at_work(path: Path, leftover: re.Match) -> bool:
+    """Whether the process that made a temporary folder may still write in it."""
+    if leftover["place"] in (None, _place()):
+        return _alive(int(leftover["pid"]))
+    try:
+        return time.time() - max(entry.lstat().st_mtime for entry in (path, *path.rglob("*"))) < ABANDONED
+    except FileNotFoundError:  # it has just been moved to its place
+        return True
+
+
+@functools.cache
+def _place() -> str:
+    """Where this process's number is its own: a machine, or a container of one."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux
+        namespace = ""
+    return "m" + hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:8]
+
+
+def same_files(left: Path, right: Path) -> bool:
+    """Whether the folder `right` holds every file of `left`, byte for byte; what else it holds does not matter."""
+    names = [path.name for path in left.iterdir()]
+    return all(_same_file(left / name, right / name) for name in names)
+
+
+def _same_file(left: Path, right: Path) -> bool:
+    if not right.is_file() or left.stat().st_size != right.stat().st_size:
         return False
-    names = sorted(path.name for path in left.iterdir())
-    return names == sorted(p.name for p in right.iterdir()) and all(
-        (left / name).read_bytes() == (right / name).read_bytes() for name in names
-    )
+    return left.read_bytes() == right.read_bytes()
 
 
 @contextmanager
@@ -248,7 +449,7 @@ def _new_file(path: Path) -> Iterator[Path]:
     Inside a folder that `new_folder` is making it is the name itself: that folder is synced as a whole.
     """
     making = LEFTOVER.fullmatch(path.parent.name)
-    if making and int(making["pid"]) == os.getpid():
+    if making and making["place"] == _place() and int(making["pid"]) == os.getpid():
         yield path
         return
     remove_leftovers(path.parent, path.name)
@@ -261,7 +462,7 @@ def _new_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; it is gone afterwards, and an OSError in the block becomes a WriteError."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{next(_number)}")
+    temporary = path.with_name(f".{path.name}.tmp-{_place()}-{os.getpid()}-{next(_number)}")
     _open.add(temporary)
     try:
         temporary.mkdir()
@@ -290,7 +491,7 @@ def _swap(new: Path, path: Path) -> None:
     """Give `new` the name `path`; an old folder of that name ends up under the name `new`, or is removed."""
     if _exchange(new, path):
         return
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    old = path.with_name(f".{path.name}.old-{_place()}-{os.getpid()}")
     if path.exists():
         os.replace(path, old)
     try:

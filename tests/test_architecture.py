@@ -16,9 +16,9 @@ PACKAGE = Path(pm_hf.__file__).parent
 GROUND = ("errors", "files", "distributed", "environment", "text")
 # {package: what it may import besides itself}; docs/architecture.md says it in words
 MAY_IMPORT = {
-    "errors": (),
+    "errors": ("text",),
     "files": ("errors",),
-    "distributed": ("errors",),
+    "distributed": ("errors", "text"),
     "environment": ("errors", "distributed"),
     "text": (),
     "merging": GROUND,
@@ -172,7 +172,7 @@ def test_public_names(module):
 # where a merging method may be named: its row, the presets of a stream, what two public functions do by default
 METHOD_NAMES_IN = ("merging.methods", "config.presets")
 DEFAULTS = {("adapters.merge", "pm"), ("cli", "pm"), ("measuring.learned_coefficients", "adamerging")}
-DEFAULTS |= {("config.schema", "pm")}  # the preset of that name
+DEFAULTS |= {("config.kinds", "average")}  # the preset of that name
 # "average" is also what decides α, and what is done where the curvature is zero
 OTHER_WORDS = {(module, "average") for module in ("config.schema", "merging.coefficient", "runs.records")}
 

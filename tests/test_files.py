@@ -2,12 +2,15 @@
 
 import enum
 import errno
+import hashlib
 import json
 import math
 import os
 import resource
 import sys
+import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -18,11 +21,17 @@ from pm_hf.errors import InputError, raise_all
 from pm_hf.files import (
     WriteError,
     copy_folder,
+    damaged_file,
     errno_of,
+    file_marks,
     free_space_problem,
+    locked,
     new_folder,
     output_problems,
     read_json,
+    read_record,
+    remove_leftovers,
+    same_files,
     save_tensors,
     write_json,
 )
@@ -337,3 +346,135 @@ def test_the_number_of_an_error_is_its_own_or_the_one_that_its_text_names():
     assert errno_of(OSError(errno.EFBIG, "File too large")) == errno.EFBIG
     assert errno_of(SafetensorError("I/O error: No space left on device (os error 28)")) == errno.ENOSPC
     assert errno_of(RuntimeError("something else")) is None
+
+
+# what a name may turn out to be, and who else may be at work
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nowhere", "folder", "pipe"])
+def test_a_lock_that_is_no_lock_is_refused_and_what_it_leads_to_is_untouched(tmp_path, kind):
+    lock, other = tmp_path / "run" / ".lock", tmp_path / "other"
+    lock.parent.mkdir()
+    other.write_text("mine")
+    if kind == "folder":
+        lock.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(lock)
+    else:
+        lock.symlink_to(other if kind == "link" else tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"\.lock is a link or no file: .*; remove it"), locked(lock.parent):
+        pass
+    assert other.read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_called_that(tmp_path, monkeypatch, code):
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with (
+        pytest.raises(InputError, match="its file system has no flock .*; choose a folder on another"),
+        locked(tmp_path),
+    ):
+        pass
+
+
+ELSEWHERE = "m00000000"  # a place that is not this one
+
+
+def test_what_another_machine_or_container_writes_stays_for_a_day(tmp_path):
+    theirs, ours = tmp_path / f".out.tmp-{ELSEWHERE}-1-0", tmp_path / f".out.tmp-{files._place()}-4194305-0"
+    for folder in (theirs, ours):
+        folder.mkdir()
+        (folder / "x.txt").write_text("x")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [theirs.name]
+    old = time.time() - files.ABANDONED - 10
+    for path in (theirs / "x.txt", theirs):
+        os.utime(path, (old, old))
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whoever_holds_the_folder_removes_what_any_machine_left(tmp_path):
+    (tmp_path / f".out.tmp-{ELSEWHERE}-1-0").mkdir()
+    remove_leftovers(tmp_path, held=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_marks_tell_every_change_of_a_file(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_bytes(b"one")
+    (tmp_path / "b").write_bytes(b"two")
+    marks = file_marks(tmp_path, ["a", "b", "none"])
+    assert set(marks) == {"a/x", "b"}
+    assert marks["b"] == (3, hashlib.sha256(b"two").hexdigest())
+    assert damaged_file(tmp_path, marks) is None
+    (tmp_path / "c").write_bytes(b"a file beside them")
+    assert damaged_file(tmp_path, marks) is None
+    for content, problem in (
+        (b"tw", "has 2 bytes, it was written with 3"),
+        (b"twO", "holds other bytes"),
+        (None, "not"),
+    ):
+        (tmp_path / "b").unlink() if content is None else (tmp_path / "b").write_bytes(content)
+        assert problem in damaged_file(tmp_path, marks)
+
+
+def test_the_same_files_may_lie_among_others(tmp_path):
+    for name in ("left", "right"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text("1")
+    (tmp_path / "right" / "notes").mkdir()
+    assert same_files(tmp_path / "left", tmp_path / "right")
+    (tmp_path / "right" / "x").write_text("2")
+    assert not same_files(tmp_path / "left", tmp_path / "right")
+    assert not same_files(tmp_path / "left", tmp_path / "none")
+
+
+def test_names_that_are_kept_stay_where_a_folder_is_replaced(tmp_path):
+    for name in ("new", "out", "out/deep"):
+        (tmp_path / name).mkdir()
+    for name in ("new/x", "out/x", "out/notes", "out/deep/notes", "out/old"):
+        (tmp_path / name).write_text(name)
+    copy_folder(tmp_path / "new", tmp_path / "out", ["notes", "deep", "x"])
+    assert contents(tmp_path / "out") == {"x": "new/x", "notes": "out/notes", "deep/notes": "out/deep/notes"}
+
+
+@dataclass
+class Example:
+    name: str
+    count: int = 0
+    share: float = 0.0
+
+    def problem(self):
+        return "count: below 0" if self.count < 0 else None
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"name": "a", "count": 1.0}', "count: expected a valid integer.*, found 1.0"),
+        ('{"name": "a", "count": true}', "count: expected a valid integer.*, found true"),
+        ('{"name": "a", "share": "1"}', 'share: expected a valid number, found "1"'),
+        ('{"name": "a", "share": NaN}', "share: expected a finite number, found nan|share: expected"),
+        ('{"name": "a", "share": 1e999}', "share: expected a finite number, found inf|share: expected"),
+        ('{"name": "a", "count": -1}', "count: below 0"),
+        ('{"count": 1}', "it lacks name"),
+        ("[]", "content: expected an object.*"),
+        ('{"name": "' + "x" * 10**6 + '", "count": []}', r"count: expected a valid integer, found \[\]"),
+        ('{"name": ["' + "x" * 10**6 + '"]}', "name: expected a valid string, found .* …"),
+    ],
+)
+def test_a_record_that_is_not_as_expected_is_one_short_line(tmp_path, content, problem):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(InputError, match=rf"x.json: ({problem}); remove it") as caught:
+        read_record(tmp_path / "x.json", Example, "remove it")
+    assert len(str(caught.value)) < 300
+
+
+def test_a_record_takes_whole_numbers_for_shares_and_leaves_unknown_keys(tmp_path):
+    (tmp_path / "x.json").write_text('{"name": "a", "share": 1, "of a newer version": {}}')
+    assert read_record(tmp_path / "x.json", Example, "") == Example("a", 0, 1.0)

@@ -1,13 +1,15 @@
 """SIGKILL at random moments, then the same command: is everything the same in the end? results/running/kill-N.json
 
-python benchmarks/running/kill.py --times 20 [--seed 0]
+python benchmarks/running/kill.py [--times 60] [--seed 0]
 
 The run is `pm-hf train` on docstrings (MiniLM, P&M, three tasks, LoRA dropout, a checkpoint every few steps). One run
 is left alone. Then runs are started and killed, started again and killed again, until --times kills have hit. Each kill
 has a phase of the run (training, measuring, …, in turn) and comes a random part of that phase's duration after the run
 has entered it for the first or second time since its start; the phase in which it really landed is read afterwards.
-Every run that was killed is brought to its end by the same command, and compared with the run that was left alone: the
-tensors of every adapter and of the curvature bit for bit, and every step.json without its seconds and megabytes.
+After every third kill, as soon as there is a checkpoint, the newest one is damaged: a file of it is overwritten with
+zeros, cut, removed, or has one bit changed; two checkpoints are kept. Every run that was killed is brought to its end
+by the same command, and compared with the run that was left alone: the tensors of every adapter and of the curvature
+bit for bit, and every step.json without its seconds, megabytes and digests.
 """
 
 import argparse
@@ -41,18 +43,20 @@ SETTINGS = {
     "training.num_train_epochs": 3,
     "training.save_strategy": "steps",
     "training.save_steps": 7,
+    "training.save_total_limit": 2,
 }
 ROWS = 40  # for training and as many for testing, of each library
 PHASES = ("training", "checkpoint", "measuring", "saving", "merging", "scoring", "finishing", "publishing")
+DAMAGES = ("zeros", "cut", "missing", "flipped bit")  # in turn
 LONGEST = 300.0  # seconds after which a run counts as hanging
 KILLS = 7  # of one run at most; then it is left alone
-MEASURED = ("seconds", "step_seconds", "process_peak_memory_mb")
+MEASURED = ("seconds", "step_seconds", "process_peak_memory_mb", "files")  # digests of files that hold seconds
 
 
 def main() -> int:
     """Kill, continue, compare; 1 where anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--times", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/kill"))
     options = parser.parse_args()
@@ -62,14 +66,19 @@ def main() -> int:
     durations, kills, folders = undisturbed(options.runs), list[dict](), list[str]()
     while len(kills) < options.times:
         folders.append(f"killed-{len(folders):02d}")
-        kills += until_done(options.runs, folders[-1], draw, durations, options.times, len(kills))
+        kills += until_done(options.runs, folders[-1], draw, durations, options.times, kills)
         print(f"{len(kills)} kills in {len(folders)} runs", file=sys.stderr, flush=True)
     expected = outcome(options.runs / "whole")
     different = {name: differences(outcome(options.runs / name), expected) for name in folders}
     different = {name: keys for name, keys in different.items() if keys}
     landed = Counter(kill["landed"] for kill in kills)
+    damages = Counter(kill["damage"].partition(": ")[0] for kill in kills if kill["damage"])
+    logs = "".join((options.runs / f"{name}.log").read_text(encoding="utf-8") for name in folders)
     figures = {
         "kills": len(kills),
+        "damaged": dict(damages.most_common()),
+        "went_on_from_the_older": logs.count("the training goes on from "),
+        "began_anew": logs.count(": the task begins anew"),
         "runs": len(folders),
         "different": different,
         "landed": dict(landed.most_common()),
@@ -82,8 +91,12 @@ def main() -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**figures, **environment()})
     where = ", ".join(f"{phase} {count}" for phase, count in landed.most_common())
-    print(f"{len(kills)} kills in {len(folders)} runs ({where}), {len(different)} runs ended otherwise")
-    return int(bool(different))
+    hurt = sum(damages.values())
+    print(
+        f"{len(kills)} kills in {len(folders)} runs ({where}), {hurt} followed by damage to the newest checkpoint, "
+        f"{len(different)} runs ended otherwise"
+    )
+    return int(bool(different) or hurt < len(kills) // 3)
 
 
 def collect(folder: Path) -> None:
@@ -157,9 +170,13 @@ def worker() -> int:
     return command_line(["train", *sys.argv[2:]])
 
 
-def until_done(runs: Path, name: str, draw: random.Random, durations: dict, times: int, done: int) -> list[dict]:
-    """Start and kill one run until it ends by itself, left alone after KILLS kills; what each kill was."""
+def until_done(
+    runs: Path, name: str, draw: random.Random, durations: dict, times: int, before: list[dict]
+) -> list[dict]:
+    """Start and kill one run until it ends by itself, left alone after KILLS kills; what each kill was. before: the
+    kills of earlier runs."""
     kills: list[dict] = []
+    done = len(before)
     while True:
         process = start(runs, name)
         if len(kills) == KILLS or done + len(kills) == times:
@@ -173,10 +190,37 @@ def until_done(runs: Path, name: str, draw: random.Random, durations: dict, time
                 process.wait()
                 landed = read(runs / f"{name}.phases")[-1].split()[0]
                 step = len(list((runs / name).glob("task-*/step.json")))
+                damaged = sum(kill["damage"] is not None for kill in [*before, *kills])
+                damage = hurt(runs / name, damaged, draw) if 3 * damaged < done + len(kills) + 1 else None
                 kills.append({"run": name, "aim": phase, "after_s": after, "landed": landed, "finished_tasks": step})
+                kills[-1]["damage"] = damage
                 continue
         assert status == 0, f"{name} ended with {status}; see {runs / name}.log"
         return kills
+
+
+def hurt(folder: Path, number: int, draw: random.Random) -> str | None:
+    """Damage a file of the newest checkpoint; which way and which file, None where there is no checkpoint yet."""
+    checkpoints = list(folder.glob("task-*/checkpoints/checkpoint-*"))
+    if not checkpoints:
+        return None
+    newest = max(checkpoints, key=lambda path: (path.parts[-3], int(path.name.rpartition("-")[2])))
+    files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
+    if not files:
+        return None
+    file, kind = draw.choice(files), DAMAGES[number % len(DAMAGES)]
+    content = bytearray(file.read_bytes())
+    if kind == "zeros":
+        content = bytearray(len(content))
+    elif kind == "cut":
+        del content[draw.randrange(len(content)) :]
+    elif kind == "flipped bit":
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    if kind == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(bytes(content))
+    return f"{kind}: {file.relative_to(folder)}"
 
 
 def enter(process: subprocess.Popen, phases: Path, phase: str, entry: int) -> int | None:

@@ -1,4 +1,4 @@
-"""LoRA adapter folders: open, check, look at, merge, write; without base model, PEFT, transformers or settings."""
+"""LoRA adapter folders: open, check, look at, merge, write; without base model, PEFT or settings."""
 
 from pm_hf.adapters.download import adapter_folder
 from pm_hf.adapters.folder import Adapter, open_adapter, replace_head, save_adapter, write_adapter

@@ -1,5 +1,6 @@
 """What is asked of an adapter folder before it is read: its configuration, its targets, its biases, its labels."""
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,14 @@ HARMLESS_SETTINGS = frozenset(
         *("rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "runtime_config", "eva_config"),
         *("loftq_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying"),
         *("target_parameters", "lora_bias"),
+        # of older versions and of other trainers: how it was trained
+        *("merge_weights", "lora_dtype", "loraplus_lr_ratio", "loraplus_lr_embedding", "loraplus_weight_decay"),
+        *("lorap_lr_ratio", "lorap_emb_lr"),
     )
 )
+
+
+QUOTED = 80  # characters of a value that a message quotes
 
 
 # how AdaLoRA chose its ranks; what it learned is in the weights
@@ -88,8 +95,14 @@ def config_problems(config: Mapping) -> list[str]:
         )
     harmless = HARMLESS_SETTINGS | ADALORA_SETTINGS if kind == "ADALORA" else HARMLESS_SETTINGS
     for key in sorted(key for key, value in config.items() if key not in harmless and value):
-        way_out = SETTING_WAYS_OUT.get(key, f"this pm_hf does not know it; {DIFFERENCE}, or train a plain LoRA")
-        problems.append(f"{key}={config[key]!r} makes the update more than scaling·BA; {way_out}")
+        setting = f"{key}={_shown(config[key])}"
+        if key in SETTING_WAYS_OUT:
+            problems.append(f"{setting} makes the update more than scaling·BA; {SETTING_WAYS_OUT[key]}")
+        else:
+            problems.append(
+                f"{setting} is a setting that this pm_hf does not know; if it only concerned the training, remove it "
+                f"from {ADAPTER_CONFIG}; if the layers compute more than scaling·BA by it, {DIFFERENCE}"
+            )
     return problems
 
 
@@ -98,22 +111,39 @@ def type_problems(config: Mapping) -> list[str]:
     adalora = peft_type(config) == "ADALORA"
     wanted = {"init_r" if adalora else "r": _is_rank, "lora_alpha": _is_number}
     problems = [f"has no {key!r}" for key in wanted if config.get(key) is None]
-    checks = {key: (check, "a positive integer" if check is _is_rank else "a number") for key, check in wanted.items()}
+    checks = {
+        key: (check, "a positive integer" if check is _is_rank else "a finite number") for key, check in wanted.items()
+    }
     checks["alpha_pattern"] = (lambda value: _is_pattern(value, _is_number), "{expression: number}")
     if not adalora:
         checks["rank_pattern"] = (lambda value: _is_pattern(value, _is_rank), "{expression: positive integer}")
     checks |= dict.fromkeys(("target_modules", "exclude_modules"), (_is_targets, "a list of names or an expression"))
     checks |= dict.fromkeys(("target_parameters", "modules_to_save"), (_is_names, "a list of names"))
+    checks["layers_to_transform"] = (_are_layers, "a layer's number or a list of numbers")
+    checks["layers_pattern"] = (_are_expressions, "an expression or a list of them")
     checks |= dict.fromkeys(("base_model_name_or_path", "revision", "task_type"), (_is_text, "a text"))
     for key, (check, expected) in checks.items():
         value = config.get(key)
         if value is not None and not check(value):
-            problems.append(f"says {key} {value!r}, expected {expected}")
+            problems.append(f"says {key} {_shown(value)}, expected {expected}")
     return problems
 
 
+def _shown(value: Any) -> str:
+    """A value as a message quotes it; of a long one the beginning."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"an integer of {value.bit_length()} bits"
+    return text if len(text) <= QUOTED else f"{text[:QUOTED]}…"
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def _is_rank(value: Any) -> bool:
@@ -136,6 +166,14 @@ def _is_expression(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _are_expressions(value: Any) -> bool:
+    return all(map(_is_expression, value if isinstance(value, list | tuple) else [value]))
+
+
+def _are_layers(value: Any) -> bool:
+    return all(type(layer) is int for layer in (value if isinstance(value, list | tuple) else [value]))
+
+
 def _is_targets(value: Any) -> bool:
     return _is_expression(value) or _is_names(value)
 
@@ -144,20 +182,26 @@ def _is_pattern(value: Any, check: Any) -> bool:
     return isinstance(value, Mapping) and all(_is_expression(key) and check(item) for key, item in value.items())
 
 
-def target_problems(config: Mapping, layouts: Mapping[str, Layout]) -> list[str]:
-    """Modules in the weights that the configuration does not target: PEFT would leave them out without a word."""
+def target_problems(
+    config: Mapping, layouts: Mapping[str, Layout], aliases: Mapping[str, str] | None = None
+) -> list[str]:
+    """Modules in the weights that the configuration does not target: PEFT would leave them out without a word.
+
+    aliases: {module: the name it has in the file}; the configuration may mean either.
+    """
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     if config.get("ensure_weight_tying"):  # which adds modules by itself
         return []
     modules = [module for module, layout in layouts.items() if layout.kind != "fused"]
     every = targets is None or targets == "all-linear"
-    outside = [
-        module
-        for module in modules
-        if not (every or _named(module, targets or ()))
-        or (excluded and _named(module, excluded))
-        or not _in_layers(module, config)
-    ]
+
+    def targeted(name: str) -> bool:
+        """Whether PEFT adapts a module of this name."""
+        meant = every or _named(name, targets or ())
+        return meant and not (excluded and _named(name, excluded)) and _in_layers(name, config)
+
+    called = {module: (module, (aliases or {}).get(module, module)) for module in modules}
+    outside = [module for module in modules if not any(map(targeted, called[module]))]
     return (
         [f"{len(outside)} modules are not in target_modules of {ADAPTER_CONFIG}, first {outside[0]}"] if outside else []
     )
@@ -189,15 +233,54 @@ def bias_problems(config: Mapping, layouts: Mapping[str, Layout]) -> list[str]:
 
 
 def are_labels(names: object) -> bool:
-    """Whether a value of labels.json names rows: a list of texts or numbers."""
-    return isinstance(names, list) and all(isinstance(name, str | int | float) for name in names)
+    """Whether a value of labels.json names rows: a list of texts or numbers, or null for rows in one order in all."""
+    return names is None or (isinstance(names, list) and all(isinstance(n, str) or _is_finite(n) for n in names))
 
 
-def label_problems(labels: Mapping[str, list], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Heads that have another number of rows than labels.json names."""
+def label_text(label: str | float | bool) -> str:
+    """The text that a label stands for: 0 is "0", true is "true"."""
+    return label if isinstance(label, str) else json.dumps(label)
+
+
+def two_spellings(labels: Sequence) -> tuple | None:
+    """Two labels that are the same number written in two ways (1 and true, 1 and 1.0); None where there are none."""
+    numbers: dict = {}
+    for label in labels:
+        if not isinstance(label, str) and type(numbers.setdefault(label, label)) is not type(label):
+            return numbers[label], label
+    return None
+
+
+def label_problems(labels: Mapping[str, list | None], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with labels.json: another number of rows than the head has, or one label written in two ways."""
     problems = []
     for head, names in labels.items():
-        rows = shapes.get(f"{head}.weight", (0,))[0]
-        if rows != len(names):
-            problems.append(f"{LABELS_FILE} names {len(names)} labels for {head}, which has {rows} rows")
+        own = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] == head and shape}
+        rows = {name: shape[0] for name, shape in own.items() if len(shape) > 1 or name.endswith(".bias")}
+        if not rows:
+            below = sorted({name.rpartition(".")[0] for name in shapes if name.startswith(f"{head}.")})
+            inside = f"; its modules are {', '.join(below)}" if below else ""
+            named = head if names is None else f"{len(names)} labels for {head}"
+            problems.append(f"{LABELS_FILE} names {named}, which has 0 rows in the adapter{inside}")
+            continue
+        if names is None:
+            continue
+        problems += [
+            f"{LABELS_FILE} names {len(names)} labels for {head}, which has {count} rows in {name}"
+            for name, count in rows.items()
+            if count != len(names)
+        ][:1]
+        texts: dict[str, Any] = {}
+        same = [(texts.setdefault(label_text(name), name), name) for name in names]
+        mixed = [pair for pair in same if type(pair[0]) is not type(pair[1])]
+        if pair := two_spellings(names) or next(iter(mixed), None):
+            first, second = map(json.dumps, pair)
+            problems.append(
+                f"{LABELS_FILE} names one label of {head} in two ways, {first} and {second}; write every label as the "
+                "text it stands for"
+            )
     return problems
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))

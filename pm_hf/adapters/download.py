@@ -5,7 +5,7 @@ import glob
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,6 +67,26 @@ def adapter_folder(source: str | os.PathLike) -> Path:
         what = "a file" if path.is_file() else "neither"
         raise InputError(f"adapter {name} is not a folder: expected {SYNTAX}, found {what}")
     return _download(place, f"adapter {name}: not a local folder, and {place}")
+
+
+def base_config_file(base: object, revision: object = None) -> Path | None:
+    """config.json of a base model, from its folder or from the Hub's cache; None where neither has it."""
+    if not isinstance(base, str) or not base or "\0" in base:
+        return None
+    file = Path(base).expanduser() / "config.json"
+    with suppress(OSError):
+        if file.is_file():
+            return file
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if not (Path(HF_HUB_CACHE) / f"models--{base.replace('/', '--')}").is_dir():  # the client takes long to import
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    with suppress(OSError, ValueError):  # of which the client's own are kinds
+        cached = try_to_load_from_cache(base, "config.json", revision=revision if isinstance(revision, str) else None)
+        return Path(cached) if isinstance(cached, str) else None
+    return None
 
 
 def _parse(source: str) -> _Place | None:

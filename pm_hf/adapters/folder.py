@@ -2,7 +2,7 @@
 
 It needs neither PEFT nor the base model: an adapter is `adapter_config.json`, `adapter_model.safetensors` and, when it
 carries a classification head, `labels.json` ({head module: [label, …] in row order; of several rows of one label the
-largest logit decides).
+largest logit decides; null: its rows are the same in every adapter, as hidden units of one start are}).
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,7 @@ from pm_hf.adapters.checks import (
     bias_problems,
     config_problems,
     label_problems,
+    label_text,
     target_problems,
     type_problems,
 )
@@ -39,6 +40,7 @@ from pm_hf.adapters.layout import (
     find_layouts,
     peft_type,
 )
+from pm_hf.adapters.names import is_own_class, plain_path, read_names
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import new_folder, read_json, save_tensors, write_json
 from pm_hf.merging.lowrank import LowRank, weighted_sum
@@ -50,13 +52,21 @@ EMBEDDINGS = (
 )
 
 
+SHOWN = 5  # folders that a message names
+
+
+NO_WEIGHTS = {"BOOL": "true or false", "C64": "complex", "C128": "complex"}  # dtypes that no factor has
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A checked LoRA adapter folder. Tensors are read when asked for, one module at a time.
 
     layouts: {module: how its update is stored}. saved: names of the other tensors, absolute values and not updates:
     those of `modules_to_save`, and copies of base embeddings (`base_copies`). labels: {head module: [label, …]} of
-    `labels.json`.
+    `labels.json`, as texts. in_order: modules that it names with null, whose rows are the same in every adapter.
+    Modules and tensors go by their plain names, whatever wrapped the model that wrote the file; stored: {tensor: its
+    name in the file}.
     """
 
     path: Path
@@ -64,6 +74,8 @@ class Adapter:
     layouts: dict[str, Layout]
     saved: tuple[str, ...]
     labels: dict[str, list[str]] = field(default_factory=dict)
+    in_order: tuple[str, ...] = ()
+    stored: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def scaling(self) -> dict[str, float]:
@@ -107,6 +119,14 @@ class Adapter:
         """A saved tensor, in its stored dtype."""
         return self._get(name)
 
+    def stored_name(self, name: str) -> str:
+        """What the file calls a tensor."""
+        return self.stored.get(name, PEFT_PREFIX + name)
+
+    def saved_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a saved tensor, without reading it."""
+        return tuple(self._handle.get_slice(self.stored_name(name)).get_shape())
+
     def head_matrix(self, module: str) -> LowRank:
         """[weight | bias] of a saved linear head as (rows, in + 1) (or (rows, in) without a bias), float32."""
         bias = self.tensor(f"{module}.bias") if f"{module}.bias" in self.saved else None
@@ -115,7 +135,7 @@ class Adapter:
 
     def _get(self, name: str) -> Tensor:
         """One finite tensor; the file is opened once, and replacing the folder does not change what is read."""
-        tensor = self._handle.get_tensor(PEFT_PREFIX + name)
+        tensor = self._handle.get_tensor(self.stored_name(name))
         if not is_finite(tensor):
             raise InputError(f"adapter {self.path}: {name} holds NaN or infinite values; the training diverged")
         return tensor
@@ -148,20 +168,34 @@ def open_adapter(path: str | os.PathLike) -> Adapter:
     problems = config_problems(config)
     problems = problems or [f"{ADAPTER_CONFIG} {problem}" for problem in type_problems(config)]
     raise_all(problems, f"adapter {path}")
-    shapes = _read_shapes(path / ADAPTER_WEIGHTS)
+    header = _read_header(path / ADAPTER_WEIGHTS)
+    names, own = read_names(header, config), is_own_class(config)
+    raise_all(names.problems, f"adapter {path}")
+    shapes = {name: header[full][0] for name, full in names.stored.items()}
     if peft_type(config) != "ADALORA":  # which prunes modules to rank 0
         problems += [f"{n} is empty; gather the shards before saving" for n, shape in shapes.items() if 0 in shape][:1]
-    if compiled := [name for name in shapes if "_orig_mod." in name]:
-        problems.append(f"{compiled[0]} comes from a compiled model; save the model that torch.compile was given")
-    layouts, saved = find_layouts(config, shapes, problems)
-    problems += target_problems(config, layouts) + bias_problems(config, layouts)
+    layouts, saved = find_layouts(config, shapes, problems, names.aliases)
+    factors = {name: header[full][1] for name, full in names.stored.items() if name not in saved}
+    problems += [
+        f"{name} holds {NO_WEIGHTS[dtype]} values, expected real numbers; save the adapter again with PEFT"
+        for name, dtype in factors.items()
+        if dtype in NO_WEIGHTS
+    ][:1]
+    problems += target_problems(config, layouts, names.aliases) + bias_problems(config, layouts)
+    for key in ("modules_to_save", "target_parameters"):
+        if config.get(key):
+            config[key] = [plain_path(name, own) for name in config[key]]
     labels = read_json(path / LABELS_FILE) if (path / LABELS_FILE).is_file() else {}
     if not isinstance(labels, dict) or not all(are_labels(names) for names in labels.values()):
         raise InputError(
-            f"adapter {path}: {LABELS_FILE} must hold {{head module: [label, …]}}, labels texts or numbers"
+            f"adapter {path}: {LABELS_FILE} must hold {{head module: [label, …]}}, labels texts or numbers; null "
+            "for a module whose rows are the same in every adapter"
         )
+    labels = {plain_path(head, own): rows for head, rows in labels.items()}
     problems += label_problems(labels, shapes)
-    adapter = Adapter(path, config, layouts, tuple(saved), labels)
+    texts = {head: [label_text(name) for name in names] for head, names in labels.items() if names is not None}
+    in_order = tuple(sorted(set(labels) - set(texts)))
+    adapter = Adapter(path, config, layouts, tuple(saved), texts, in_order, names.stored)
     strange = [name for name in adapter.base_copies if name.split(".")[-2:-1] not in [[e] for e in EMBEDDINGS]]
     strange = [name for name in strange if ".base_layer." not in name]
     if strange:
@@ -171,8 +205,19 @@ def open_adapter(path: str | os.PathLike) -> Adapter:
 
 
 def base_name(config: Mapping) -> str:
-    """Name of the base model; for a model inside an installed package without the environment's own path."""
-    return str(config.get("base_model_name_or_path")).rpartition("site-packages/")[2]
+    """What tells base models apart: the real path of a folder that exists, a repository's name for its snapshot in the
+    Hub's cache, the place inside an installed package without the environment's own path; else the name as it stands
+    without `hf://`, `./` and a last `/`."""
+    name = str(config.get("base_model_name_or_path"))
+    package = name.rpartition("site-packages/")
+    cached = re.search(r"models--([^/]+)/snapshots/", name)
+    if package[1]:
+        name = package[2]
+    elif cached:
+        name = cached[1].replace("--", "/", 1)
+    elif "\0" not in name and os.path.isdir(folder := os.path.expanduser(name)):
+        name = os.path.realpath(folder)
+    return os.path.normpath(name.removeprefix("hf://").removeprefix("models/") if "hf://" in name else name)
 
 
 def folded_tasks(adapter: Adapter) -> int:
@@ -193,12 +238,16 @@ def merge_record(adapter: Adapter) -> dict:
     path = adapter.path / MERGE_REPORT
     record = read_json(path) if path.is_file() else {"tasks": 1}
     tasks, measured = (record.get("tasks"), record.get("measured")) if isinstance(record, dict) else (None, None)
-    if type(tasks) is not int or tasks < 1 or not (measured is None or (type(measured) is int and measured >= 0)):
+    if not (_is_count(tasks, 1) and (measured is None or (_is_count(measured, 0) and measured <= tasks))):
         raise InputError(
-            f"{path} is no report of a merge: expected tasks ≥ 1 and measured ≥ 0, found {tasks} and {measured}; "
-            "merge again, or remove the file"
+            f"{path} is no report of a merge: expected tasks ≥ 1 and measured from 0 to tasks, found {tasks} and "
+            f"{measured}; merge again, or remove the file"
         )
     return record
+
+
+def _is_count(value: object, least: int) -> TypeGuard[int]:
+    return type(value) is int and value >= least
 
 
 def join_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -222,7 +271,7 @@ def _read_config(path: Path) -> dict:
     if not path.is_dir():
         raise InputError(f"adapter {path} is not a folder")
     if not (path / ADAPTER_CONFIG).is_file():
-        raise InputError(f"adapter {path} has no {ADAPTER_CONFIG}; expected a folder that PEFT's save_pretrained wrote")
+        raise InputError(f"adapter {path} has no {ADAPTER_CONFIG}; {_instead(path)}")
     if not (path / ADAPTER_WEIGHTS).is_file():
         pickled = [file.name for file in path.glob("*.bin")] + [file.name for file in path.glob("*.pt")]
         way_out = f"found {pickled}; pickles are never loaded, save it again as safetensors" if pickled else "not found"
@@ -233,19 +282,30 @@ def _read_config(path: Path) -> dict:
     return config
 
 
-def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """{tensor name without PEFT's prefix: shape}."""
+def _instead(path: Path) -> str:
+    """What a folder without an adapter_config.json is, and the way out."""
+    below = sorted(
+        {file.parent.relative_to(path) for depth in ("*", "*/*") for file in path.glob(f"{depth}/{ADAPTER_CONFIG}")}
+    )
+    if below:
+        more = f" and {len(below) - SHOWN} more" if len(below) > SHOWN else ""
+        names = ", ".join(map(str, below[:SHOWN]))
+        return (
+            f"it has adapters in {names}{more}: give {path / below[0] if len(below) == 1 else 'one of these folders'}"
+        )
+    if (path / "config.json").is_file():
+        return "it holds a whole model; expected a LoRA adapter that PEFT's save_pretrained wrote"
+    return "expected a folder that PEFT's save_pretrained wrote"
+
+
+def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """{tensor name in the file: (shape, dtype as safetensors writes it)}."""
     try:
         with safe_open(path, "pt") as handle:
-            names = list(handle.keys())
-            shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in names}
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}); copy or save the adapter again") from error
-    if odd := sorted(name for name in names if not name.startswith(PEFT_PREFIX)):
-        raise InputError(
-            f"{path}: expected tensor names that start with {PEFT_PREFIX}, found {odd[0]}; save it with PEFT"
-        )
-    return {name.removeprefix(PEFT_PREFIX): shape for name, shape in shapes.items()}
 
 
 CARD_FILE = "README.md"
@@ -270,7 +330,7 @@ def write_adapter(
     template: Mapping,
     updates: dict[str, Update],
     saved: Mapping[str, Tensor],
-    labels: Mapping[str, list[str]],
+    labels: Mapping[str, list[str] | None],
     *,
     ambiguous: bool = False,
     overwrite: bool = False,
@@ -281,7 +341,7 @@ def write_adapter(
     template: an adapter_config.json whose other fields are kept. ambiguous: the ends of the modules' names may match
     other modules of the base too, so target_modules is written as an expression for the whole names. updates:
     {module: Update}, emptied while it is written so that each matrix is in memory once. A README.md in the old folder
-    is kept. extra: further JSON files {name: value}.
+    is kept. extra: further files {name: content in bytes, or a value to be written as JSON}.
     InputError when `path` exists and `overwrite` is False; whatever was there stays whole until the new folder has
     been checked.
     """
@@ -299,7 +359,7 @@ def write_adapter(
     with new_folder(path, overwrite=overwrite) as folder:
         _write(folder, config, tensors, labels)
         for name, value in (extra or {}).items():
-            write_json(folder / name, value)
+            (folder / name).write_bytes(value) if isinstance(value, bytes) else write_json(folder / name, value)
         if (path / CARD_FILE).is_file():  # perhaps written by hand
             (folder / CARD_FILE).write_bytes((path / CARD_FILE).read_bytes())
         _compare(folder, modules, tensors)
@@ -332,7 +392,7 @@ def replace_head(path: Path, head: str, weight: Tensor, bias: Tensor, labels: Se
     """Write other rows, and their labels, for a linear head into an adapter folder; else it stays byte for byte."""
     adapter = open_adapter(path)
     tensors = load_file(path / ADAPTER_WEIGHTS)
-    for name, value in ((f"{PEFT_PREFIX}{head}.weight", weight), (f"{PEFT_PREFIX}{head}.bias", bias)):
+    for name, value in ((adapter.stored_name(f"{head}.{part}"), v) for part, v in (("weight", weight), ("bias", bias))):
         expected = (len(labels), *tensors[name].shape[1:])
         if tuple(value.shape) != expected:
             raise InputError(f"{path}: {name} needs shape {expected}, found {tuple(value.shape)}")
@@ -343,7 +403,7 @@ def replace_head(path: Path, head: str, weight: Tensor, bias: Tensor, labels: Se
         for file in others:
             (folder / file.name).write_bytes(file.read_bytes())
         if adapter.labels.get(head) != list(labels):
-            write_json(folder / LABELS_FILE, adapter.labels | {head: list(labels)})
+            write_json(folder / LABELS_FILE, dict.fromkeys(adapter.in_order) | adapter.labels | {head: list(labels)})
         if open_adapter(folder).layouts != adapter.layouts:
             raise RuntimeError(f"{path}: the rewritten adapter does not read back as it was written")
 
@@ -356,7 +416,9 @@ def cast_error(product: LowRank, dtype: torch.dtype) -> float:
     return difference.norm() / max(product.norm(), torch.finfo(torch.float64).tiny)
 
 
-def _write(folder: Path, config: Mapping, tensors: Mapping[str, Tensor], labels: Mapping[str, list[str]]) -> None:
+def _write(
+    folder: Path, config: Mapping, tensors: Mapping[str, Tensor], labels: Mapping[str, list[str] | None]
+) -> None:
     save_tensors(dict(tensors), folder / ADAPTER_WEIGHTS, {"format": "pt"})
     write_json(folder / ADAPTER_CONFIG, config)
     if labels:

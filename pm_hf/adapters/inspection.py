@@ -20,9 +20,10 @@ from torch import Tensor
 from pm_hf.adapters.download import adapter_folder
 from pm_hf.adapters.folder import Adapter, base_name, folded_tasks, open_adapter
 from pm_hf.adapters.layout import ADAPTER_WEIGHTS
+from pm_hf.adapters.naming import one_naming
 from pm_hf.errors import InputError
 from pm_hf.merging.lowrank import LowRank, compact_svd, row_slices
-from pm_hf.text import text_table
+from pm_hf.text import printable, text_table
 
 UNTRAINED, NEAR_ZERO = 1e-6, 1e-4  # a norm below this; a root mean square entry below this share of the others' median
 
@@ -80,7 +81,7 @@ def relate(left: str | os.PathLike, right: str | os.PathLike) -> dict[str, Any]:
 def tables(inspected: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """What `inspect_adapters` returns as text: a table of modules for each adapter and for each pair."""
     parts = [*map(_adapter_lines, inspected["adapters"]), *map(_relation_lines, inspected["relations"])]
-    return "\n".join(line for lines in parts for line in lines)
+    return "\n".join(printable(line) for lines in parts for line in lines)
 
 
 def _describe(name: str, adapter: Adapter) -> dict[str, Any]:
@@ -184,6 +185,10 @@ class _Pair:
 def _relate(first: tuple[str, Adapter], second: tuple[str, Adapter]) -> dict[str, Any]:
     (left_name, left), (right_name, right) = first, second
     warnings, pairs = [], {}
+    try:
+        left, right = one_naming([left, right])
+    except InputError as error:
+        warnings.append(str(error))
     if base_name(left.config) != base_name(right.config):
         bases = f"{base_name(left.config)} and {base_name(right.config)}"
         warnings.append(f"different bases, {bases}: updates of different models do not compare")

@@ -21,7 +21,14 @@ ADAPTER_WEIGHTS, LABELS_FILE = "adapter_model.safetensors", "labels.json"
 MERGE_REPORT = "merge_report.json"
 
 
-ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, LABELS_FILE, MERGE_REPORT)  # all that an adapter folder of ours needs
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+
+
+# all that an adapter folder of ours may hold
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, LABELS_FILE, MERGE_REPORT, *TOKENIZER_FILES)
 
 
 PEFT_PREFIX = "base_model.model."
@@ -88,6 +95,11 @@ class Layout:
             return f"{prefix}A", f"{prefix}B"
         return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
+    def stored_names(self, module: str) -> list[str]:
+        """Names of all tensors of the module."""
+        more = [f"{module}.lora_E"] * (self.kind == "adalora") + [f"{module}.lora_B.bias"] * self.bias
+        return [*self.tensors(module), *more]
+
     def names(self, module: str, bias: bool) -> list[str]:
         """A name for each matrix, the bias last where there is one."""
         matrices = [module] if self.count == 1 else [f"{module}[{i}]" for i in range(self.count)]
@@ -135,8 +147,13 @@ class Layout:
         return rank * self.count if self.kind == "conv" else rank
 
 
-def find_layouts(config: Mapping, shapes: Mapping[str, Shape], problems: list[str]) -> tuple[dict[str, Layout], list]:
-    """({module: Layout}, names of the other tensors) from tensor names and shapes; problems are appended."""
+def find_layouts(
+    config: Mapping, shapes: Mapping[str, Shape], problems: list[str], aliases: Mapping[str, str] | None = None
+) -> tuple[dict[str, Layout], list]:
+    """({module: Layout}, names of the other tensors) from plain tensor names and shapes; problems are appended.
+
+    aliases: {module: the name it has in the file}, by which the configuration may call it too.
+    """
     factors: dict[str, dict[str, Shape]] = {}
     others = []
     for name, shape in shapes.items():
@@ -148,7 +165,8 @@ def find_layouts(config: Mapping, shapes: Mapping[str, Shape], problems: list[st
             others.append(name)
     if not factors and not problems:
         problems.append("no lora_A / lora_B weights found")
-    layouts = {module: _layout(config, module, tensors, problems) for module, tensors in factors.items()}
+    called = {module: (module, (aliases or {}).get(module, module)) for module in factors}
+    layouts = {module: _layout(config, called[module], tensors, problems) for module, tensors in factors.items()}
     return {module: layout for module, layout in layouts.items() if layout is not None}, others
 
 
@@ -159,15 +177,16 @@ def parameters_of(config: Mapping, module: str) -> list[str]:
     return [key for key, (owner, _, _) in keys.items() if plain == owner or plain.endswith(f".{owner}")]
 
 
-def match_pattern(patterns: Mapping | None, name: str, default: float) -> float:
-    """PEFT's lookup in rank_pattern and alpha_pattern: the first key that matches the end of the name."""
+def match_pattern(patterns: Mapping | None, names: Sequence[str], default: float) -> float:
+    """PEFT's lookup in rank_pattern and alpha_pattern: the first key that matches the end of a module's name."""
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if any(re.match(rf"(.*\.)?({key})$", name) for name in names):
             return value
     return default
 
 
-def _layout(config: Mapping, module: str, tensors: Mapping[str, Shape], problems: list[str]) -> Layout | None:
+def _layout(config: Mapping, called: Sequence[str], tensors: Mapping[str, Shape], problems: list[str]) -> Layout | None:
+    module = called[0]
     adalora = peft_type(config) == "ADALORA"
     embedding = any(name.startswith("embedding") for name in tensors)
     wanted = {"embedding_A", "embedding_B"} if embedding else {"A.weight", "B.weight"}
@@ -186,8 +205,8 @@ def _layout(config: Mapping, module: str, tensors: Mapping[str, Shape], problems
     if ".base_layer" in module and not parameters:
         problems.append(f"{module}: LoRA inside nn.MultiheadAttention is not supported; target its Linear layers")
         return None
-    sizes = {_size(config, f"{module}.{parameter.rpartition('.')[2]}") for parameter in parameters}
-    sizes = sizes or {_size(config, module)}
+    ends = [f".{parameter.rpartition('.')[2]}" for parameter in parameters] or [""]
+    sizes = {_size(config, [name + end for name in called]) for end in ends}
     if len(sizes) > 1:
         problems.append(
             f"{module}: rank_pattern or alpha_pattern tell its fused parameters apart, the file does not say which "
@@ -222,11 +241,11 @@ def _adalora(config: Mapping, module: str, tensors: Mapping[str, Shape], problem
     return Layout("adalora", config["lora_alpha"] / (config["init_r"] + RANK_NUMBER_OFFSET), A, B)
 
 
-def _size(config: Mapping, name: str) -> tuple[float, float]:
-    """(rank, alpha) that the configuration gives a module or parameter."""
-    name = re.sub(r"\.base_layer", "", name)
-    rank = match_pattern(config.get("rank_pattern"), name, config["r"])
-    return rank, match_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+def _size(config: Mapping, names: Sequence[str]) -> tuple[float, float]:
+    """(rank, alpha) that the configuration gives a module or parameter by one of its names."""
+    names = [re.sub(r"\.base_layer", "", name) for name in names]
+    rank = match_pattern(config.get("rank_pattern"), names, config["r"])
+    return rank, match_pattern(config.get("alpha_pattern"), names, config["lora_alpha"])
 
 
 def _count(kind: str, rank: int, A: Shape, B: Shape) -> int | None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class MergeReport:
 
     tasks: number of tasks in the result. modules: {module: ranks in, rank out, relative Frobenius error of the
     truncation, coefficient}. heads: {tensor: how it was merged}. cast_error: relative error of the storage dtype.
+    notes: what a user of the result should know.
     peak_memory_mb: largest anonymous resident memory while merging, null where /proc does not tell.
     """
 
@@ -51,6 +53,8 @@ class MergeReport:
     cast_error: float = 0.0
     measured: int | None = None  # tasks whose curvature has weight in the result
     state: dict[str, float] | None = None  # what the method needs for its next fold
+    tokenizer: str | None = None  # folder whose tokenizer names the rows of the result, None without one
+    notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: versions(("pm_hf", "torch", "safetensors")))
 
     @property
@@ -81,6 +85,7 @@ def merge_adapters(
     weights: Sequence[float] | None = None,
     options: Mapping[str, Any] | None = None,
     learned: LearnedSource | None = None,
+    rows_from: str | os.PathLike | None = None,
     max_rank: int | str | None = None,
     energy: float | None = None,
     dtype: str | torch.dtype | None = None,
@@ -99,12 +104,15 @@ def merge_adapters(
     the best approximation. Methods whose result is dense are factored to `max_rank`, by default the sum of the input
     ranks; "full" keeps all. Errors stand in the report. Computed in float32, decompositions and coefficients in
     float64, cast once to `dtype`. Tensors of `modules_to_save` are absolute values: heads merge by label (a new label
-    appends its row; where a label has several rows in an adapter, all rows stand side by side), others by the same
-    coefficient, and what only one adapter has is taken as it is; they keep their dtype, or are float32 where several
-    were combined. One module is in memory at a time, beside the result.
+    appends its row; where a label has several rows in an adapter, all rows stand side by side), embeddings of tokens by
+    token where the tokenizers beside the adapters differ, others by the same coefficient, and what only one adapter has
+    is taken as it is; they keep their dtype, or are float32 where several were combined. Heads that differ and have no
+    labels, and rows that no tokenizer names, are refused, or taken from the adapter `rows_from`, one of those given.
+    One module is in memory at a time, beside the result.
 
-    `output` gets adapter_model.safetensors, adapter_config.json, labels.json (with a head) and merge_report.json;
-    it is read back and compared before it takes its name. Raises InputError before anything is written.
+    `output` gets adapter_model.safetensors, adapter_config.json, labels.json (with a head), merge_report.json and the
+    files of the tokenizer that its rows belong to, where an adapter has one; it is read back and compared before it
+    takes its name. Raises InputError before anything is written.
     """
     start = time.perf_counter()
     paths = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
@@ -131,7 +139,7 @@ def merge_adapters(
         if not dry_run:
             _check_space(Path(output), [*opened, *([running] if running else [])], size)
         plan = make_plan(request, opened, running)
-        saved, labels, heads = merge_saved(plan)
+        saved = merge_saved(plan, _named(rows_from, [*([] if into is None else [into]), *paths], plan.adapters))
         with _threads(None if request.method.dense or plan.free else 1):
             updates, modules, rounding = _merge_modules(plan, size, keep=not dry_run)
         report = MergeReport(
@@ -141,12 +149,14 @@ def merge_adapters(
             plan.coefficient,
             plan.weights if plan.coefficient is None else None,
             modules,
-            heads,
+            saved.how,
             [_traced(*pair) for pair in zip(([] if into is None else [into]) + paths, plan.adapters, strict=True)],
             options=request.options,
             cast_error=rounding,
             measured=plan.measured,
             state=getattr(plan.state, "to_save", None),
+            tokenizer=saved.tokenizer_of,
+            notes=_notes(plan, modules),
         )
 
         def finished() -> MergeReport:
@@ -159,13 +169,25 @@ def merge_adapters(
                     Path(output),
                     _template(plan),
                     updates,
-                    saved,
-                    labels,
+                    saved.tensors,
+                    saved.labels,
                     ambiguous=any(_leaves_some_out(adapter.config) for adapter in plan.adapters),
                     overwrite=overwrite,
-                    extra={MERGE_REPORT: asdict(finished())},
+                    extra={**saved.tokenizer, MERGE_REPORT: asdict(finished())},
                 )
         return finished()
+
+
+def _named(
+    source: str | os.PathLike | None, given: Sequence[str | os.PathLike], adapters: Sequence[Adapter]
+) -> Adapter | None:
+    """The adapter that rows_from= names, one of those given."""
+    if source is None:
+        return None
+    for name, adapter in zip(given, adapters, strict=True):
+        if os.fspath(name) == os.fspath(source) or Path(source) == adapter.path:
+            return adapter
+    raise InputError(f"rows_from= names one of the adapters, found {source}; expected one of {[str(g) for g in given]}")
 
 
 @contextmanager
@@ -228,6 +250,21 @@ def _merge_modules(plan: Plan, size: _Size, keep: bool) -> tuple[dict[str, Updat
             "coefficient": plan.coefficient.for_module(module) if plan.coefficient and whole else None,
         }
     return updates, lines, max(rounding)
+
+
+def _notes(plan: Plan, modules: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    ranks = {line["rank_out"] for module, line in modules.items() if plan.layout(module).kind != "fused"}
+    notes = []
+    if len(ranks) > 1:
+        notes.append(
+            f"the modules have ranks from {min(ranks)} to {max(ranks)}, each with an alpha of its own (rank_pattern, "
+            "alpha_pattern), as PEFT reads them; a tool that takes one alpha for all tensors, such as llama.cpp, would "
+            "apply modules of a smaller rank too strongly"
+        )
+    whole = [adapter for adapter in plan.adapters if adapter.layouts]
+    if len(whole) > 1 and not any(a.layouts.keys() & b.layouts.keys() for a, b in combinations(whole, 2)):
+        notes.append("no module is adapted by two of the adapters; right if each was trained on other layers")
+    return notes
 
 
 def _merge_matrix(plan: Plan, module: str, matrix: Matrix, size: _Size) -> tuple[LowRank, float]:

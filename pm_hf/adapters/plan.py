@@ -13,6 +13,7 @@ import torch
 
 from pm_hf.adapters.folder import EMBEDDINGS, Adapter, base_name, folded_tasks, is_under, measured_tasks, merge_record
 from pm_hf.adapters.layout import MERGE_REPORT, Layout
+from pm_hf.adapters.naming import one_naming
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import read_json
 from pm_hf.merging.coefficient import Coefficient, Freedom, check_fits, fixed_coefficient
@@ -119,8 +120,9 @@ class Plan:
 
 def make_plan(request: Request, opened: list[Adapter], running: Adapter | None) -> Plan:
     """Check that the adapters belong together and decide weights, coefficient and state."""
-    adapters = [*([running] if running else []), *opened]
+    adapters = one_naming([*([running] if running else []), *opened])
     _check_same_base(adapters)
+    running, opened = (adapters[0], adapters[1:]) if running else (None, adapters)
     method = request.method
     fold = running is not None or (len(opened) == 1 and method.fold and request.weights is None)
     plan = _plan_fold(request, opened[0], running) if fold else _plan_batch(request, opened)
@@ -328,7 +330,10 @@ def make_request(
 def _check_same_base(adapters: Sequence[Adapter]) -> None:
     bases = {base_name(adapter.config): str(adapter.path) for adapter in adapters}
     if len(bases) > 1:
-        raise InputError(f"adapters of different base models cannot be merged: {bases}")
+        raise InputError(
+            f"adapters of different base models cannot be merged: {bases}; if these are the same weights (moved, or a "
+            "quantised copy), write one of the names into base_model_name_or_path of each adapter_config.json"
+        )
     for key, what in (("revision", "revisions of the base model"), ("task_type", "task types")):
         values = {adapter.config[key] for adapter in adapters if adapter.config.get(key)}
         if len(values) > 1:

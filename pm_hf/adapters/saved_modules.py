@@ -1,55 +1,91 @@
-"""Absolute values in a merge: classification heads, other `modules_to_save`, copies of base embeddings."""
+"""Absolute values in a merge: classification heads, other `modules_to_save`, embeddings of tokens."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pm_hf.adapters.absolute_values import (
+    Part,
+    blend,
+    blend_rows,
+    by_row,
+    differing,
+    parts_of,
+    same_values,
+    sum_of_weights,
+)
+from pm_hf.adapters.checks import two_spellings
 from pm_hf.adapters.folder import Adapter
+from pm_hf.adapters.layout import LABELS_FILE
 from pm_hf.adapters.plan import Plan, head_modules, task_vector
-from pm_hf.errors import InputError
+from pm_hf.adapters.rows import feeds_another, row_kind, saved_modules
+from pm_hf.adapters.vocabulary import ROWS_FROM, match_vocabulary, merge_tokens
+from pm_hf.errors import InputError, raise_all
+from pm_hf.files import read_json
 from pm_hf.merging.coefficient import free_solution
 
 
-def merge_saved(plan: Plan) -> tuple[dict[str, Tensor], dict[str, list[str]], dict[str, str]]:
-    """(tensors, labels, how each tensor was merged).
+@dataclass
+class Saved:
+    """The absolute values of a merge.
 
-    Heads merge by label: the same label by the weights, a new label appends its row; where a label has several rows in
-    one adapter, of which the largest logit decides, the rows of all adapters stand side by side. Other modules merge by
-    the weights, which must sum to 1. Base weights that PEFT saved along must be equal. InputError names what conflicts.
+    tensors: by name. labels: of each head, as labels.json holds them. how: for each tensor how it was merged.
+    tokenizer: {file name: content} of the one that names the rows, from the folder `tokenizer_of`.
     """
-    heads = dict.fromkeys(head for adapter in plan.adapters for head in adapter.labels)
-    every = {head: [label for adapter in plan.adapters for label in adapter.labels.get(head, [])] for head in heads}
-    beside = {h for h in heads if any(len(set(a.labels.get(h, []))) < len(a.labels.get(h, [])) for a in plan.adapters)}
-    labels = {h: rows if h in beside else list(dict.fromkeys(rows)) for h, rows in every.items()}
-    saved, how = {}, {}
-    for name in dict.fromkeys(tensor for adapter in plan.adapters for tensor in adapter.saved):
-        head = name.rpartition(".")[0]
-        holders = [(a, w) for a, w in zip(plan.adapters, plan.absolute_for(head), strict=True) if name in a.saved]
-        if head in labels:
-            saved[name] = _rows(plan, name, None if head in beside else labels[head], holders)
-            how[name] = f"{'side by side' if head in beside else 'by label'}, {len(labels[head])} rows"
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    labels: dict[str, list[str] | None] = field(default_factory=dict)
+    how: dict[str, str] = field(default_factory=dict)
+    tokenizer: Mapping[str, bytes] = field(default_factory=dict)
+    tokenizer_of: str | None = None
+
+
+def merge_saved(plan: Plan, rows_from: Adapter | None = None) -> Saved:
+    """Heads and other saved modules of a merge, and the tokenizer of its rows.
+
+    Class heads merge by label: the same label by the weights, a new label appends its row; where a label has several
+    rows in one adapter, of which the largest logit decides, the rows of all adapters stand side by side. Embeddings of
+    tokens merge by token, see match_tokens; those that PEFT saved along untrained must be equal. Other modules merge by
+    the weights, which must sum to 1. rows_from: the adapter whose rows are taken where they cannot be told apart.
+    InputError names what conflicts.
+    """
+    result, problems = Saved(), list[str]()
+    modules, labels = saved_modules(plan.adapters), _labels(plan.adapters)
+    in_order = {module for adapter in plan.adapters for module in adapter.in_order} - set(labels)
+    kinds = {m: "units" if m in in_order else row_kind(m, plan.adapters) for m in modules if m not in labels}
+    tokens = [name for module, kind in kinds.items() if kind == "tokens" for name in modules[module]]
+    vocabulary = match_vocabulary(plan, tokens, rows_from)
+    result.tokenizer, result.tokenizer_of = vocabulary.tokenizer, vocabulary.source
+    for module, names in modules.items():
+        if module in labels:
+            _merge_labelled(plan, module, names, labels[module], result)
             continue
-        values = [(adapter.tensor(name), weight) for adapter, weight in holders]
-        shapes = {tuple(value.shape) for value, _ in values}
-        copies = any(name in adapter.base_copies for adapter, _ in holders)
-        _check_classes(name, [a for a, _ in holders], [value for value, _ in values])
-        if len(shapes) > 1:
-            way_out = (
-                "resize both to one vocabulary"
-                if copies
-                else "write a labels.json that says which rows belong together"
-            )
-            raise InputError(f"{name} has different shapes {sorted(shapes)} in the adapters; {way_out}")
-        copies = copies and not all(_tied(adapter, name) for adapter, _ in holders)
-        if copies and not all(torch.equal(value, values[0][0]) for value, _ in values):
-            raise InputError(f"{name} is a weight of the base model and differs between the adapters: not one base")
-        saved[name] = _blend(name, values, sum(plan.absolute_for(head)) if len(plan.adapters) > 1 else 1.0)
-        taken = "a copy of the base" if copies else "from the only adapter that has it"
-        how[name] = "by coefficient" if len(values) > 1 and not copies else taken
+        if kinds[module] == "tokens":
+            for name in names:
+                value, result.how[name] = merge_tokens(plan, name, vocabulary, rows_from)
+                result.tensors |= {} if value is None else {name: value}
+            continue
+        parts = {name: parts_of(plan, name) for name in names}
+        result.labels |= {module: None} if module in in_order else {}
+        if not _mixable(kinds[module], parts):
+            if rows_from is None or any(name not in rows_from.saved for name in names):
+                problems.append(_unnamed(module, kinds[module], parts))
+                continue
+            result.tensors |= {name: rows_from.tensor(name) for name in names}
+            result.how |= dict.fromkeys(names, f"from {rows_from.path}")
+            continue
+        for name, values in parts.items():
+            result.tensors[name] = blend(name, values, sum_of_weights(plan, name))
+            mixed = "by coefficient, a hidden layer" if kinds[module] == "hidden" else "by coefficient"
+            result.how[name] = mixed if len(values) > 1 else "from the only adapter that has it"
+    raise_all(problems, "these adapters cannot be merged")
     if plan.free is not None:
-        how |= _free_heads(plan, saved)
-    return saved, labels, how
+        result.how |= _free_heads(plan, result.tensors)
+    return result
 
 
 def roots(adapters: Sequence[Adapter]) -> list[str]:
@@ -57,63 +93,100 @@ def roots(adapters: Sequence[Adapter]) -> list[str]:
     return list(dict.fromkeys(root for adapter in adapters for root in adapter.config.get("modules_to_save") or []))
 
 
-def _check_classes(name: str, adapters: Sequence[Adapter], values: Sequence[Tensor]) -> None:
-    """InputError for class heads that differ and whose rows nobody named: row i may be another class in each."""
-    classifiers = all(adapter.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") for adapter in adapters)
-    head = name.split(".")[0] in ("classifier", "score")
-    if (
-        classifiers
-        and head
-        and not all(torch.equal(value, values[0]) for value in values if value.shape == values[0].shape)
-    ):
-        module = name.rpartition(".")[0]
-        raise InputError(
-            f"{name} differs between the adapters and no labels.json says which class a row is; write labels.json "
-            f'{{"{module}": [label, …]}} into each folder'
-        )
+def _mixable(kind: str, parts: Mapping[str, Sequence[Part]]) -> bool:
+    """Whether row i is the same in every adapter: not of what may be a class head, unless all are equal."""
+    if any(part.value.shape != values[0].value.shape for values in parts.values() for part in values):
+        return False
+    return kind != "classes" or all(torch.equal(p.value, values[0].value) for values in parts.values() for p in values)
 
 
-def _tied(adapter: Adapter, name: str) -> bool:
-    """Whether the tensor is that of a trained module under a second name, as with tied embeddings."""
-    value = adapter.tensor(name)
-    trained = [adapter.tensor(other) for other in adapter.saved if other not in adapter.base_copies]
-    return any(value.shape == other.shape and torch.equal(value, other) for other in trained)
-
-
-def _rows(plan: Plan, name: str, labels: Sequence[str] | None, holders: Sequence[tuple[Adapter, float]]) -> Tensor:
-    """Rows of a head's tensor, one for each label, or with None all there are, side by side."""
-    head = name.rpartition(".")[0]
-    if without := [str(a.path) for a, _ in holders if head not in a.labels]:
-        raise InputError(f"{', '.join(without)}: {head} has no entry in labels.json, which the other adapter has")
-    if lacking := [str(a.path) for a in plan.adapters if head in a.labels and name not in a.saved]:
-        raise InputError(f"{', '.join(lacking)} has no {name}, the other adapter has")
-    tables = [(a.labels[head], a.tensor(name), weight) for a, weight in holders]
-    if len(shapes := {tuple(tensor.shape[1:]) for _, tensor, _ in tables}) > 1:
-        raise InputError(f"{name} has different row shapes: {sorted(shapes)}")
-    if labels is None:
-        return torch.cat([tensor.float() for _, tensor, _ in tables])
-    rows = [(dict(zip(names, tensor, strict=True)), weight) for names, tensor, weight in tables]
-    whole = sum(plan.absolute_for(head)) if len(plan.adapters) > 1 else 1.0
-    return torch.stack([_blend(f"{name} row {x}", [(r[x], w) for r, w in rows if x in r], whole) for x in labels])
-
-
-def _blend(name: str, values: Sequence[tuple[Tensor, float]], whole: float) -> Tensor:
-    """Weighted mean of absolute values; one value, or equal ones, are taken as they are."""
-    first = values[0][0]
-    if all(torch.equal(value, first) for value, _ in values):
-        return first
-    if abs(whole - 1) > 1e-6:
-        raise InputError(
-            f"{name} is an absolute value, so its weights must sum to 1; found {whole:.6g}; give weights= that do"
-        )
-    total = sum(weight for _, weight in values)
-    if total <= 0 or min(weight for _, weight in values) < 0:
-        raise InputError(
-            f"{name} is an absolute value: expected weights of 0 or more, not all 0, found {[w for _, w in values]}"
-        )
-    return sum(
-        (value.float() * (weight / total) for value, weight in values), torch.zeros_like(first, dtype=torch.float32)
+def _unnamed(module: str, kind: str, parts: Mapping[str, Sequence[Part]]) -> str:
+    """Why a module cannot be merged by the weights."""
+    differing = {n: v for n, v in parts.items() if not _mixable("classes", {n: v})}
+    name = next((n for n in differing if n.endswith(".weight")), next(iter(differing)))
+    shapes = sorted({tuple(part.value.shape) for part in parts[name]})
+    differs = f"has different shapes {shapes} in" if len(shapes) > 1 else "differs between"
+    if kind != "classes":
+        return f"{name} {differs} the adapters, and has no labels; leave it frozen, or {ROWS_FROM}"
+    return (
+        f"{name} {differs} the adapters, it may be a class head, and no labels.json says which class a row is; write a "
+        f'labels.json that says which rows belong together into each folder, {{"{module}": [label, …]}}, with null for '
+        f"the list where the rows are the same in all; or {ROWS_FROM}"
     )
+
+
+def _labels(adapters: Sequence[Adapter]) -> dict[str, dict[Path, list[str]]]:
+    """{head: {adapter: labels}}; an adapter without labels gets those of the others where the heads are equal."""
+    labels: dict[str, dict[Path, list[str]]] = {}
+    modules = saved_modules(adapters)
+    for head in dict.fromkeys(head for adapter in adapters for head in adapter.labels):
+        given = {adapter.path: adapter.labels[head] for adapter in adapters if head in adapter.labels}
+        holders = [adapter for adapter in adapters if set(modules[head]) & set(adapter.saved)]
+        if lacking := [adapter.path for adapter in holders if adapter.path not in given]:
+            if not same_values(holders, modules[head]) or len(set(map(tuple, given.values()))) > 1:
+                raise InputError(
+                    f"{', '.join(map(str, lacking))}: {head} has no entry in labels.json, which the other adapter has"
+                )
+            given |= dict.fromkeys(lacking, next(iter(given.values())))
+        _check_labels(head, [adapter for adapter in holders if head in adapter.labels])
+        labels[head] = given
+    return labels
+
+
+def _check_labels(head: str, adapters: Sequence[Adapter]) -> None:
+    """InputError for labels of a hidden layer, and for labels that are one number written in two ways."""
+    lists = {tuple(adapter.labels[head]) for adapter in adapters}
+    if len(lists) > 1 and all(feeds_another(adapter, head) for adapter in adapters):
+        raise InputError(
+            f"labels.json names rows of {head}, a hidden layer: its rows are the inputs of another saved module; "
+            "remove its entry from each labels.json"
+        )
+    written = [label for adapter in adapters for label in read_json(adapter.path / LABELS_FILE)[head]]
+    if pair := two_spellings(written):
+        first, second = map(json.dumps, pair)
+        raise InputError(
+            f"{LABELS_FILE} names one label of {head} {first} in one adapter and {second} in another; write every "
+            "label as the text it stands for"
+        )
+
+
+def _merge_labelled(
+    plan: Plan, head: str, names: Sequence[str], labels: Mapping[Path, list[str]], result: Saved
+) -> None:
+    """Tensors of a head, one row for each label, or all rows side by side."""
+    lists = [labels[adapter.path] for adapter in plan.adapters if adapter.path in labels]
+    every = [label for own in lists for label in own]
+    beside = any(len(set(own)) < len(own) for own in lists)
+    rows = every if beside else list(dict.fromkeys(every))
+    result.labels[head] = rows
+    for name in names:
+        if lacking := [str(a.path) for a in plan.adapters if a.path in labels and name not in a.saved]:
+            raise InputError(f"{', '.join(lacking)} has no {name}, the other adapter has")
+        parts, weight = parts_of(plan, name), sum_of_weights(plan, name)
+        if any(part.value.shape[:1] != (len(labels[part.adapter.path]),) for part in parts):  # no value for each row
+            result.tensors[name], result.how[name] = blend(name, parts, weight), "by coefficient"
+            continue
+        if len(shapes := {tuple(part.value.shape[1:]) for part in parts}) > 1:
+            raise InputError(f"{name} has different row shapes: {sorted(shapes)}; train heads of one shape")
+        if beside:
+            result.tensors[name] = torch.cat([part.value.float() for part in parts])
+        else:
+            result.tensors[name] = _by_label(name, parts, labels, rows, weight)
+        result.how[name] = f"{'side by side' if beside else 'by label'}, {len(rows)} rows"
+
+
+def _by_label(
+    name: str, parts: Sequence[Part], labels: Mapping[Path, list[str]], rows: Sequence[str], weight: float
+) -> Tensor:
+    """A row for each label, blended where several adapters have it."""
+    index = {label: row for row, label in enumerate(rows)}
+    placed = [replace(part, places=[index[label] for label in labels[part.adapter.path]]) for part in parts]
+
+    def blended(few: list[Part], where: Tensor) -> Tensor:
+        first = next(iter(where[differing(few)].tolist()), None)
+        return blend_rows(name if first is None else f"{name} row {rows[first]}", few, weight)
+
+    return by_row(placed, len(rows), blended)
 
 
 def _free_heads(plan: Plan, saved: dict[str, Tensor]) -> dict[str, str]:

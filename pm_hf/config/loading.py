@@ -1,17 +1,18 @@
 """The run's settings: defaults < method < YAML < command line, checked as a whole before anything runs."""
 
-import types
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
-from pm_hf.config.kinds import STREAM_KINDS
-from pm_hf.config.presets import PRESETS, forget_preset, preset_defaults
+from pm_hf.config.presets import PRESETS, forget_preset, kind_of, preset_defaults
 from pm_hf.config.rules import value_problems
 from pm_hf.config.schema import RunConfig
+from pm_hf.config.training import training_values
+from pm_hf.config.typed import as_number, brief, from_mapping
+from pm_hf.config.yaml_text import parse_value, read_yaml
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import write_text
 
@@ -19,8 +20,12 @@ from pm_hf.files import write_text
 FREE_KEYS = (
     *("output_dir", "data_dir", "max_forgetting", "training.report_to", "training.run_name"),
     *("stream.tasks", "stream.class_groups", "stream.domain_column", "stream.order"),
+    "merge.on_zero_curvature",  # finished tasks had a curvature, or are as it was then
 )
 
+
+# what a saved config.yaml without these meant before a kind of stream had defaults: those of TrainingArguments
+TRANSFORMERS_TRAINING = {"learning_rate": 5e-5, "num_train_epochs": 3}
 
 # keys of `merge` that are options of its method too
 KEYS_AND_OPTIONS = ("on_zero_curvature", "coefficient")
@@ -36,27 +41,33 @@ def load_config(
     """
     raw, name = _read_source(source)
     problems: list[str] = []
-    changes = {key: parse_value(text) for key, text in parse_overrides(overrides, problems)} | to_plain(values or {})
+    changes = _parse_values(parse_overrides(overrides, problems), problems) | _plain(values or {}, "overrides")
     forget_preset(raw, changes.get("method"))
     if changes.get("method") in (None, raw.get("method")):
         _as_saved(raw)
     for key, value in changes.items():
         set_key(raw, key, value, problems)
-    method = raw.get("method", RunConfig.method)
+    kind = kind_of(raw)
+    method = raw["method"] = kind.method if raw.get("method") in (None, "") else raw["method"]
     if not isinstance(method, str) or method not in PRESETS:
-        problems.append(f"method: unknown {method!r}; valid: {', '.join(PRESETS)}")
-        method = RunConfig.method  # so that the other problems are found too
+        problems.append(f"method: unknown {brief(method)}; valid: {', '.join(PRESETS)}")
+        method = kind.method  # so that the other problems are found too
     _settle_options(raw, problems)
-    if not _has_head(raw):
+    _fill_training(raw, kind.training)
+    if not kind.has_head:
         fill_defaults(raw, {"head": {"kind": "none"}})
     fill_defaults(raw, preset_defaults(method, raw))
+    if isinstance(raw.get("training"), dict):
+        raw["training"] = training_values(raw["training"], problems)
     config = from_mapping(RunConfig, raw, "", problems)
     if config.stream.scenario is None:
         config.stream.scenario = "domain_incremental" if config.stream.domain_column else "class_incremental"
     if config.head.kind == "lda" and config.head.means is None:
         config.head.means = "task" if config.stream.scenario == "domain_incremental" else "class"
-    config.training = {key: as_number(value) for key, value in config.training.items()}
-    raise_all(problems + value_problems(config), name)
+    groups = {key for key, value in config.to_dict().items() if isinstance(value, dict)}
+    told = {problem.partition(":")[0] for problem in problems} - groups  # there a default stands in for a wrong value
+    problems += [problem for problem in value_problems(config) if problem.partition(":")[0] not in told]
+    raise_all(problems, name)
     return config
 
 
@@ -70,11 +81,20 @@ def config_text(config: RunConfig) -> str:
     return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-def _has_head(raw: Mapping) -> bool:
-    """Whether models of the kind asked for have a head; as the default has, a kind that does not exist too."""
-    stream = raw.get("stream")
-    kind = stream.get("kind") if isinstance(stream, Mapping) else None
-    return not isinstance(kind, str) or kind not in STREAM_KINDS or STREAM_KINDS[kind].has_head
+def _fill_training(raw: dict, defaults: Mapping[str, float | str]) -> None:
+    """Put in an alpha of twice the rank; a learning rate, with the head's, a schedule and a batch size; epochs where no
+    number of steps is given."""
+    lora = raw.get("lora")
+    rank = lora.get("r") if isinstance(lora, Mapping) else None
+    if isinstance(rank, int) and rank > 0:
+        fill_defaults(raw, {"lora": {"alpha": 2 * rank}})
+    training = {} if raw.get("training") is None else raw["training"]
+    if not isinstance(training, Mapping):
+        return
+    given = {key for key, value in training.items() if value is not None}
+    decided = set(defaults) - {"num_train_epochs"} if "learning_rate" in given else set()
+    decided |= {"num_train_epochs"} if "max_steps" in given else set()
+    fill_defaults(raw, {"training": {key: value for key, value in defaults.items() if key not in decided}})
 
 
 def _merge_and_options(raw: Mapping) -> tuple[dict, dict]:
@@ -93,7 +113,7 @@ def _settle_options(raw: dict, problems: list[str]) -> None:
     """An option of the merging method that has a key of its own too is one setting: two answers are a problem."""
     merge, options = _merge_and_options(raw)
     problems += [
-        f"merge.{key} is {merge[key]!r} and merge.options.{key} {options[key]!r}: one setting; leave one out"
+        f"merge.{key} is {brief(merge[key])} and merge.options.{key} {brief(options[key])}: one setting; leave one out"
         for key in _contradicted(merge, options)
     ]
     if merge.get("on_zero_curvature") is None and "on_zero_curvature" in options:
@@ -109,23 +129,39 @@ def _as_saved(raw: dict) -> None:
         merge, options = _merge_and_options(raw)
         for key in _contradicted(merge, options):
             del options[key]  # it had no effect then
+        if isinstance(raw["training"], dict):
+            fill_defaults(raw["training"], TRANSFORMERS_TRAINING)
 
 
 def _read_source(source: str | Path | Mapping | RunConfig) -> tuple[dict, str]:
-    if isinstance(source, RunConfig):
-        return source.to_dict(), "config"
-    if isinstance(source, Mapping):
-        return to_plain(source), "config"
+    if isinstance(source, RunConfig | Mapping):
+        return _plain(source, "config"), "config"
     path = Path(source)
     if not path.is_file():
         raise InputError(f"config {path} does not exist")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise InputError(f"config {path}: expected a mapping of settings, found {type(raw).__name__}")
-    return raw, f"config {path}"
+    return to_plain(raw), f"config {path}"
+
+
+def _plain(source: Mapping | RunConfig, what: str) -> dict:
+    """A mapping's copy in YAML's types; InputError where it has no end."""
+    try:
+        return to_plain(source.to_dict() if isinstance(source, RunConfig) else source)
+    except RecursionError as error:
+        raise InputError(f"{what}: a value contains itself, or is nested too deeply") from error
+
+
+def _parse_values(pairs: Sequence[tuple[str, str]], problems: list[str]) -> dict[str, Any]:
+    """{key: the value of its text}; of a key that is given twice the last counts, as on any command line."""
+    values = {}
+    for key, text in pairs:
+        try:
+            values[key] = parse_value(text)
+        except InputError as error:
+            problems.append(f"override {key}: {error}")
+    return values
 
 
 def differing_keys(finished: Mapping, now: Mapping, path: str = "") -> list[str]:
@@ -177,14 +213,6 @@ def parse_overrides(arguments: Sequence[str], problems: list[str]) -> list[tuple
     return [*pairs, (waiting, "true")] if waiting is not None else pairs
 
 
-def parse_value(text: str) -> Any:
-    """A value as YAML reads it."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
 def set_key(raw: dict, key: str, value: Any, problems: list[str]) -> None:
     """Set a dotted key of nested settings; a problem is added where the path runs through a value."""
     *parents, last = key.split(".")
@@ -210,91 +238,3 @@ def fill_defaults(raw: dict, defaults: Mapping) -> None:
                 fill_defaults(raw[key], value)
         elif key not in raw or (raw[key] is None and key not in NULL_IS_A_VALUE):
             raw[key] = value
-
-
-def from_mapping(kind: type, raw: Any, path: str, problems: list[str]) -> Any:
-    """A dataclass from a mapping; problems are collected and the default stands in for a wrong value."""
-    if not isinstance(raw, Mapping):
-        problems.append(f"{path or 'config'}: expected settings by name, found {raw!r}")
-        return kind()
-    hints, known = get_type_hints(kind, include_extras=True), [f.name for f in fields(kind)]
-    valid = ", ".join(known)
-    problems += [f"{_join(path, key)}: unknown key; valid: {valid}" for key in raw if key not in known]
-    values = {}
-    for name in known:
-        if name in raw:
-            before = len(problems)
-            value = _convert(hints[name], raw[name], _join(path, name), problems)
-            if len(problems) == before or is_dataclass(value):  # a group keeps what is right in it
-                values[name] = value
-    return kind(**values)
-
-
-def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for option in options:
-        fits, converted = _match(option, value, path, problems)
-        if fits:
-            return converted
-    problems.append(f"{path}: expected {_describe(options)}, found {value!r}")
-    return value
-
-
-def _match(option: Any, value: Any, path: str, problems: list[str]) -> tuple[bool, Any]:
-    origin = get_origin(option)
-    if option is Any:
-        return True, value
-    if option is type(None):
-        return value is None, None
-    if choices := _choices(option):
-        return isinstance(value, str | int) and value in choices, value
-    if is_dataclass(option) and isinstance(option, type):
-        return (True, from_mapping(option, {} if value is None else value, path, problems))
-    if origin is list:
-        if not isinstance(value, list):
-            return False, value
-        (inner,) = get_args(option)
-        return True, [_convert(inner, item, f"{path}[{i}]", problems) for i, item in enumerate(value)]
-    if option is dict or origin is dict:
-        return isinstance(value, dict), value
-    if option is float:
-        return _as_float(value)
-    if option in (int, str, bool):
-        return isinstance(value, option) and (option is bool or not isinstance(value, bool)), value
-    return False, value
-
-
-def _choices(option: Any) -> tuple:
-    """The values that a Literal, or a text annotated with a tuple of names, may take; none for other types."""
-    if get_origin(option) is Literal:
-        return get_args(option)
-    return option.__metadata__[0] if get_origin(option) is Annotated else ()
-
-
-def _as_float(value: Any) -> tuple[bool, Any]:
-    """YAML reads 1e-3 as text; it is a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return False, value
-    try:
-        return True, float(value)
-    except ValueError:
-        return False, value
-
-
-def as_number(value: Any) -> Any:
-    """Text that is a number, as YAML leaves 1e-3, as the number."""
-    return _as_float(value)[1] if isinstance(value, str) else value
-
-
-def _describe(options: Sequence[Any]) -> str:
-    names = []
-    for option in options:
-        if choices := _choices(option):
-            names += [str(choice) for choice in choices]
-        else:
-            names.append("null" if option is type(None) else getattr(option, "__name__", str(option)))
-    return " or ".join(names)
-
-
-def _join(path: str, key: object) -> str:
-    return f"{path}.{key}" if path else str(key)

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from pm_hf.config.schema import RunConfig, StrategySettings
+from pm_hf.config.kinds import STREAM_KINDS, StreamKind
+from pm_hf.config.schema import RunConfig, StrategySettings, StreamSettings
 
 
 def _preset(
@@ -38,11 +39,7 @@ PRESETS = {
     "pm_gram": _preset("pm", 0.5, "gram", "free", "linear"),
     "pm_gram_lda": _preset("pm", 0.5, "gram", "free", "lda"),
     # chosen on held-out training rows, results/ablation
-    "best": _preset("pm", 0.0, "fisher", "global", "lda")
-    | {
-        "head": {"kind": "lda", "training": "seen"},
-        "merge": {"method": "pm", "freedom": "global", "max_rank": 64, "on_zero_curvature": "average"},
-    },
+    "best": _preset("pm", 0.0, "fisher", "global", "lda") | {"head": {"kind": "lda", "training": "seen"}},
     "frozen": _sequential(head="lda") | {"trains": False},
     "cofima": _preset("cofima", 0.0, "fisher", "global", "linear"),
     "magmax": _preset("magmax", 0.0, None, "global", "linear"),
@@ -59,6 +56,23 @@ PRESETS = {
 }
 
 
+def kind_of(raw: Mapping) -> StreamKind:
+    """The kind of stream asked for; the default's row for one that does not exist, so that other problems are found."""
+    stream = raw.get("stream")
+    kind = stream.get("kind") if isinstance(stream, Mapping) else None
+    return STREAM_KINDS[kind if isinstance(kind, str) and kind in STREAM_KINDS else StreamSettings.kind]
+
+
+def preset_notes(config: RunConfig) -> list[str]:
+    """What a method cannot do for the kind of stream that it was asked for."""
+    if config.kind.has_head or PRESETS[config.method]["head"]["kind"] != "lda":
+        return []
+    return [
+        f"method {config.method} is for classifiers: {config.stream.kind} has no class head, so its analytic head is "
+        f"left out and its merge is all that remains; the default here is {config.kind.method}"
+    ]
+
+
 def preset_defaults(method: str, raw: Mapping) -> dict:
     """What the method sets; how the analytic head is trained only where there is one."""
     row, head = PRESETS[method], raw.get("head")
@@ -68,7 +82,7 @@ def preset_defaults(method: str, raw: Mapping) -> dict:
 
 def forget_preset(raw: dict, method: Any) -> None:
     """Another method is asked for: settings that equal the old method's defaults are the new method's to decide."""
-    before = raw.get("method", RunConfig.method)
+    before = raw.get("method") or kind_of(raw).method
     old = PRESETS.get(before) if isinstance(before, str) else None
     if old is None or method is None or method == before:
         return

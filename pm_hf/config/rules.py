@@ -4,20 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 from pm_hf.config.kinds import STREAM_KINDS
+from pm_hf.config.patterns import pattern_problem
 from pm_hf.config.schema import RunConfig, StreamSettings
 from pm_hf.errors import InputError
 from pm_hf.merging.methods import read_options
 from pm_hf.merging.methods.linear import PM, SEQUENTIAL
 
-# TrainingArguments that the learner decides itself
-MANAGED_ARGUMENTS = frozenset(
-    (
-        *("output_dir", "seed", "data_seed", "task_index", "label_names", "remove_unused_columns", "save_only_model"),
-        *("perturbation_scale", "perturbation_probabilities", "perturbation_adapter", "resume_from_checkpoint"),
-        *("do_train", "do_eval", "do_predict", "push_to_hub", "hub_token", "hub_model_id", "hub_strategy"),
-        *("hub_private_repo", "hub_always_push", "hub_revision"),
-    )
-)
+LARGEST_RANK = 2**13
 
 
 def value_problems(config: RunConfig) -> list[str]:
@@ -34,7 +27,10 @@ def value_problems(config: RunConfig) -> list[str]:
         (0 <= config.curvature.shrinkage < 1, "curvature.shrinkage: must be in [0, 1)"),
         (config.merge.max_rank is None or config.merge.max_rank >= 1, "merge.max_rank: must be at least 1"),
         (config.seed >= 0, "seed: must be at least 0"),
+        (config.seed < 2**32, "seed: must be below 2**32"),
         (config.lora.r >= 1, "lora.r: must be at least 1"),
+        (config.lora.r <= LARGEST_RANK, f"lora.r: must be at most {LARGEST_RANK}"),
+        (config.lora.target_modules not in ("", []), "lora.target_modules: names no layer; null: PEFT's for the model"),
         (config.lora.alpha >= 1, "lora.alpha: must be at least 1"),
         (0 <= config.lora.dropout < 1, "lora.dropout: must be in [0, 1)"),
         (stream.max_length >= 1, "stream.max_length: must be at least 1"),
@@ -57,9 +53,13 @@ def value_problems(config: RunConfig) -> list[str]:
     problems += perturbation_problems(0.0 if scale is None else scale, config.perturbation.probabilities)
     problems += _stream_problems(config) + _merge_problems(config) + _strategy_problems(config)
     problems += _evaluation_problems(config)
-    managed = sorted(MANAGED_ARGUMENTS & set(config.training))
-    if managed:
-        problems.append(f"training: {', '.join(managed)} are decided by pm_hf, which never uploads; remove them")
+    patterns = {
+        "lora.target_modules": config.lora.target_modules,
+        "training.optim_target_modules": config.training.get("optim_target_modules"),
+    }
+    for name, pattern in patterns.items():
+        if isinstance(pattern, str) and (problem := pattern_problem(pattern)):
+            problems.append(f"{name}: {problem}")
     return problems
 
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pm_hf.config.kinds import STREAM_KINDS, StreamKind
+from pm_hf.config.typed import PATH
 from pm_hf.merging.curvature import NORMALISATIONS, CurvatureSpec
 from pm_hf.merging.methods import METHODS, get_method
 from pm_hf.merging.methods.base import Method
@@ -16,24 +17,29 @@ STREAM_METHODS = tuple(
     if method.in_streams
 )
 
+FilePath = Annotated[str, PATH]  # a text that can name a file; ~ is the home folder
+
 
 @dataclass
 class ModelSettings:
     """The backbone."""
 
-    base: str = ""  # Hub id, folder, or package:NAME/FOLDER for a model inside an installed Python package
+    base: FilePath = ""  # Hub id, folder, or package:NAME/FOLDER for a model inside an installed Python package
     revision: str | None = None  # Hub revision
     gguf_file: str | None = None  # file of a GGUF checkpoint in `base`
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights; adapters are float32
+    trust_remote_code: bool = False  # whether Python code that comes with `base` (auto_map) is run with your rights
 
 
 @dataclass
 class Source:
     """Where rows come from and which columns matter; a task's entry overrides the stream's."""
 
-    train: str | None = None  # file of training rows (csv, json, jsonl, .gz too; parquet; npz), relative to data_dir
-    test: str | None = None  # file of test rows; pictures: a folder <class>/<file>, or the same .npz as `train`
-    dataset: str | None = None  # instead of files: Hub id or folder for datasets.load_dataset
+    train: FilePath | None = (
+        None  # file of training rows (csv, json, jsonl, .gz too; parquet; npz), relative to data_dir
+    )
+    test: FilePath | None = None  # file of test rows; pictures: a folder <class>/<file>, or the same .npz as `train`
+    dataset: FilePath | None = None  # instead of files: Hub id or folder for datasets.load_dataset
     dataset_config: str | None = None  # configuration name of the Hub data set
     dataset_revision: str | None = None  # Hub revision
     train_split: str | None = None  # split of the data set, default "train"
@@ -61,7 +67,7 @@ class StreamSettings(Source):
     scenario: Literal["class_incremental", "domain_incremental"] | None = None
     tasks: list[TaskSettings] | None = None
     held_out: list[TaskSettings] | None = None  # language models: texts scored after every task and never trained on
-    class_groups: int | str | dict | None = None  # number of groups, {task: [label, …]}, or a JSON file of that
+    class_groups: int | FilePath | dict | None = None  # number of groups, {task: [label, …]}, or a JSON file of that
     domain_column: str | None = None  # one task for each value of this column, in order of appearance
     order: list[str] | None = None  # names of all tasks in the order in which they are learned; default: as they stand
     shared_labels: bool = False  # whether equal label names of different tasks mean the same class
@@ -81,7 +87,7 @@ class LoraSettings:
     """The task adapter."""
 
     r: int = 8  # rank
-    alpha: int = 8  # scaling is alpha / r
+    alpha: int = 16  # scaling is alpha / r; default: 2 · r
     dropout: float = 0.0  # probability
     target_modules: list[str] | str | None = None  # names or a regular expression; default: PEFT's for the model
 
@@ -118,7 +124,7 @@ class MergeSettings:
     # a coefficient of one's own instead of the computed one; search: the best on held-out rows and the pool (replay)
     coefficient: float | Literal["search"] | None = None
     max_rank: int | None = 64  # rank kept; null: exact, the rank grows with every task
-    on_zero_curvature: Literal["error", "average"] = "error"  # pm: refuse, or 1/t; the same as in `options`
+    on_zero_curvature: Literal["error", "average"] = "average"  # pm: refuse, or 1/t; the same as in `options`
 
 
 @dataclass
@@ -155,14 +161,15 @@ class StrategySettings:
 class RunConfig:
     """Everything that decides a run; saved as config.yaml."""
 
-    output_dir: str = ""
-    method: str = "pm"  # a row of PRESETS: fills what is left null below
-    seed: int = 0
-    data_dir: str | None = None  # folder that file names in `stream` are relative to
+    output_dir: FilePath = ""
+    method: str = ""  # a row of PRESETS: fills what is left null below; default: that of stream.kind
+    seed: int = 0  # 0 to 2**32 − 1
+    data_dir: FilePath | None = None  # folder that file names in `stream` are relative to
     model: ModelSettings = field(default_factory=ModelSettings)
     stream: StreamSettings = field(default_factory=StreamSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
-    training: dict[str, Any] = field(default_factory=dict)  # any field of TrainingArguments, and head_learning_rate
+    # any field of TrainingArguments, and head_learning_rate; default of the learning rates and epochs: the kind's
+    training: dict[str, Any] = field(default_factory=dict)
     perturbation: PerturbationSettings = field(default_factory=PerturbationSettings)
     curvature: CurvatureSettings = field(default_factory=CurvatureSettings)
     merge: MergeSettings = field(default_factory=MergeSettings)
@@ -171,7 +178,7 @@ class RunConfig:
     early_stopping_patience: int | None = None  # a task's training ends after so many evaluations without a better one
     trains: bool | None = None  # false: the backbone stays as it is and only the head is computed
     max_forgetting: float | None = None  # the run fails when an old task lost more accuracy than this
-    start_from: str | None = None  # released adapter folder to begin from
+    start_from: FilePath | None = None  # released adapter folder to begin from
 
     @property
     def kind(self) -> StreamKind:

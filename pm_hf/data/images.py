@@ -4,9 +4,11 @@ import hashlib
 import io
 import math
 import random
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -15,7 +17,9 @@ from PIL import Image as PillowImage
 from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from pm_hf.data.names import check_named
 from pm_hf.data.rows import Rows
+from pm_hf.data.tables import Table
 from pm_hf.errors import InputError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
@@ -90,7 +94,7 @@ def read_npz(path: Path, *, test: bool, domain: str | None) -> tuple[Pictures, l
             x, y, classes = (arrays[name] for name in needed[:3])
             values = arrays[needed[3]] if domain else None
             names = arrays["domains"] if domain and "domains" in arrays else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is no .npz file of plain arrays: {error}") from error
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)):
         raise InputError(f"{path}: x_{side} must be uint8 (n, h, w) or (n, h, w, 1 or 3), found {x.dtype} {x.shape}")
@@ -111,13 +115,16 @@ def read_folder(path: Path) -> tuple[Pictures, list[str]]:
         raise InputError(f"{path} holds no pictures: expected {path}/CLASS/FILE with {', '.join(PICTURE_SUFFIXES)}")
     columns = {"image": [{"bytes": None, "path": name} for name, _ in files]}
     data = Dataset.from_dict(columns).cast_column("image", Image(decode=False))
-    return _checked(Pictures(data), str(path)), [label for _, label in files]
+    labels = [label for _, label in files]
+    check_named(labels, f"{path}: the folder of a class")
+    return _checked(Pictures(data), str(path)), labels
 
 
-def picture_column(data: Dataset, column: str, where: str) -> Pictures:
+def picture_column(data: Table, column: str, where: str) -> Pictures:
     """The pictures of a data set's column; InputError when it is no Image column or a file cannot be read."""
-    if not isinstance(data.features[column], Image):
-        raise InputError(f"{where}: column {column} must hold images, found {data.features[column]}")
+    feature = data.features[column] if isinstance(data, Dataset) else "text"
+    if not isinstance(data, Dataset) or not isinstance(feature, Image):
+        raise InputError(f"{where}: column {column} must hold images, found {feature}")
     undecoded = data.select_columns([column]).cast_column(column, Image(decode=False))
     return _checked(Pictures(undecoded.rename_column(column, "image") if column != "image" else undecoded), where)
 
@@ -226,10 +233,14 @@ def _named(what: str, values: np.ndarray, names: np.ndarray | None, count: int) 
     if values.shape != (count,):
         raise InputError(f"{what}: expected shape ({count},), one for each picture, found {values.shape}")
     if names is None or values.dtype.kind in "US":
-        return [str(value) for value in values]
+        made = [str(value) for value in values]
+        check_named(made, what)
+        return made
     if values.dtype.kind not in "iu" or (count and not 0 <= int(values.min()) <= int(values.max()) < len(names)):
         raise InputError(f"{what}: expected integers from 0 to {len(names) - 1}, the number of names, found others")
-    return [str(names[value]) for value in values]
+    made = [str(names[value]) for value in values]
+    check_named(made, what)
+    return made
 
 
 def _opened(file: dict) -> PillowImage.Image:

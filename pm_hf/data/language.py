@@ -6,19 +6,19 @@ from string import Formatter
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset
 from torch import Tensor
 
-from pm_hf.data.columns import as_text, check_columns, label_names
-from pm_hf.data.rows import Rows
+from pm_hf.data import chat
+from pm_hf.data.chat import Prompt
+from pm_hf.data.columns import as_text, cells, check_columns, label_names, spelled
+from pm_hf.data.rows import Places, Rows
+from pm_hf.data.tables import Table
 from pm_hf.errors import InputError, raise_all
 from pm_hf.models.language_model import IGNORED
 
-Prompt = str | list[dict[str, str]]
-
 
 def language_rows(
-    data: Dataset,
+    data: Table,
     where: str,
     *,
     text_column: str | None = None,
@@ -33,7 +33,8 @@ def language_rows(
     a space between where the template does not end in white space. Some of the template's columns may be empty in a
     row, not all. `answers` are the words for each label; a label without is an error. `messages` (chat): every
     assistant message completes what stands before it, one row each. `prompt` and `completion` (or the two columns
-    named): text, or messages. Else plain text: the text column completes the empty prompt.
+    named): text, or messages. All that messages hold, and the column `tools` beside them, is for the chat template.
+    Else plain text: the text column completes the empty prompt.
     """
     names = data.column_names
     if answers is not None and not prompt_template:
@@ -46,8 +47,8 @@ def language_rows(
     if (text_column is None and {"prompt", "completion"} <= set(names)) or label_column:
         return _pairs(data, where, text_column or "prompt", label_column or "completion")
     column = text_column or "text"
-    texts = _column(data, where, column)
-    return Rows([""] * len(texts), [as_text(value, where, row, column) for row, value in enumerate(texts)])
+    texts = [as_text(value, where, row, column) for row, value in enumerate(_column(data, where, column))]
+    return Rows([""] * len(texts), texts, Places.of(where, len(texts)))
 
 
 class _PromptEncoder(ABC):
@@ -78,6 +79,15 @@ class _PromptEncoder(ABC):
     @abstractmethod
     def completion(self, prompt: Prompt, text: str) -> list[int]:
         """Token ids of a completion, its end included."""
+
+    @abstractmethod
+    def texts(self, prompt: Prompt, text: str) -> tuple[str, str]:
+        """What the tokenizer is given for a row; InputError for a prompt that cannot be encoded."""
+        ...
+
+    def compared(self, prompt: Prompt, text: str) -> str:
+        """What a generation must say to be the completion."""
+        return text
 
     @abstractmethod
     def _example(self, prompt: Prompt, text: str) -> dict: ...
@@ -111,7 +121,7 @@ class CausalEncoder(_PromptEncoder):
     def prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt as it stands before its completion."""
         if not isinstance(prompt, str):
-            return self._ids(self._rendered(prompt, add_generation_prompt=True))
+            return self._ids(chat.rendered(self.tokenizer, prompt))
         ids, end = list(self.tokenizer(prompt, verbose=False)["input_ids"]), [self.tokenizer.eos_token_id]
         plain = self._ids(prompt)
         if ids[-1:] == end and ids[-len(plain) :] != plain:  # the tokenizer's own end, not the text's
@@ -123,14 +133,32 @@ class CausalEncoder(_PromptEncoder):
         """Token ids of a completion, its end included."""
         if isinstance(prompt, str):
             return [*self._ids(text), self.tokenizer.eos_token_id]
-        before = self._rendered(prompt, add_generation_prompt=True)
-        whole = self._rendered([*prompt, {"role": "assistant", "content": text}], add_generation_prompt=False)
+        return self._ids(self.texts(prompt, text)[1])
+
+    def texts(self, prompt: Prompt, text: str) -> tuple[str, str]:
+        """The prompt and the completion, those of a chat as the template writes them."""
+        if isinstance(prompt, str):
+            return prompt, text
+        before = chat.rendered(self.tokenizer, prompt)
+        answer = {"role": "assistant", "content": text} | chat.answer_of(prompt)
+        whole = chat.rendered(self.tokenizer, prompt, answer)
         if not whole.startswith(before):
             raise InputError(
                 "the chat template renders a conversation otherwise than its beginning, so a completion has no tokens "
                 "of its own; use prompt and completion columns with text"
             )
-        return self._ids(whole[len(before) :].rstrip("\n"))
+        after = whole[len(before) :].rstrip("\n")
+        if not after:
+            raise InputError(
+                "the chat template writes nothing for the assistant's message, so there is nothing to learn"
+            )
+        return before, after
+
+    def compared(self, prompt: Prompt, text: str) -> str:
+        """The text; of an answer that holds more, all that the template writes of it."""
+        if not chat.answer_of(prompt):
+            return text
+        return str(self.tokenizer.decode(self.completion(prompt, text), skip_special_tokens=True))
 
     def fitted(self, prompt: list[int], room: int) -> list[int]:
         """The right of a prompt that leaves room for a completion, with bos where it began with it."""
@@ -142,6 +170,7 @@ class CausalEncoder(_PromptEncoder):
 
     def _example(self, prompt: Prompt, text: str) -> dict:
         before, after = self.prompt(prompt), self.completion(prompt, text)
+        text = self.compared(prompt, text)
         target, size = after[: self.max_length - 1], len(text.encode())
         if len(target) < len(after):
             size = min(size, _bytes(self.tokenizer, text, target))
@@ -151,12 +180,6 @@ class CausalEncoder(_PromptEncoder):
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _rendered(self, messages: Sequence[Mapping], *, add_generation_prompt: bool) -> str:
-        if not self.tokenizer.chat_template:
-            raise InputError("the tokenizer has no chat template; use prompt and completion columns with text")
-        settings = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-        return str(self.tokenizer.apply_chat_template(list(messages), **settings))
 
 
 class Seq2SeqEncoder(_PromptEncoder):
@@ -186,6 +209,12 @@ class Seq2SeqEncoder(_PromptEncoder):
         """Token ids of the decoder's target, its end included."""
         return self._fitted(self._target(text))
 
+    def texts(self, prompt: Prompt, text: str) -> tuple[str, str]:
+        """The two as they are."""
+        if not isinstance(prompt, str):
+            raise InputError("chat messages need stream.kind causal-lm; use prompt and completion columns with text")
+        return prompt, text
+
     def _example(self, prompt: Prompt, text: str) -> dict:
         source, target = self._prompt(prompt), self._target(text)
         ids, labels, size = self._fitted(source), self._fitted(target), len(text.encode())
@@ -195,9 +224,7 @@ class Seq2SeqEncoder(_PromptEncoder):
         return {"input_ids": ids, "labels": labels, "bytes": size}
 
     def _prompt(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            raise InputError("chat messages need stream.kind causal-lm; use prompt and completion columns with text")
-        return list(self.tokenizer(prompt, verbose=False)["input_ids"])
+        return list(self.tokenizer(self.texts(prompt, "")[0], verbose=False)["input_ids"])
 
     def _target(self, text: str) -> list[int]:
         return list(self.tokenizer(text_target=text, verbose=False)["input_ids"])
@@ -234,7 +261,7 @@ def _bytes(tokenizer: Any, text: str, tokens: list[int]) -> int:
 
 
 def _templated(
-    data: Dataset, where: str, *, text: str, label: str, template: str, words: Mapping | None, task: str
+    data: Table, where: str, *, text: str, label: str, template: str, words: Mapping | None, task: str
 ) -> Rows:
     try:
         asked = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
@@ -246,7 +273,8 @@ def _templated(
     problems = [f"prompt_template: no column for {{{name}}}; found {names}, text, task" for name in unknown]
     problems += [f"missing column {label}; found {names}"] * (label not in data.column_names)
     raise_all(problems, where)
-    answers = _worded(_answers(data, where, label), words, where)
+    check_columns(data, [*fields, label], where)
+    answers = _worded(label_names(data, label, where), words, where)
     space = "" if template[-1:].isspace() else " "
     values = {name: _values(data, where, name) for name in fields}
     prompts = []
@@ -254,15 +282,16 @@ def _templated(
         filled = {name: column[row] for name, column in values.items()}
         if filled and not any(filled.values()):
             raise InputError(f"{where}: column {', '.join(filled)} must hold text, row {row} holds none")
-        prompts.append(template.format(**filled | {"task": task, "text": filled.get(text)}))
-    return Rows(prompts, [space + answer for answer in answers])
+        try:
+            prompts.append(template.format(**filled | {"task": task, "text": filled.get(text)}))
+        except (ValueError, LookupError, AttributeError) as error:
+            raise InputError(f"prompt_template {template!r}: {error}; a place is {{column}} alone") from error
+    return Rows(prompts, [space + answer for answer in answers], Places.of(where, len(prompts)))
 
 
-def _values(data: Dataset, where: str, column: str) -> list[str]:
+def _values(data: Table, where: str, column: str) -> list[str]:
     """A column of the template as text, "" where it is empty; the names of a ClassLabel."""
-    if isinstance(data.features[column], ClassLabel):
-        return label_names(data, column, where)
-    values = enumerate(data[column])
+    values = enumerate(cells(data, column, where))
     return [as_text("" if value is None else value, where, row, column, empty=True) for row, value in values]
 
 
@@ -270,52 +299,85 @@ def _worded(labels: list[str], words: Mapping | None, where: str) -> list[str]:
     """The words that stand for each label; the labels themselves without `words`."""
     if words is None:
         return labels
-    named = {str(label): str(word) for label, word in words.items()}
+    named = {spelled(label, labels): str(word) for label, word in words.items()}
     lacking = sorted(set(labels) - set(named))
     if lacking:
         raise InputError(f"{where}: answers: no words for {', '.join(lacking[:5])}; found {', '.join(named)}")
     return [named[label] for label in labels]
 
 
-def _answers(data: Dataset, where: str, column: str) -> list[str]:
-    """The labels as text; the names of a ClassLabel."""
-    names = label_names(data, column, where)
-    if isinstance(data.features[column], ClassLabel):
-        return names
-    return [as_text(value, where, row, column) for row, value in enumerate(data[column])]
-
-
-def _conversations(data: Dataset, where: str) -> Rows:
+def _conversations(data: Table, where: str) -> Rows:
     prompts: list[Prompt] = []
-    answers = []
-    for row, messages in enumerate(data["messages"]):
-        turns = [at for at, message in enumerate(messages or []) if at and message["role"] == "assistant"]
+    answers: list[str] = []
+    numbers: list[int] = []
+    tools = _tools(data, where)
+    for row, cell in enumerate(cells(data, "messages", where)):
+        if cell is not None and not isinstance(cell, list):
+            raise InputError(f"{where}: column messages must hold a list of messages, row {row} holds {cell!r:.80}")
+        messages = chat.conversation(cell or [], where, row, "messages")
+        turns = [at for at, message in enumerate(messages) if at and message["role"] == "assistant"]
         if not turns:
             raise InputError(f"{where}: the messages of row {row} have no assistant message after another one")
         for at in turns:
-            prompts.append(_chat(messages[:at], where, row, "messages"))
-            answers.append(as_text(messages[at]["content"], where, row, "messages"))
-    return Rows(prompts, answers)
+            prompt, answer = _turn(messages[:at], messages[at], tools[row], where, row, "messages")
+            prompts.append(prompt)
+            answers.append(answer)
+            numbers.append(row)
+    return Rows(prompts, answers, Places([(where, numbers)]))
 
 
-def _pairs(data: Dataset, where: str, prompt: str, completion: str) -> Rows:
-    prompts, answers = _column(data, where, prompt), _column(data, where, completion)
-    if isinstance(data.features[completion], ClassLabel):
-        answers = label_names(data, completion, where)
+def _pairs(data: Table, where: str, prompt: str, completion: str) -> Rows:
+    columns = _column(data, where, prompt), _column(data, where, completion)
     inputs: list[Prompt] = []
-    texts = []
-    for row, (before, after) in enumerate(zip(prompts, answers, strict=True)):
-        chat = isinstance(before, list) and before
-        inputs.append(_chat(before, where, row, prompt) if chat else as_text(before, where, row, prompt, empty=True))
-        after = after[0]["content"] if isinstance(after, list) and len(after) == 1 else after
-        texts.append(as_text(after, where, row, completion))
-    return Rows(inputs, texts)
+    texts, tools = [], _tools(data, where)
+    for row, (before, after) in enumerate(zip(*columns, strict=True)):
+        message = _completing(after, where, row, completion)
+        if isinstance(before, list) and before:
+            made = _turn(chat.conversation(before, where, row, prompt), message, tools[row], where, row, completion)
+        else:
+            text, more = chat.completion_of(message)
+            if more:
+                keys = ", ".join(more)
+                raise InputError(
+                    f"{where}: column {completion}, row {row} holds {keys}; column {prompt} must be messages too, then"
+                )
+            made = as_text(before, where, row, prompt, empty=True), text
+        inputs.append(made[0])
+        texts.append(made[1])
+    return Rows(inputs, texts, Places.of(where, len(texts)))
 
 
-def _chat(messages: Sequence[Mapping], where: str, row: int, column: str) -> list[dict[str, str]]:
-    return [{"role": m["role"], "content": as_text(m["content"], where, row, column, empty=True)} for m in messages]
+def _completing(cell: Any, where: str, row: int, column: str) -> dict[str, Any]:
+    """The message of a completion: text, or a list of one."""
+    if not isinstance(cell, list):
+        return {"role": "assistant", "content": as_text(cell, where, row, column)}
+    if len(cell) != 1:
+        raise InputError(
+            f"{where}: column {column} must hold text, row {row} holds {len(cell)} messages; one completes a prompt, a "
+            "column messages holds more"
+        )
+    (message,) = chat.conversation(cell, where, row, column)
+    return message
 
 
-def _column(data: Dataset, where: str, name: str) -> list[Any]:
+def _turn(
+    before: chat.Messages, message: dict[str, Any], tools: list | None, where: str, row: int, column: str
+) -> tuple[Prompt, str]:
+    """(prompt, completion) of a message after others; InputError where it says nothing."""
+    text, answer = chat.completion_of(message)
+    if not answer:
+        as_text(text, where, row, column)
+    return chat.prompt_of(before, tools, answer), text
+
+
+def _tools(data: Table, where: str) -> list[list | None]:
+    """The column `tools` that stands beside messages."""
+    if "tools" not in data.column_names:
+        return [None] * len(data)
+    check_columns(data, ["tools"], where)
+    return [chat.tools_of(value, where, row) for row, value in enumerate(cells(data, "tools", where))]
+
+
+def _column(data: Table, where: str, name: str) -> list[Any]:
     check_columns(data, [name], where)
-    return list(data[name])
+    return cells(data, name, where)

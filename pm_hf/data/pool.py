@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pm_hf.data.language import CausalEncoder, Prompt, Seq2SeqEncoder
+from pm_hf.data.chat import Prompt
+from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.data.rows import Rows
 from pm_hf.errors import InputError
 from pm_hf.files import write_text

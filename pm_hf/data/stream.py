@@ -4,13 +4,16 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
 
 from pm_hf.config.schema import RunConfig, Source, StreamSettings, TaskSettings
+from pm_hf.data.chat import answer_of
+from pm_hf.data.columns import spelled
+from pm_hf.data.names import look_alikes, look_alikes_in_words, meant, name_problems, visible
 from pm_hf.data.rows import Encoder, Examples, Rows
 from pm_hf.data.sources import path_of, read_rows
 from pm_hf.errors import InputError, raise_all
@@ -98,7 +101,8 @@ def _load_tasks(config: RunConfig, finished_labels: Mapping[str, Sequence[str]])
         left = sorted(set(data[0][0].labels) - {label for _, train, _ in parts for label in train.labels})
         if left:
             note = f"{len(left)} labels are in no class group, their rows are not used: {', '.join(left[:5])}"
-            return replace(make_stream(config, parts, finished_labels), notes=(note,))
+            made = make_stream(config, parts, finished_labels)
+            return replace(made, notes=(note, *made.notes))
     return make_stream(config, parts, finished_labels)
 
 
@@ -142,9 +146,38 @@ def make_stream(
     raise_all([f"task {name!r}: too few training rows for {asking} to hold one out" for name in few], "stream")
     if config.strategy.replay_per_class:
         tasks = _with_replay(tasks, config.strategy.replay_per_class, config.seed)
+    notes = _look_alike_notes("labels", [*everything, *sorted(_almost_answers(parts))] if language else everything)
+    notes += _look_alike_notes("tasks", [task.name for task in tasks]) + (() if language else _empty_notes(tasks))
     if config.strategy.joint:
-        return TaskStream(scenario, (_join_tasks(tasks, everything),), scored=tuple(tasks))
-    return TaskStream(scenario, tuple(tasks))
+        return TaskStream(scenario, (_join_tasks(tasks, everything),), notes, scored=tuple(tasks))
+    return TaskStream(scenario, tuple(tasks), notes)
+
+
+def _look_alike_notes(what: str, names: Iterable[str]) -> tuple[str, ...]:
+    """One note that names those which a reader takes for the same."""
+    pairs = look_alikes_in_words(names)
+    return (f"{what} that differ only in blanks, case or Unicode form are kept apart: {pairs}",) if pairs else ()
+
+
+def _almost_answers(parts: Sequence[tuple[str, Rows, Rows]]) -> set[str]:
+    """Completions of tasks that would have answers to choose among if those of the test rows were written alike."""
+    written = set[str]()
+    for _, train, test in parts:
+        answers, strange = set(train.labels), set(test.labels) - set(train.labels)
+        if strange and len(answers) <= MOST_ANSWERS:
+            alike = {name for group in look_alikes([*answers, *strange]) if answers & set(group) for name in group}
+            written |= alike if strange <= alike else set()
+    return written
+
+
+def _empty_notes(tasks: Sequence[Task]) -> tuple[str, ...]:
+    """How many texts of which task say nothing."""
+    notes = []
+    for task in tasks:
+        for side, rows in (("training", task.train), ("test", task.test)):
+            empty = sum(not visible(text) for text in rows.inputs) if isinstance(rows.inputs, list) else 0
+            notes += [f"task {task.name}: {empty} of {len(rows)} {side} texts are empty"] * (empty > 0)
+    return tuple(notes)
 
 
 def batches(encoder: Encoder, examples: Examples, size: int) -> Iterator[Mapping[str, Tensor]]:
@@ -167,6 +200,7 @@ def _closed_answers(train: Rows, test: Rows) -> tuple[str, ...]:
     """The completions to choose among; none where they are free text."""
     answers = set(train.labels)
     free = len(answers) < 2 or len(answers) > MOST_ANSWERS or not set(test.labels) <= answers
+    free = free or any("content" in answer_of(prompt) for rows in (train, test) for prompt in rows.inputs)
     return () if free or any(rows.inputs[0] == "" for rows in (train, test)) else tuple(sorted(answers))
 
 
@@ -229,8 +263,8 @@ def _held_out_indices(labels: Sequence[str], share: float, key: str) -> Iterator
 def _tasks_of_list(config: RunConfig) -> list[tuple[str, Rows, Rows]]:
     parts, problems = [], []
     for number, task in enumerate(config.stream.tasks or []):
-        if not task.name:
-            problems.append(f"tasks[{number}] has no name")
+        if not visible(task.name):
+            problems.append(f"tasks[{number}] has no name" + (f", found {ascii(task.name)}" if task.name else ""))
             continue
         source, train = _task_source(config.stream, task), Rows([], [])
         try:
@@ -284,6 +318,7 @@ def _task_source(stream: StreamSettings, task: TaskSettings) -> Source:
 
 def _held_out_texts(config: RunConfig) -> tuple[Task, ...]:
     stream, texts = config.stream, []
+    raise_all([problem for text in stream.held_out or [] for problem in name_problems(text.name)], "stream.held_out")
     for text in stream.held_out or []:
         rows, _ = read_rows(stream.kind, _task_source(stream, text), config.data_dir, test=True, task=text.name)
         texts.append(
@@ -296,7 +331,8 @@ def _tasks_by_class(
     stream: StreamSettings, folder: str | None, train: tuple, test: tuple
 ) -> list[tuple[str, Rows, Rows]]:
     strange = sorted(set(test[0].labels) - set(train[0].labels))
-    raise_all([f"labels in test that train lacks: {strange[:5]}"] * bool(strange), "stream")
+    hint = meant(strange, set(train[0].labels))
+    raise_all([f"labels in test that train lacks: {strange[:5]}{hint}"] * bool(strange), "stream")
     groups = _class_groups(stream.class_groups, folder, sorted(set(train[0].labels)))
     return [
         (name, _rows_with(train[0], train[0].labels, set(labels)), _rows_with(test[0], test[0].labels, set(labels)))
@@ -320,7 +356,8 @@ def _class_groups(groups: int | str | dict | None, folder: str | None, labels: S
         groups = read_json(path)
     if not isinstance(groups, dict) or not all(isinstance(names, list) for names in groups.values()):
         raise InputError("stream.class_groups: expected {task: [label, …]}")
-    named = [str(label) for names in groups.values() for label in names]
+    groups = {str(task): [spelled(label, labels) for label in names] for task, names in groups.items()}
+    named = [label for names in groups.values() for label in names]
     unknown = sorted(set(named) - set(labels))
     twice = sorted({label for label in named if named.count(label) > 1})
     raise_all(
@@ -328,13 +365,14 @@ def _class_groups(groups: int | str | dict | None, folder: str | None, labels: S
         + [f"labels in two groups: {twice[:5]}"] * bool(twice),
         "stream.class_groups",
     )
-    return {str(task): [str(label) for label in names] for task, names in groups.items()}
+    return groups
 
 
 def _tasks_by_domain(train: tuple, test: tuple) -> list[tuple[str, Rows, Rows]]:
     domains = list(dict.fromkeys(train[1]))
     strange = sorted(set(test[1]) - set(domains))
-    raise_all([f"domains in test that train lacks: {strange[:5]}"] * bool(strange), "stream")
+    hint = meant(strange, domains)
+    raise_all([f"domains in test that train lacks: {strange[:5]}{hint}"] * bool(strange), "stream")
     return [(name, _rows_with(train[0], train[1], {name}), _rows_with(test[0], test[1], {name})) for name in domains]
 
 
@@ -345,20 +383,23 @@ def _stream_problems(
     if not names:
         problems.append("no tasks")
     problems += [f"two tasks are named {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+    problems += [problem for name in names for problem in name_problems(name)]
     known = {label for name, train, _ in parts for label in left.get(name, train.labels)}
     for name, train, test in parts:
         for kind, rows in (("training", train), ("test", test)):
             if not len(rows) and not (kind == "training" and name in left):
                 problems.append(f"task {name!r} is empty: no {kind} rows")
+            elif len(rows) and not language and isinstance(rows.inputs, list) and not any(map(visible, rows.inputs)):
+                problems.append(f"task {name!r}: every {kind} text is empty")
         allowed = known if scenario == "domain_incremental" else set(train.labels)
         strange = sorted(set(test.labels) - allowed)
         if strange and len(train) and not language:
-            problems.append(f"task {name!r}: labels in test that train lacks: {strange[:5]}")
+            problems.append(f"task {name!r}: labels in test that train lacks: {strange[:5]}" + meant(strange, allowed))
     return problems
 
 
 def _qualify_labels(task: str, rows: Rows) -> Rows:
-    return Rows(rows.inputs, [f"{task}/{label}" for label in rows.labels])
+    return replace(rows, labels=[f"{task}/{label}" for label in rows.labels])
 
 
 def _rows_with(rows: Rows, values: Sequence[str], allowed: set[str]) -> Rows:

@@ -4,10 +4,12 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pm_hf.data.language import Prompt
+from pm_hf.data.chat import Messages
 from pm_hf.data.rows import Rows
 from pm_hf.data.stream import Task
+from pm_hf.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class WritingForm:
             single_line=not any("\n" in _inner(text, before, after) for text in texts),
         )
 
-    def source(self, answer: str) -> Prompt:
+    def source(self, answer: str) -> str | Messages:
         """What the writer is asked for a text with this answer."""
         asked = f"Answer: {answer.strip()}\nText:" if answer else "Text:"
         return [{"role": "user", "content": asked}] if self.chat else asked
@@ -71,7 +73,7 @@ class WritingForm:
         said = said.strip()
         return said.partition("\n")[0].strip() if self.single_line else said
 
-    def row(self, text: str) -> tuple[Prompt, str]:
+    def row(self, text: str) -> tuple[str | Messages, str]:
         """(prompt, completion) with this text; the completion of a prompt is "", as it is the solver's to say."""
         if self.plain:
             return "", text
@@ -82,13 +84,30 @@ class WritingForm:
         return [*system, {"role": "user", "content": whole}], ""
 
 
-def _last(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+def check_writable(task: Task) -> None:
+    """InputError where the task's prompts are more than text: chats with tools, with answers that are no text, or with
+    pictures."""
+    for prompt in task.train.inputs:
+        if isinstance(prompt, dict) or not all(isinstance(text, str) for text in _contents(prompt)):
+            raise InputError(
+                f"strategy.replay: generated: task {task.name!r} has chats with tools, structured answers or content "
+                "that is no text, which are not written; use replay_per_class"
+            )
+    if len({isinstance(prompt, str) for prompt in task.train.inputs}) > 1:
+        raise InputError(f"strategy.replay: generated: task {task.name!r} has chats and texts as prompts; split it")
 
 
-def _system(prompt: Prompt) -> str | None:
-    first = prompt[0]
-    return first["content"] if not isinstance(first, str) and len(prompt) > 1 and first["role"] == "system" else None
+def _contents(prompt: str | Messages) -> list[Any]:
+    return [prompt] if isinstance(prompt, str) else [message.get("content") for message in prompt]
+
+
+def _last(prompt: str | Messages) -> str:
+    return str(_contents(prompt)[-1])
+
+
+def _system(prompt: str | Messages) -> str | None:
+    chat = not isinstance(prompt, str) and len(prompt) > 1
+    return prompt[0]["content"] if chat and prompt[0]["role"] == "system" else None  # type: ignore[index]
 
 
 def _inner(text: str, before: str, after: str) -> str:

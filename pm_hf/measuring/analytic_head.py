@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pm_hf.errors import InputError
-from pm_hf.files import save_tensors
+from pm_hf.errors import InputError, raise_all
+from pm_hf.files import as_record, save_tensors
 
 HEAD_FORMAT = "pm_hf.head.v1"
 
@@ -123,7 +123,38 @@ class HeadStatistics:
             raise InputError(f"head statistics {path} cannot be read ({error})") from error
         if metadata.get("format") != HEAD_FORMAT:
             raise InputError(f"{path} holds no head statistics: expected format {HEAD_FORMAT}")
-        return cls(**json.loads(metadata["head"]), **tensors)
+        subject, way_out = f"head statistics {path}", "use the file that was saved with the adapter"
+        try:
+            content = json.loads(metadata.get("head", ""))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{subject}: the header is no JSON ({error}); {way_out}") from error
+        header = as_record(content, _Header, subject, way_out)
+        problem = _shape_problem(len(header.labels), tensors)
+        raise_all([f"{problem}; {way_out}"] * bool(problem), subject)
+        return cls(header.labels, temperature=header.temperature, **tensors)
+
+
+@dataclass
+class _Header:
+    """What a file of statistics says beside its tensors."""
+
+    labels: list[str]
+    temperature: float | None = None
+
+
+def _shape_problem(count: int, tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the tensors of a file: C = `count` means of a width d of their own."""
+    needed = {"counts", "means", "scatter"}
+    if not needed <= tensors.keys() <= needed | {"covariance", "center"}:
+        return f"expected the tensors {sorted(needed)}, found {sorted(tensors)}"
+    d = tensors["means"].shape[-1] if tensors["means"].ndim == 2 else -1
+    shapes = {"counts": (count,), "means": (count, d), "scatter": (d, d), "covariance": (d, d), "center": (d,)}
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float64:
+            return f"{name}: expected float64 {shapes[name]}, found {tensor.dtype} {tuple(tensor.shape)}"
+        if not bool(tensor.isfinite().all()):
+            return f"{name}: expected finite numbers"
+    return None
 
 
 def ridge_drift(before: Tensor, after: Tensor, ridge: float) -> Tensor:

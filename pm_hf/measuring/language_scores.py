@@ -151,7 +151,8 @@ class LanguageScorer:
         eos, or as the completions of a chat end, or when it is as long as the longest completion.
         """
         said = self.completions(rows, _longest(self.encoder, rows), self.encoder.ends(rows))
-        return sum(text.strip() == label.strip() for text, label in zip(said, rows.labels, strict=True)) / len(rows)
+        wanted = [self.encoder.compared(prompt, label) for prompt, label in zip(rows.inputs, rows.labels, strict=True)]
+        return sum(text.strip() == whole.strip() for text, whole in zip(said, wanted, strict=True)) / len(rows)
 
     @torch.no_grad()
     def completions(self, prompts: Rows, longest: int, ends: set[int]) -> list[str]:

@@ -125,10 +125,11 @@ def learn_coefficients(
     every = [term for of_layer in terms.values() for term in of_layer]
     masks = "masks" in METHODS[method].learned
     coefficients = Coefficients(every, len(paths), start, shared=per == "task", masks=masks)
-    saved, labels, _ = merge_saved(plan)
+    saved = merge_saved(plan)
+    labels = {head: rows for head, rows in saved.labels.items() if rows is not None}
     device = next(model.parameters()).device
     sources = [_endless(loader, device) for loader in _loaders(dataloader)]
-    with seeded(seed), torch.enable_grad(), merged_model(model, saved, labels, terms, coefficients) as waiting:
+    with seeded(seed), torch.enable_grad(), merged_model(model, saved.tensors, labels, terms, coefficients) as waiting:
         objective = _objective(model, sources, predict or _logits, waiting)
         history = _minimise(objective, coefficients.parameters(), steps, learning_rate)
     used = {"per": per, "steps": steps, "learning_rate": learning_rate, "start": start, "seed": seed}

@@ -13,14 +13,14 @@ from torch.nn.functional import cross_entropy
 
 from pm_hf.adapters.folder import open_adapter
 from pm_hf.config.schema import RunConfig
-from pm_hf.data.encoders import TextEncoder
+from pm_hf.data.encoders import TextEncoder, check_length, check_tokens, match_padding
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.data.rows import Encoder, Examples, Rows
 from pm_hf.data.stream import Task, batches
 from pm_hf.measuring.analytic_head import class_logits
 from pm_hf.measuring.language_scores import LanguageScorer
 from pm_hf.models.contexts import autocast, evaluating
-from pm_hf.models.loading import load_merged
+from pm_hf.models.loading import has_tokenizer, load_merged
 from pm_hf.models.lora import find_head
 
 ACCURACY_DESCRIPTION = "Accuracy of argmax over all classes seen, and of argmax inside the task's own classes."
@@ -58,12 +58,17 @@ class Scorer:
     batch_size: int
     autocast: torch.dtype | None
     device: torch.device = torch.device("cpu")
-    cut: dict[str, int] = field(default_factory=dict)  # test rows of a language task that were longer than max_length
+    cut: dict[str, int] = field(default_factory=dict)  # {task: test rows longer than max_length}
 
     def load(self, merged: Path, head: str | None) -> nn.Module:
         """The merged adapter on its base, as every user loads it."""
         labels = () if head is None else open_adapter(merged).labels[head]
-        return load_merged(self.config.model, merged, labels, self.config.stream.kind).to(self.device)
+        model = load_merged(self.config.model, merged, labels, self.config.stream.kind)
+        check_length(self.config, model.get_base_model())
+        match_padding(model, self.encoder)
+        if has_tokenizer(merged):
+            check_tokens(self.encoder, model.get_base_model())
+        return model.to(self.device)
 
     def features(self, merged: Path, rows: Rows, labels: Sequence[str], head: str) -> Tensor:
         """Input of the head's Linear under a merged adapter, (n, d)."""
@@ -110,6 +115,7 @@ class Scorer:
         scores = []
         for task in tasks:
             logits, truth = self.logits(model, task, labels, head)
+            self.cut[task.name] = getattr(self.encoder, "cut", 0)
             own = [classes.index(label) for label in task.own]
             scores.append(metric.compute(predictions=logits.numpy(), references=truth, own=own))
             if loss:

@@ -25,7 +25,10 @@ RESIDUAL_TOLERANCE = 1e-4  # share of the Gram step's change of outputs that may
 RESIDUAL_PROBES = 16  # random combinations of the outputs that estimate this share
 
 
-PAST_WITHOUT_WEIGHT = 0.95
+PAST_WITHOUT_WEIGHT = 0.95  # from this α on
+
+
+TASK_WITHOUT_WEIGHT = 0.1  # share of 1/t up to which a task hardly counts
 
 
 class ZeroCurvatureError(InputError):
@@ -175,10 +178,19 @@ def _coefficient(terms: Mapping[str, tuple[float, float, float]], tasks: int) ->
         )
     raw = numerator / denominator
     used = min(max(raw, 0.0), 1.0)
-    note = None
-    if tasks >= 3 and raw > PAST_WITHOUT_WEIGHT:
-        note = f"α = {raw:.3f} at task {tasks}: the past has almost no weight, this is close to sequential training"
-    return Coefficient(raw, used, numerator, past, current, 1 / tasks, note=note)
+    return Coefficient(raw, used, numerator, past, current, 1 / tasks, note=_note(raw, tasks))
+
+
+def _note(alpha: float, tasks: int) -> str | None:
+    """What is to be said of an α that leaves the past, or the task, without weight."""
+    if tasks >= 3 and alpha > PAST_WITHOUT_WEIGHT:
+        return f"α = {alpha:.3f} at task {tasks}: the past has almost no weight, this is close to sequential training"
+    if tasks >= 2 and alpha < TASK_WITHOUT_WEIGHT / tasks:
+        return (
+            f"α = {alpha:.3f} at task {tasks}, 1/t {1 / tasks:.3f}: the task has almost no weight, as its curvature is "
+            "far below that of the past, which is so of a fitted task; merge.method average gives every task the same"
+        )
+    return None
 
 
 def _gram_optimum(name: str, delta: LowRank, past: LowRank, curvature: Curvature) -> LowRank | Tensor:

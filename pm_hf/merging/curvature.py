@@ -12,8 +12,9 @@ computed from the factors of the task vector.
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -37,6 +38,12 @@ CURVATURE_FORMAT = "pm_hf.curvature.v1"
 
 
 CHUNK = 2**19  # entries of one matrix held in float64 at a time
+
+
+QUOTED = 60  # characters of a value that a message quotes
+
+
+ROUNDING = 1e-6  # how far below 0, as a share of the largest, a quadratic form may come out
 
 
 PROBES = 4  # fixed projections of each module's task vector
@@ -195,11 +202,13 @@ class Curvature:
             for p in ("S.", "M.")
         )
         try:
-            header: dict[str, Any] = json.loads(metadata["curvature"])
+            header: Any = json.loads(metadata["curvature"])
+            odd = _header_fault(header)
+        except (KeyError, ValueError, RecursionError) as error:
+            odd = f"its header cannot be read ({type(error).__name__}: {error})"
+        if odd is None:
             loaded = cls(CurvatureSpec(**header.pop("settings")), S, M, **header)
             odd = _inconsistency(loaded, stored)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            odd = f"its header cannot be read ({type(error).__name__}: {error})"
         if odd:
             raise InputError(f"{path} is not a sound curvature file: {odd}; estimate the curvature again")
         return loaded
@@ -361,6 +370,86 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[tuple[int,
         raise InputError(f"{path} is not a whole safetensors file ({error}); estimate the curvature again") from error
 
 
+def _header_fault(header: Any) -> str | None:
+    """What in a file's header has another type or value than `save` gives it, None when all is as it should be."""
+    fields = HEADER | {"settings": (_are_settings, f"the fields of CurvatureSpec, {', '.join(SETTINGS)}")}
+    if not isinstance(header, dict):
+        return f"its header is a {type(header).__name__}, expected fields by name"
+    if odd := (NEEDED - set(header)) or (set(header) - set(fields)):
+        return f"its header {'lacks' if odd <= NEEDED else 'has a field'} {min(odd)}"
+    for key, value in header.items():
+        check, expected = fields[key]
+        if not check(value):
+            return f"{key} is not {expected}: {_beginning(value)}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
+
+def _by_module(value: Any, check: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(check, value.values()))
+
+
+def _are_sizes(value: Any) -> bool:
+    return _by_module(value, _is_number) and min(value.values(), default=0) >= 0
+
+
+def _are_forms(value: Any) -> bool:
+    """Quadratic forms of sums that are positive semidefinite: not below zero by more than rounding."""
+    if not _by_module(value, _is_number):
+        return False
+    return all(form >= -ROUNDING * max(map(abs, value.values())) for form in value.values())
+
+
+def _are_probes(value: Any) -> bool:
+    def is_row(row: Any) -> bool:
+        return isinstance(row, list) and len(row) == PROBES and all(map(_is_number, row))
+
+    return _by_module(value, is_row)
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(count) is int and count > 0 for count in value)
+
+
+def _are_settings(value: Any) -> bool:
+    if not isinstance(value, dict) or not set(value) <= set(SETTINGS):
+        return False
+    texts = [text for key, text in value.items() if key != "shrinkage"]
+    shrinkage = value.get("shrinkage", 0.0)
+    return all(isinstance(text, str) for text in texts) and _is_number(shrinkage) and 0 <= shrinkage <= 1
+
+
+def _beginning(value: Any) -> str:
+    try:
+        text = json.dumps(value)
+    except (ValueError, RecursionError):  # digits without end, or depth
+        return f"a {type(value).__name__}"
+    return text if len(text) <= QUOTED else f"{text[:QUOTED]}…"
+
+
+SETTINGS = tuple(CurvatureSpec.__dataclass_fields__)
+
+
+NEEDED = {"settings", "current", "delta_norm", "examples"}
+
+
+# {field of a file's header: (its check, what is expected)}
+HEADER: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "owner": (lambda value: _by_module(value, lambda name: isinstance(name, str)), "{module: module}"),
+    "examples": (_are_counts, "a list of positive whole numbers, one a task"),
+    "current": (_are_forms, "{module: number}, none below 0"),
+    "past": (_are_forms, "{module: number}, none below 0"),
+    "delta_norm": (_are_sizes, "{module: number}, none below 0"),
+    "probe": (_are_probes, f"{{module: list of {PROBES} numbers}}"),
+}
+
+
 def _inconsistency(loaded: Curvature, stored: Mapping[str, tuple[tuple[int, ...], str]]) -> str | None:
     """What in the names, shapes and dtypes of a file does not fit together, None when all does."""
     kind, modules = loaded.settings.kind, loaded.modules
@@ -376,12 +465,6 @@ def _inconsistency(loaded: Curvature, stored: Mapping[str, tuple[tuple[int, ...]
     for key, of_modules in named.items():
         if set(of_modules) != modules:
             return f"{key} and current name different modules, first {min(set(of_modules) ^ modules)}"
-    numbers = {"current": loaded.current, "past": loaded.past, "delta_norm": loaded.delta_norm}
-    for key, values in numbers.items():
-        if odd := [name for name, value in values.items() if not isinstance(value, int | float)]:
-            return f"{key} of {odd[0]} is no number"
-    if any(len(values) != PROBES for values in loaded.probe.values()):
-        return f"probe has not {PROBES} values a module"
     owners = {name: loaded._owner(name) for name in modules}
     if set(owners.values()) != set(loaded.S) or not set(loaded.owner) <= modules:
         return "S and M do not belong to the same modules"

@@ -111,6 +111,9 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=".*which is a no-op.*", category=UserWarning)  # without weights
+            warnings.filterwarnings("ignore", message="Found missing adapter keys.*", category=UserWarning)  # refused
+            warnings.filterwarnings("ignore", message="`lora_bias=True` was passed but.*", category=UserWarning)
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False.*Conv1D", category=UserWarning)
             yield
     finally:

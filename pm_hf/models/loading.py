@@ -2,41 +2,54 @@
 
 import copy
 import importlib.util
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
     PreTrainedModel,
 )
 from transformers.utils import logging
 
+from pm_hf.adapters.folder import open_adapter
+from pm_hf.adapters.layout import PEFT_PREFIX
 from pm_hf.config.kinds import STREAM_KINDS
 from pm_hf.config.schema import ModelSettings
-from pm_hf.errors import InputError
+from pm_hf.errors import InputError, raise_all
+from pm_hf.files import expand
 from pm_hf.models.contexts import quiet, seeded
+from pm_hf.models.released import fit_vocabulary
 
 HEAD_NAMES = ("classifier", "score")  # what PEFT saves by itself for a sequence classifier
 TEXT_KIND = "text-classification"
+
+
+TOKENIZER_FILE = "tokenizer_config.json"  # beside an adapter whose tokens are not those of the base
 MOST_GGUF_BYTES = 2 * 2**30  # a model of at most this size is kept for the next load
 _kept_gguf: dict[str, tuple[PreTrainedModel, dict]] = {}
 
 
+class NeedsWeightsError(RuntimeError):
+    """A model that is not known from its configuration alone."""
+
+
 def resolve_base(base: str) -> str:
     """Folder of `package:NAME/FOLDER`, or the name as it is; InputError when a local path or package is missing."""
+    path = expand(base, "model.base")
     if not base.startswith("package:"):
-        if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+        if base.startswith((".", "/", "~")) and not path.is_dir():
             raise InputError(f"base model folder {base} does not exist")
-        return str(Path(base).expanduser()) if base.startswith("~") else base
+        return str(path) if base.startswith("~") else base
     package, _, folder = base.removeprefix("package:").partition("/")
     try:
         spec = importlib.util.find_spec(package) if package else None
@@ -52,28 +65,64 @@ def resolve_base(base: str) -> str:
     return str(path)
 
 
-def load_tokenizer(settings: ModelSettings) -> Any:
-    """Tokenizer of the base model."""
-    with quiet(), _clear_error(settings):
-        return AutoTokenizer.from_pretrained(resolve_base(settings.base), **_source(settings))
+def load_tokenizer(settings: ModelSettings, beside: Sequence[Path] = ()) -> Any:
+    """The tokenizer of the first of these adapter folders that has one beside it, else that of the base model."""
+    folder = next((folder for folder in beside if has_tokenizer(folder)), None)
+    if folder is not None:
+        with quiet(), _clear_error(f"the tokenizer beside the adapter {folder}"):
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=settings.trust_remote_code)
+    with quiet(), _clear_error(_named(settings)):
+        gguf = {} if settings.gguf_file is None else {"gguf_file": settings.gguf_file}
+        return AutoTokenizer.from_pretrained(resolve_base(settings.base), **_source(settings), **gguf)
+
+
+def load_skeleton(
+    settings: ModelSettings, kind: str = TEXT_KIND, names: Mapping[str, Any] | None = None
+) -> PreTrainedModel | None:
+    """The base model without weights, on the meta device; None where it cannot be known without them: of GGUF
+    checkpoints, and of models with code of their own or that need numbers. names: of a classifier's rows, as its
+    configuration has them; without, there are two."""
+    if settings.gguf_file is not None:
+        return None
+    with quiet(), _clear_error(_named(settings)):
+        auto, path = getattr(transformers, STREAM_KINDS[kind].auto_model), resolve_base(settings.base)
+        config = AutoConfig.from_pretrained(path, **_source(settings), **(names or {}))
+        if settings.trust_remote_code and getattr(config, "auto_map", None):
+            return None
+        how = {"trust_remote_code": settings.trust_remote_code, "dtype": getattr(torch, settings.dtype)}
+        with torch.device("meta"), suppress(RuntimeError):  # which is what reading a number of a meta tensor raises
+            return auto.from_config(config, **how)
+        return None
+
+
+def has_tokenizer(adapter: Path) -> bool:
+    """Whether a tokenizer stands beside an adapter."""
+    return (adapter / TOKENIZER_FILE).is_file()
 
 
 def load_base(
-    settings: ModelSettings, labels: Sequence[str], seed: int, kind: str = TEXT_KIND
+    settings: ModelSettings, labels: Sequence[str], seed: int, kind: str = TEXT_KIND, *, skeleton: bool = False
 ) -> tuple[PreTrainedModel, list[str]]:
     """Base model, with a head of len(labels) rows for a classifier, and the modules that its checkpoint lacks.
 
-    What the checkpoint lacks is initialised with `seed`; the global random state is left as it was.
+    What the checkpoint lacks is initialised with `seed`; the global random state is left as it was. skeleton: from the
+    configuration alone, on the meta device, which tells names and shapes at once; nothing is known to lack but a head.
+    Raises NeedsWeightsError where that does not suffice.
     """
     names = dict(enumerate(labels))
     head: dict[str, Any] = {}
     if STREAM_KINDS[kind].has_head:
         head = {"id2label": names, "label2id": {label: index for index, label in names.items()}}
         head["ignore_mismatched_sizes"] = True
-    with seeded(seed), quiet(), _clear_error(settings):
+    with seeded(seed), quiet(), _clear_error(_named(settings)):
         auto, path = getattr(transformers, STREAM_KINDS[kind].auto_model), resolve_base(settings.base)
-        how = {"revision": settings.revision, "dtype": getattr(torch, settings.dtype), **head}
-        if settings.gguf_file is None:
+        how = {**_source(settings), "dtype": getattr(torch, settings.dtype), **head}
+        info: dict[str, Any] = {"missing_keys": [], "mismatched_keys": []}
+        if skeleton:
+            model = load_skeleton(settings, kind, {key: head[key] for key in ("id2label", "label2id") if key in head})
+            if model is None:
+                raise NeedsWeightsError
+        elif settings.gguf_file is None:
             model, info = auto.from_pretrained(path, output_loading_info=True, **how)
         else:
             model, info = load_gguf(auto, path, settings.gguf_file, **how)
@@ -110,11 +159,44 @@ def head_name(model: nn.Module) -> str:
     return f"{root}.{linears[-1]}".rstrip(".")
 
 
-def load_merged(settings: ModelSettings, folder: Path, labels: Sequence[str], kind: str = TEXT_KIND) -> nn.Module:
-    """The merged adapter as every user loads it: base (with the labels' rows), then PeftModel.from_pretrained."""
+def load_merged(settings: ModelSettings, folder: Path, labels: Sequence[str], kind: str = TEXT_KIND) -> PeftModel:
+    """The merged adapter as every user loads it: base (with the labels' rows, and as many token embeddings as the
+    adapter has), then PeftModel.from_pretrained. InputError where something of the folder finds no place in it.
+    """
     base, _ = load_base(settings, labels, 0, kind)
-    with seeded(0), quiet():
-        return PeftModel.from_pretrained(base, str(folder)).eval()
+    fit_vocabulary(base, open_adapter(folder))
+    mapping = getattr(base, "_checkpoint_conversion_mapping", None)
+    with seeded(0), quiet(), whole_load(folder, settings):
+        model = PeftModel.from_pretrained(base, str(folder)).eval()
+        # it does not tell what it left out, so the file is read again
+        result = model.load_adapter(str(folder), "default", torch_device="cpu", key_mapping=mapping)
+    check_loaded(folder, settings, result.missing_keys, result.unexpected_keys)
+    return model
+
+
+@contextmanager
+def whole_load(folder: Path, settings: ModelSettings) -> Iterator[None]:
+    """What PEFT raises for an adapter that does not fit a base, as one InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"adapter {folder} does not fit model.base {settings.base}: {reason}") from error
+
+
+def check_loaded(folder: Path, settings: ModelSettings, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """InputError unless every tensor of an adapter found its place, and every place its tensor."""
+    inner = (".original_module.", ".modules_to_save.")  # second names that PEFT writes for what it saves whole
+    unexpected = [name for name in unexpected if not any(part in name for part in inner)]
+    without, empty = ([name.removeprefix(PEFT_PREFIX) for name in names] for names in (unexpected, missing))
+    problems = []
+    if without:
+        problems.append(f"{len(without)} tensors have no place in it, first {without[0]}")
+    if empty:
+        problems.append(f"it lacks {len(empty)} tensors that its own configuration names, first {empty[0]}")
+    raise_all(problems, f"adapter {folder} does not fit model.base {settings.base}")
 
 
 def _freeze_statistics(model: nn.Module) -> None:
@@ -130,9 +212,8 @@ def _same_mode(mode: bool = True) -> None:
 
 
 def _source(settings: ModelSettings) -> dict[str, Any]:
-    """What from_pretrained is told of the checkpoint."""
-    gguf = {} if settings.gguf_file is None else {"gguf_file": settings.gguf_file}
-    return {"revision": settings.revision, **gguf}
+    """What every from_pretrained is told of the checkpoint; without the last it may ask on a terminal, and run code."""
+    return {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
 
 
 def _saved_root(parameter: str) -> str:
@@ -143,14 +224,34 @@ def _saved_root(parameter: str) -> str:
 
 
 @contextmanager
-def _clear_error(settings: ModelSettings) -> Iterator[None]:
+def _clear_error(named: str, what: str = "cannot be loaded") -> Iterator[None]:
+    """InputError for whatever comes of a checkpoint's files; memory that does not suffice is no fault of theirs."""
     try:
         yield
-    except InputError:
+    except (InputError, NeedsWeightsError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"model.base {settings.base} cannot be loaded: {reason}") from error
+    except Exception as error:  # libraries let any error of their readers through
+        raise InputError(f"{named} {what}: {_reason(error)}") from error
+
+
+def _named(settings: ModelSettings) -> str:
+    return f"model.base {settings.base}"
+
+
+def _reason(error: Exception) -> str:
+    """One line of why a checkpoint is not loaded."""
+    text = str(error).strip()
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights are a pickle that holds more than tensors, which is not run; use a checkpoint of safetensors"
+        )
+    if "trust_remote_code" in text:
+        return (
+            "it comes with Python code of its own, which is not run; for code that you have read and trust set "
+            "model.trust_remote_code: true"
+        )
+    lines = [line.strip() for line in text.splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def load_gguf(auto: Any, path: str, file: str, **settings: Any) -> tuple[PreTrainedModel, dict]:
@@ -173,13 +274,12 @@ def load_gguf(auto: Any, path: str, file: str, **settings: Any) -> tuple[PreTrai
     return model, info
 
 
-def load_image_processor(base: str, revision: str | None = None) -> Any:
+def load_image_processor(settings: ModelSettings) -> Any:
     """The checkpoint's image processor, with Pillow's resizing, so that results do not depend on torchvision."""
     level = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # it warns of processors that only torchvision has
     try:
-        return AutoImageProcessor.from_pretrained(base, revision=revision, backend="pil")
-    except (OSError, ValueError) as error:
-        raise InputError(f"model.base {base} has no image processor: {str(error).splitlines()[0]}") from error
+        with _clear_error(_named(settings), "has no image processor"):
+            return AutoImageProcessor.from_pretrained(resolve_base(settings.base), backend="pil", **_source(settings))
     finally:
         logging.set_verbosity(level)

@@ -93,7 +93,14 @@ def orthonormal_start(model: nn.Module, adapter: str, previous: Adapter) -> None
     The basis is Q of Aᵀ = QR with R's diagonal positive, so rows that are orthonormal already stay as they are.
     A scaling that differs from the last task's goes into B. Raises InputError when the ranks or modules differ.
     """
-    for name, layer in adapted_layers(model, adapter).items():
+    layers = adapted_layers(model, adapter)
+    odd = [name for name, layout in previous.layouts.items() if layout.bias or layout.kind != "linear"]
+    if lost := sorted({*odd, *(name for name in previous.layouts if name not in layers)}):
+        raise InputError(
+            f"{previous.path} has factors of {lost[0]} that the new task cannot start with; name the same linear "
+            "layers in lora.target_modules, or use another method"
+        )
+    for name, layer in layers.items():
         if name not in previous.layouts:
             raise InputError(f"{previous.path} has no factors of {name}, from which training was to start")
         A, B = (previous.tensor(f"{name}.lora_{factor}.weight").float() for factor in "AB")

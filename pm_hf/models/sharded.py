@@ -11,9 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations import unset_hf_deepspeed_config
 
 from pm_hf.adapters.layout import PEFT_PREFIX
-
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and of FSDP's activation checkpointing
-
+from pm_hf.adapters.names import without_wrappers
 
 SAVED_WRAPPER = "modules_to_save"  # module of PEFT that holds a copy of the wrapped one for each adapter
 
@@ -67,9 +65,7 @@ def assign_whole(target: Tensor, value: Tensor) -> None:
 def plain_name(name: str) -> str:
     """Name of a parameter or module in the base model, as an adapter's file has it behind PEFT's prefix: without what
     DDP, torch.compile, activation checkpointing and PEFT (its prefix, `modules_to_save.<adapter>`) put into it."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    parts = name.removeprefix("module.").removeprefix(PEFT_PREFIX).split(".")
+    parts = without_wrappers(name).removeprefix("module.").removeprefix(PEFT_PREFIX).split(".")
     if SAVED_WRAPPER in parts:
         at = parts.index(SAVED_WRAPPER)
         parts = parts[:at] + parts[at + 2 :]

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
@@ -11,13 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pm_hf.adapters.folder import Adapter
-from pm_hf.adapters.layout import ADAPTER_CONFIG, PEFT_PREFIX
+from pm_hf.adapters.layout import PEFT_PREFIX, peft_type
 from pm_hf.config.kinds import STREAM_KINDS
+from pm_hf.config.patterns import pattern_problem
 from pm_hf.config.schema import LoraSettings, ModelSettings
-from pm_hf.errors import InputError
-from pm_hf.files import read_json
+from pm_hf.errors import InputError, raise_all
 from pm_hf.models.contexts import quiet, seeded
-from pm_hf.models.loading import TEXT_KIND, head_name, load_base
+from pm_hf.models.loading import TEXT_KIND, check_loaded, head_name, head_root, load_base, whole_load
+from pm_hf.models.released import fit_vocabulary, put_saved
 from pm_hf.models.sharded import SAVED_WRAPPER, plain_name
 
 MERGED_ADAPTER, TASK_ADAPTER = "merged", "task"
@@ -40,25 +42,37 @@ def build_task_model(
     task: int,
     *,
     kind: str = TEXT_KIND,
-    head_from: Adapter | None = None,
+    saved_from: Adapter | None = None,
     continue_head: bool = False,
+    skeleton: bool = False,
 ) -> TaskModel:
     """Base + frozen `merged` (without its head) + trainable `task`, both active, and a fresh head of the task's rows.
 
-    kind: a key of STREAM_KINDS; language models have no head. head_from: whose head goes on, by default `merged`'s.
+    kind: a key of STREAM_KINDS; language models have no head. saved_from: whose head goes on and whose other values
+    that are held whole (embeddings, norms) take the place of the base's, by default `merged`'s. skeleton: on the meta
+    device, without the base's weights: all that is checked is checked, and the model cannot run. Raises InputError for
+    what does not fit, and for a skeleton NeedsWeightsError where the configuration alone does not tell.
     What the checkpoint lacks (the head's other layers) is frozen at its value, or at the seeded one; with
     `continue_head` the rows of labels that it knows start from its rows (a head shared by all tasks). Trainable are the
     task's LoRA factors and the head's last Linear, nothing else: checked before it is returned.
     """
     if lora.r < 1:
         raise InputError(f"lora.r must be at least 1, found {lora.r}")
-    head_from = head_from or merged
-    base, saved_modules = load_base(settings, labels, seed, kind)
+    saved_from = saved_from or merged
+    base, saved_modules = load_base(settings, labels, seed, kind, skeleton=skeleton)
     head = head_name(base) if STREAM_KINDS[kind].has_head else None
-    base_name = base.config.name_or_path
+    if saved_from is not None:
+        if head is not None:
+            _check_head(base, head, saved_from)
+        fit_vocabulary(base, saved_from)
+        put_saved(base, saved_from, None if head is None else head_root(base))
+    base_name, targets = base.config.name_or_path, lora.target_modules
+    if skeleton and isinstance(targets, str):
+        problem = pattern_problem(targets, [name for name, _ in base.named_modules() if name])
+        raise_all([problem] if problem else [], "lora.target_modules")
     with seeded(seed + 7919 * (task + 1)):
         if head is not None:
-            _fresh_rows(base, head, labels, head_from if continue_head else None)
+            _fresh_rows(base, head, labels, saved_from if continue_head else None)
         config = LoraConfig(
             r=lora.r,
             lora_alpha=lora.alpha,
@@ -76,9 +90,11 @@ def build_task_model(
     odd = [n for n, m in model.named_modules() if isinstance(m, LoraLayer) and not m.lora_A]
     if odd:
         raise InputError(f"lora.target_modules: {odd[0]} is not a linear layer; only linear layers are supported")
+    if saved_from is not None:
+        _check_targets(model, saved_from)
     if merged is not None:
-        _add_merged(model, merged)
-    _restore_shared(model, head_from, head)
+        _add_merged(model, merged, settings)
+    _restore_shared(model, saved_from, head)
     _activate(model, merged is not None)
     expected = _freeze(model, head)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -88,9 +104,15 @@ def build_task_model(
 
 
 def task_tensors(model: PeftModel, kind: str = TEXT_KIND) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """(LoRA factors, saved modules, PEFT configuration) of the task adapter, detached, names as in the file."""
+    """(LoRA factors, saved modules, PEFT configuration) of the task adapter, detached, names as in the file.
+
+    Of a skeleton what has no values is zero.
+    """
     state = get_peft_model_state_dict(model, adapter_name=TASK_ADAPTER, save_embedding_layers=False)
-    plain = {plain_name(name): value.detach().cpu().clone() for name, value in state.items()}
+    plain = {
+        plain_name(name): torch.zeros_like(value, device="cpu") if value.is_meta else value.detach().cpu().clone()
+        for name, value in state.items()
+    }
     config = model.peft_config[TASK_ADAPTER].to_dict() | {
         "task_type": STREAM_KINDS[kind].task_type,
         "inference_mode": True,
@@ -99,25 +121,60 @@ def task_tensors(model: PeftModel, kind: str = TEXT_KIND) -> tuple[dict[str, Ten
     return factors, {name: value for name, value in plain.items() if "lora_" not in name}, config
 
 
-def _add_merged(model: PeftModel, merged: Adapter) -> None:
-    """Load the running merge's LoRA, without its head (its rows are other classes')."""
-    keys = {f.name for f in LoraConfig.__dataclass_fields__.values()}
-    raw = {key: value for key, value in read_json(merged.path / ADAPTER_CONFIG).items() if key in keys}
-    config = LoraConfig(
-        **raw | {"task_type": None, "modules_to_save": None, "inference_mode": True, "lora_dropout": 0.0}
-    )
-    with seeded(0):  # the factors are drawn before they are overwritten
-        model.add_adapter(MERGED_ADAPTER, config)
-    state = {}
-    for module in merged.scaling:
-        for factor in "AB":
-            name = f"{module}.lora_{factor}.weight"
-            state[PEFT_PREFIX + name] = merged.tensor(name)
-    result = set_peft_model_state_dict(model, state, adapter_name=MERGED_ADAPTER)
-    lost = [name for name in result.missing_keys if f".{MERGED_ADAPTER}." in name]
-    if lost or result.unexpected_keys:
+def _add_merged(model: PeftModel, merged: Adapter, settings: ModelSettings) -> None:
+    """Load the running merge's LoRA; its head has rows of other classes, and what else it holds is in the base."""
+    if (kind := peft_type(merged.config)) != "LORA":
         raise InputError(
-            f"{merged.path} does not fit the base model: missing {lost[:3]}, unexpected {result.unexpected_keys}"
+            f"adapter {merged.path} is of kind {kind}, which a LoRA cannot be trained on top of; write it as a LoRA: "
+            f"pm-hf merge {merged.path} --output FOLDER"
+        )
+    keys = {f.name for f in LoraConfig.__dataclass_fields__.values()}
+    raw = {key: value for key, value in merged.config.items() if key in keys}
+    raw |= {"task_type": None, "modules_to_save": None, "inference_mode": True, "lora_dropout": 0.0}
+    if not any(layout.kind == "embedding" for layout in merged.layouts.values()):
+        raw["ensure_weight_tying"] = False  # it concerned modules_to_save
+    config = LoraConfig(**raw)
+    names = [name for module, layout in merged.layouts.items() for name in layout.stored_names(module)]
+    state = {PEFT_PREFIX + name: merged.tensor(name) for name in names}
+    with quiet(), whole_load(merged.path, settings):
+        with seeded(0):  # the factors are drawn before they are overwritten
+            model.add_adapter(MERGED_ADAPTER, config)
+        result = set_peft_model_state_dict(model, state, adapter_name=MERGED_ADAPTER)
+    lost = [name for name in result.missing_keys if f".{MERGED_ADAPTER}" in name]
+    check_loaded(merged.path, settings, lost, result.unexpected_keys)
+
+
+def _check_head(base: PreTrainedModel, head: str, adapter: Adapter) -> None:
+    """InputError where the adapter's head is not of the form of the model's."""
+    linear, root = base.get_submodule(head), head_root(base)
+    problems = [f"its labels.json names {name}, the model's head is {head}" for name in adapter.labels if name != head]
+    problems += [
+        f"it adapts {name} of the head by LoRA" for name in adapter.layouts if f"{name}.".startswith(f"{root}.")
+    ]
+    for name, parameter in linear.named_parameters():
+        full = f"{head}.{name}"
+        if adapter.labels and full not in adapter.saved:
+            problems.append(f"it has labels and no {full}")
+        elif full in adapter.saved and (shape := adapter.tensor(full).shape[1:]) != parameter.shape[1:]:
+            problems.append(f"its {full} has rows of shape {tuple(shape)}, the model's {tuple(parameter.shape[1:])}")
+    for name in adapter.saved:
+        if name.startswith(f"{root}.") and name.rpartition(".")[0] != head:
+            held, own = adapter.tensor(name).shape, dict(base.named_parameters()).get(name)
+            if own is None or own.shape != held:
+                expected = "none" if own is None else f"one of shape {tuple(own.shape)}"
+                problems.append(f"it holds {name} of shape {tuple(held)}, the model has {expected}")
+    raise_all(problems, f"adapter {adapter.path} does not fit the base model")
+
+
+def _check_targets(model: PeftModel, adapter: Adapter) -> None:
+    """InputError where a module is to have a new LoRA that the adapter holds whole: no folder could hold both."""
+    targets = [plain_name(name) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    both = [module for module in targets if any(name.startswith(f"{module}.") for name in adapter.saved)]
+    both = [module for module in both if not any(".base_layer." in n for n in adapter.saved if n.startswith(module))]
+    if both:
+        raise InputError(
+            f"lora.target_modules: adapter {adapter.path} holds {both[0]} whole, which cannot be adapted besides; "
+            "leave it out of target_modules"
         )
 
 
@@ -137,10 +194,10 @@ def _fresh_rows(base: PreTrainedModel, head: str, labels: Sequence[str], running
 
 def _restore_shared(model: PeftModel, merged: Adapter | None, head: str | None) -> None:
     """Parameters that the checkpoint lacks, other than the rows of `head`, continue from the running merge."""
-    values = {} if merged is None else {n: merged.tensor(n) for n in merged.saved if n.rpartition(".")[0] != head}
+    names = set() if merged is None else {name for name in merged.saved if name.rpartition(".")[0] != head}
     for full, parameter in model.named_parameters():
-        if SAVED_WRAPPER in full and (name := plain_name(full)) in values:
-            parameter.data.copy_(values[name])
+        if merged is not None and SAVED_WRAPPER in full and (name := plain_name(full)) in names:
+            parameter.data.copy_(merged.tensor(name))
 
 
 def _activate(model: PeftModel, with_merged: bool) -> None:

@@ -1,16 +1,18 @@
 """The model card of a released run, and the lines that load its adapter without pm_hf."""
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import yaml
 
 from pm_hf.config.kinds import STREAM_KINDS
 from pm_hf.reports.release import ReleasedRun, on_hub, redact
 from pm_hf.runs.records import CLASS_INCREMENTAL, TASK_INCREMENTAL, Report
-from pm_hf.text import format_metric, format_number
+from pm_hf.text import format_metric, format_number, printable, printable_lines
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -23,22 +25,25 @@ def loading_lines(
     kind: str = "text-classification",
     *,
     on_hub: bool = False,
+    trust_remote_code: bool = False,
     **how: str | None,
 ) -> str:
     """The lines that load a merged adapter with transformers and peft only.
 
-    head: its name in labels.json, None for a language model. on_hub: `folder` is the id of a repository. how: further
-    settings of the base model (dtype, revision), left out where they are None.
+    head: its name in labels.json, None for a language model. on_hub: `folder` is the id of a repository.
+    trust_remote_code: whether the base model needs code of its own. how: further settings of the base model (dtype,
+    revision), left out where they are None.
     """
-    more = "".join(f', {key}="{value}"' for key, value in how.items() if value is not None)
+    trusted = ", trust_remote_code=True" if trust_remote_code else ""
+    more = "".join(f', {key}="{value}"' for key, value in how.items() if value is not None) + trusted
     model = f'model = PeftModel.from_pretrained(base, "{folder}")'
     if head is None:
         revision = f', revision="{how["revision"]}"' if how.get("revision") else ""
-        tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{base}"{revision})'
+        tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{base}"{revision}{trusted})'
         return f'{tokenizer}\nbase = {STREAM_KINDS[kind].auto_model}.from_pretrained("{base}"{more})\n{model}'
     file = f'hf_hub_download("{folder}", "labels.json")' if on_hub else f'"{folder}/labels.json"'
     return (
-        f'labels = json.load(open({file}))["{head}"]\n'
+        f"labels = json.load(open({file}))[{json.dumps(head, ensure_ascii=False)}]\n"
         f'base = {STREAM_KINDS[kind].auto_model}.from_pretrained("{base}", num_labels=len(labels), '
         f"id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True{more})\n"
         f"{model}"
@@ -125,12 +130,12 @@ def results(run: ReleasedRun) -> list["EvalResult"]:
 def _intro(run: ReleasedRun, repo: str) -> str:
     report, count = run.report, len(run.report.tasks)
     gguf = run.config.model.gguf_file
-    packed = f" It was trained on `{gguf}`, whose weights differ a little from this base model's." if gguf else ""
+    packed = f" It was trained on {_code(gguf)}, whose weights differ a little from this base model's." if gguf else ""
     learned = "together" if run.config.strategy.joint else "one after the other"
     return (
         f"# {repo.rpartition('/')[2]}\n\n"
         f"A LoRA adapter for [`{run.base}`](https://huggingface.co/{run.base}): {count} tasks, learned {learned} and "
-        f"kept in one adapter by the method `{report.method}` of pm_hf. It needs transformers and peft, not pm_hf."
+        f"kept in one adapter by the method {_code(report.method)} of pm_hf. It needs transformers and peft, not pm_hf."
         f"{packed}"
     )
 
@@ -138,8 +143,9 @@ def _intro(run: ReleasedRun, repo: str) -> str:
 def _loading(run: ReleasedRun, repo: str) -> str:
     kind, model = run.config.stream.kind, run.config.model
     how = {"dtype": model.dtype, "revision": run.revision}
-    lines = loading_lines(run.base, repo, run.head, kind, on_hub=True, **how)
-    return f"## Load it\n\n```python\n{loading_imports(kind, on_hub=True)}\n\n{lines}\n```"
+    lines = loading_lines(run.base, repo, run.head, kind, on_hub=True, trust_remote_code=model.trust_remote_code, **how)
+    notes = "".join(f"\n\n{_cell(note)}" for note in run.merge_notes())
+    return "## Load it\n\n" + _fenced("python", f"{loading_imports(kind, on_hub=True)}\n\n{lines}") + notes
 
 
 def _results(run: ReleasedRun) -> str:
@@ -171,20 +177,20 @@ def _matrix(report: Report) -> list[str]:
 
 def _plots(run: ReleasedRun) -> str:
     once = {path.stem: path.name for path in reversed(run.plots)}  # of a picture in two formats the .png
-    shown = [f"![{stem.replace('_', ' ')}](plots/{once[stem]})" for stem in sorted(once)]
+    shown = [f"![{_cell(stem.replace('_', ' '))}](plots/{quote(once[stem])})" for stem in sorted(once)]
     return "\n\n".join(["## Plots", *shown]) if shown else ""
 
 
 def _making(run: ReleasedRun) -> str:
     report = run.report
-    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    versions = ", ".join(_cell(f"{name} {number}") for name, number in report.versions.items())
     settings = yaml.safe_dump(run.settings(), sort_keys=False, allow_unicode=True).strip()
     return (
         f"## How it was made\n\n"
-        f"Method `{report.method}`, seed {report.seed}, {report.scenario.replace('_', '-')}, "
+        f"Method {_code(report.method)}, seed {report.seed}, {_cell(report.scenario.replace('_', '-'))}, "
         f"{report.seconds or 0:.0f} s. Versions: {versions}.\n\n"
         f"{_synthetic_rows(run)}"
-        f"<details><summary>All settings</summary>\n\n```yaml\n{settings}\n```\n\n</details>"
+        f"<details><summary>All settings</summary>\n\n{_fenced('yaml', settings)}\n\n</details>"
     )
 
 
@@ -204,7 +210,7 @@ def _synthetic_rows(run: ReleasedRun) -> str:
 
 
 def _task_adapters(run: ReleasedRun, repo: str) -> str:
-    rows = _rows(["subfolder"], ([f"`tasks/{path.name}`"] for path in run.tasks))
+    rows = _rows(["subfolder"], ([_code(f"tasks/{path.name}")] for path in run.tasks))
     return "\n".join(
         [
             "## The tasks' own adapters\n",
@@ -217,11 +223,32 @@ def _task_adapters(run: ReleasedRun, repo: str) -> str:
 
 def _rows(header: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
     """A Markdown table; numbers with three decimals, None as a dash."""
-    lines = [" | ".join(header), " | ".join(["---", *["---:"] * (len(header) - 1)])]
+    lines = [" | ".join(map(_cell, header)), " | ".join(["---", *["---:"] * (len(header) - 1)])]
     lines += [" | ".join(_cell(x) if isinstance(x, str) else format_number(x) for x in row) for row in rows]
     return [f"| {line} |" for line in lines]
 
 
+class _Markup(str):
+    """Markdown of ours: not escaped."""
+
+
 def _cell(text: str) -> str:
     """Text that neither ends a table's cell nor starts markup."""
-    return re.sub(r"([\\|<>\[\]*_])", r"\\\1", " ".join(text.split())) if not text.startswith("`") else text
+    if isinstance(text, _Markup):
+        return text
+    return re.sub(r"([\\`|<>\[\]*_&~$!#])", r"\\\1", printable(" ".join(text.split())))
+
+
+def _code(text: str) -> _Markup:
+    """A code span of any text, inside a table too."""
+    shown = printable(" ".join(str(text).split())).replace("|", "\\|")
+    longest = max((len(run) for run in re.findall("`+", shown)), default=0)
+    fence, room = "`" * (longest + 1), " " if longest else ""
+    return _Markup(f"{fence}{room}{shown}{room}{fence}")
+
+
+def _fenced(kind: str, text: str) -> str:
+    """A code block of any text: no line of it ends the block."""
+    shown = printable_lines(text)
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    return f"{fence}{kind}\n{shown}\n{fence}"

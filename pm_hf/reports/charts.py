@@ -4,10 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from html import escape
+from html import escape as html_escape
 from pathlib import Path
 
 import numpy as np
+
+from pm_hf.text import printable
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 340, 64, 16, 16, 52  # pixels
 
@@ -87,6 +89,11 @@ class Chart:
         side = 0.03 * (max(xs) - min(xs)) or 0.5
         bottom = max(0.0, low - room) if low >= 0 else low - room
         return (min(xs) - side, max(xs) + side), (bottom, high + room)
+
+
+def escape(text: str) -> str:
+    """Text in HTML and XML, which know no control characters."""
+    return html_escape(printable(text))
 
 
 def svg(chart: Chart, identifier: str, *, alone: bool = False) -> str:
@@ -215,7 +222,7 @@ def write_chart(chart: Chart, path: Path) -> None:
         axes.plot(
             series.x,
             values,
-            label=series.name,
+            label=printable(series.name),
             color=LIGHT[(place if series.colour is None else series.colour) % len(LIGHT)],
             marker=PNG_MARKERS[(place if series.shape is None else series.shape) % len(PNG_MARKERS)]
             if series.dots
@@ -226,12 +233,15 @@ def write_chart(chart: Chart, path: Path) -> None:
     for x in chart.marks:
         axes.axvline(x, color=SOFT, linewidth=0.8, linestyle=":")
     across, up = chart.ranges
-    axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y, xlim=across, ylim=up)
+    axes.set(xlim=across, ylim=up)
+    for write, text in ((axes.set_title, chart.title), (axes.set_xlabel, chart.x), (axes.set_ylabel, chart.y)):
+        write(printable(text), parse_math=False)  # a name may have a $
     if chart.whole:
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    for name in axes.legend(frameon=False).get_texts():
+        name.set_parse_math(False)
     figure.savefig(path)
 
 
@@ -253,8 +263,8 @@ def write_matrix(
         colour = "white" if (1 - share if lower else share) > 0.6 else "black"
         axes.text(t, i, f"{rows[i, t]:.2f}", ha="center", va="center", color=colour, fontsize=8)
     axes.set(xlabel="tasks learned", ylabel="task")
-    axes.set_title(title, parse_math=False)  # a name may have a $
-    short = [name if len(name) <= 24 else name[:23] + "…" for name in tasks]
+    axes.set_title(printable(title), parse_math=False)  # a name may have a $
+    short = [name if len(name) <= 24 else name[:23] + "…" for name in map(printable, tasks)]
     axes.set_yticks(range(len(tasks)), short, parse_math=False)
     every = max(1, len(scores) // 20)
     axes.set_xticks(range(0, len(scores), every), [str(t + 1) for t in range(0, len(scores), every)])

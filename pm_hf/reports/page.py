@@ -3,13 +3,12 @@
 import importlib.util
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from pm_hf.files import write_text
 from pm_hf.merging.coefficient import Coefficient
-from pm_hf.reports.charts import STYLE, Chart, svg
+from pm_hf.reports.charts import STYLE, Chart, escape, svg
 from pm_hf.reports.release import redact
 from pm_hf.reports.run_charts import COSTS, charts, line_chart_names, metric_name
 from pm_hf.runs.paths import RunPaths

@@ -9,16 +9,20 @@ from typing import Any
 
 from pm_hf.adapters.download import TOKEN
 from pm_hf.adapters.folder import open_adapter
-from pm_hf.adapters.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LABELS_FILE, MERGE_REPORT
+from pm_hf.adapters.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LABELS_FILE, MERGE_REPORT, TOKENIZER_FILES
 from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import read_json, same_folder
-from pm_hf.runs.paths import TASK_PREFIX, RunPaths, TaskPaths
-from pm_hf.runs.records import Report
+from pm_hf.files import damaged_file, read_json, read_record, same_files
+from pm_hf.runs.paths import ADAPTER_FOLDER, MERGED_FOLDER, TASK_PREFIX, RunPaths, TaskPaths
+from pm_hf.runs.records import Report, TaskRecord
+from pm_hf.runs.schemas import MergeReportFile
 
 LOCAL_PATH = re.compile(r"""(?<![\w/.:])~?/[^\s/,;:'"]+/[^\s,;:'"]+""")
+PUBLISHED = (f"{ADAPTER_FOLDER}/", f"{MERGED_FOLDER}/")  # files of a task's folder that are published
 SECRET_KEY = re.compile(r"(^|_)(token|password|secret|key)$")
+TOKENIZER_SETTINGS = "tokenizer_config.json"
+TOKENIZER_PATHS = ("name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file")  # local
 PLOT_SUFFIXES = (".png", ".svg")
 FILE_SETTINGS = ("train", "test")  # settings that name a file or a folder of rows
 LOCAL_SETTINGS = ("output_dir", "data_dir", "max_forgetting")  # settings that mean nothing elsewhere
@@ -48,18 +52,30 @@ class ReleasedRun:
         """The content of report.json for others."""
         return redact(read_json(self.paths.report), self.local_paths)
 
+    def merge_notes(self) -> list[str]:
+        """What the last merge says to users of its result."""
+        path = self.paths.merged / MERGE_REPORT
+        notes = read_json(path).get("notes") if path.is_file() else None
+        return [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+
     def adapter_files(self, folder: Path) -> dict[str, Any]:
         """{name: path of the file, or JSON content to be written instead} of an adapter folder."""
-        files: dict[str, Any] = {
-            name: folder / name for name in (ADAPTER_WEIGHTS, LABELS_FILE) if (folder / name).is_file()
-        }
+        whole = (ADAPTER_WEIGHTS, LABELS_FILE, *TOKENIZER_FILES)
+        files: dict[str, Any] = {name: folder / name for name in whole if (folder / name).is_file()}
+        if TOKENIZER_SETTINGS in files:
+            settings = read_json(folder / TOKENIZER_SETTINGS)
+            files[TOKENIZER_SETTINGS] = {key: settings[key] for key in settings if key not in TOKENIZER_PATHS}
         config = read_json(folder / ADAPTER_CONFIG)
         named = {"base_model_name_or_path": self.base, "revision": self.revision}
         files[ADAPTER_CONFIG] = redact(config, self.local_paths) | named
         if (folder / MERGE_REPORT).is_file():
+            read_record(folder / MERGE_REPORT, MergeReportFile, "merge again, or remove the file")
             merge = read_json(folder / MERGE_REPORT)
             files[MERGE_REPORT] = redact(
-                merge | {"inputs": [_place(path) for path in merge["inputs"]]}, self.local_paths
+                merge
+                | {"inputs": [_place(path) for path in merge["inputs"]]}
+                | ({"tokenizer": _place(merge["tokenizer"])} if merge.get("tokenizer") else {}),
+                self.local_paths,
             )
         return files
 
@@ -182,7 +198,11 @@ def _unreleased(config: RunConfig, paths: RunPaths, tasks: Sequence[TaskPaths]) 
         return ["strategy.individual keeps one adapter for each task and merges none; there is nothing to load"]
     if not tasks or not merged.is_dir():
         return [f"there is no merged adapter {merged}"]
-    if not same_folder(tasks[-1].merged, merged):
+    for task in tasks:
+        marks = {name: mark for name, mark in TaskRecord.load(task.step).files.items() if name.startswith(PUBLISHED)}
+        if damage := damaged_file(task.folder, marks):
+            return [f"{damage}; bring the file back from a copy"]
+    if not same_files(tasks[-1].merged, merged):
         return [f"{merged} is not the adapter that its report is about (max_forgetting kept an older one)"]
     return []
 

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,30 +12,45 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from pm_hf.adapters.folder import merge_record, open_adapter, save_adapter
+from pm_hf.adapters.folder import base_name, merge_record, open_adapter, save_adapter
 from pm_hf.adapters.merge import MergeReport, merge_adapters
+from pm_hf.adapters.naming import check_loads
 from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
-from pm_hf.data.encoders import check_encoding, check_length, make_encoder
+from pm_hf.data.encoders import check_encoding, check_length, check_tokens, make_encoder, match_padding
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.data.stream import Task, TaskStream, batches, load_stream, sample
-from pm_hf.distributed import log_line, on_all_processes, on_main_process, process_count, process_index
+from pm_hf.distributed import (
+    OtherProcessError,
+    log_line,
+    on_all_processes,
+    on_main_process,
+    process_count,
+    process_index,
+)
 from pm_hf.environment import conditions, release_memory
 from pm_hf.errors import InputError
-from pm_hf.files import locked
+from pm_hf.files import locked, make_folder
 from pm_hf.measuring.curvature import estimate_curvature
 from pm_hf.measuring.line_search import Point, smallest_within_error
 from pm_hf.measuring.scores import Scorer, cut_note
 from pm_hf.merging.curvature import Curvature
+from pm_hf.models.loading import NeedsWeightsError, resolve_base
 from pm_hf.models.lora import adapted_layers, curvature_bytes, find_head, orthonormal_start
 from pm_hf.models.sharded import is_sharded, load_whole, put_weights, trained_weights
-from pm_hf.models.task_model import MERGED_ADAPTER, TASK_ADAPTER, TaskModel, build_task_model, task_tensors
+from pm_hf.models.task_model import (
+    MERGED_ADAPTER,
+    TASK_ADAPTER,
+    TaskModel,
+    build_task_model,
+    task_tensors,
+)
 from pm_hf.runs.folder import ForgettingError, RunFolder, finished_labels, log_finished_task
 from pm_hf.runs.head import head_policy
 from pm_hf.runs.paths import TaskPaths
 from pm_hf.runs.records import Report, TaskRecord, primary_metric
 from pm_hf.runs.rehearsal import Rehearsal, replay_note
-from pm_hf.runs.start import TaskStart, adapter_to_fold, load_start, start_task
+from pm_hf.runs.start import TaskStart, adapter_to_fold, check_fold, load_start, start_task
 from pm_hf.runs.tracking import Tracking
 from pm_hf.training.callbacks import EarlyStopping, SequentialAveraging, Stop, stop_on_sigterm
 from pm_hf.training.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, Penalty
@@ -52,38 +68,75 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
     the rows; the first one merges, scores and writes, the others wait. Where one fails all do: it raises its error, the
     others OtherProcessError. SIGTERM to any ends all after the step, with a checkpoint to continue from. Raises
     InputError for bad input (another config in the output folder, or another run at work in it, included), StoppedError
-    after SIGTERM, DivergedError for a loss that is not finite, and ForgettingError when `max_forgetting` is exceeded.
+    after SIGTERM, RemovedError when somebody removed the folder meanwhile, DivergedError for a loss that is not finite,
+    and ForgettingError when `max_forgetting` is exceeded.
     """
     source = config if isinstance(config, Mapping | RunConfig) else Path(config)
     settings = load_config(source, values=overrides)
     args = training_arguments(settings, Path(settings.output_dir), 0)  # joins the launcher's other processes
     run = on_all_processes(lambda: Run(settings, load_stream(settings, finished_labels(settings))))
-    on_main_process(run.folder.finished)
+    if on_main_process(run.folder.finished) == 0:
+        on_all_processes(run.check_first_task)
     with _locked_by_main(run.folder.path), stop_on_sigterm() as stop:
         done = on_main_process(run.folder.begin_run)
         on_all_processes(run.folder.check_shared)
         with run.tracking.opened(args, done):
             for index in range(done, len(run.stream.tasks)):
                 stop.check()
-                run.learn_task(index, stop)
-                on_main_process(lambda done=index + 1: run.folder.promote(done))  # type: ignore[misc]
+                with _noticing_removal(run.folder):
+                    run.learn_task(index, stop)
+                    on_main_process(lambda done=index + 1: run.folder.promote(done))  # type: ignore[misc]
     return on_main_process(lambda: run.folder.report(len(run.stream.tasks)))  # promote has written it
 
 
-def evaluate(config: RunConfig, adapter: str | os.PathLike) -> dict[str, dict[str, float]]:
-    """Scores of a merged adapter on those tasks of the config whose labels it knows, then on the held-out texts:
-    {task or text: {metric: score}}."""
-    opened, stream = open_adapter(adapter), load_stream(config, finished_labels(config))
-    run = Run(config, stream)
-    head, tasks = None, [*(stream.scored or stream.tasks), *stream.held_out]
+class Evaluation(dict[str, dict[str, float]]):
+    """{task or held-out text: {metric: score}} of an adapter.
+
+    left_out: {task that was not scored: why}. notes: what is to be said of the scores.
+    """
+
+    def __init__(
+        self, scores: Mapping[str, dict[str, float]], left_out: Mapping[str, str], notes: Sequence[str] = ()
+    ) -> None:
+        super().__init__(scores)
+        self.left_out, self.notes = dict(left_out), list(notes)
+
+
+def evaluate(config: RunConfig, adapter: str | os.PathLike) -> Evaluation:
+    """Scores of a merged adapter on the tasks of the config whose labels it knows, then on the held-out texts.
+
+    The tasks that are left out are named in the result, with the labels that the adapter lacks. Raises InputError for
+    an adapter that knows none of them, or that does not fit the base whole.
+    """
+    opened = open_adapter(adapter)
+    check_loads(opened)
+    stream = load_stream(config, finished_labels(config))
+    run = Run(config, stream, opened.path)
+    head, tasks, left_out = None, [*(stream.scored or stream.tasks), *stream.held_out], dict[str, str]()
     if config.kind.has_head:
         if len(opened.labels) != 1:
             raise InputError(f"adapter {opened.path} has no labels.json with one head, so its rows have no names")
         head, labels = next(iter(opened.labels.items()))
-        tasks = [task for task in tasks if set(task.own) <= set(labels)]
+        left_out = {task.name: reason for task in tasks if (reason := _lacking(task, labels)) is not None}
+        tasks = [task for task in tasks if task.name not in left_out]
     if not tasks:
-        raise InputError(f"adapter {opened.path} knows the labels of none of the config's tasks")
-    return dict(zip([task.name for task in tasks], run.scorer.score(opened.path, head, tasks), strict=True))
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise InputError(f"adapter {opened.path} knows the labels of none of the config's tasks: {reasons}")
+    scores = run.scorer.score(opened.path, head, tasks)
+    named = dict(zip([task.name for task in tasks], scores, strict=True))
+    notes, base = run.scorer.cut_notes(tasks), {"base_model_name_or_path": resolve_base(config.model.base)}
+    if base_name(opened.config) != base_name(base):
+        notes.append(f"the base model of the adapter is {base_name(opened.config)}, the config's {base_name(base)}")
+    return Evaluation(named, left_out, notes)
+
+
+def _lacking(task: Task, labels: Sequence[str]) -> str | None:
+    """Which of a task's labels an adapter lacks; None where it knows all."""
+    lacking = [label for label in task.own if label not in labels]
+    if not lacking:
+        return None
+    more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+    return f"the adapter has no row for {', '.join(map(repr, lacking[:5]))}{more}"
 
 
 @dataclass(frozen=True)
@@ -103,29 +156,41 @@ def _locked_by_main(folder: Path) -> Iterator[None]:
     with ExitStack() as held:
 
         def take() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             held.enter_context(locked(folder))
 
         on_main_process(take)
         yield
 
 
+@contextmanager
+def _noticing_removal(folder: RunFolder) -> Iterator[None]:
+    """Whatever goes wrong because the run's folder was removed is a RemovedError."""
+    try:
+        yield
+    except OtherProcessError:
+        raise
+    except Exception:
+        folder.check_not_removed()
+        raise
+
+
 class Run:
     """One stream: what one task goes through."""
 
-    def __init__(self, config: RunConfig, stream: TaskStream) -> None:
+    def __init__(self, config: RunConfig, stream: TaskStream, adapter: Path | None = None) -> None:
         self.config, self.stream = config, stream
         self.folder = RunFolder(config, stream, load_start(config, stream))
         self.tracking = Tracking(self.folder)
         args = training_arguments(config, self.folder.path, 0)
-        self.encoder = make_encoder(config)
-        check_encoding(self.encoder, [rows for task in stream.all for rows in (task.train, task.test)])
+        self.encoder = make_encoder(config, adapter)
+        check_encoding(self.encoder, [rows for task in stream.all for rows in (task.train, task.eval, task.test)])
         self.scorer = Scorer(config, self.encoder, args.per_device_eval_batch_size, precision(args), args.device)
         self.head = head_policy(config, self.scorer)
         self.rehearsal = None
         if config.rehearses and isinstance(self.encoder, CausalEncoder | Seq2SeqEncoder):
             self.rehearsal = Rehearsal(config, stream, self.encoder, self.scorer)
-        self._check_rows_suffice()
+        self._check_rows_suffice(args.train_batch_size if args.dataloader_drop_last else 0)
 
     def learn_task(self, index: int, stop: Stop) -> None:
         """Train, measure, merge and score one task; step.json is written last."""
@@ -170,6 +235,7 @@ class Run:
                 conditions=conditions(),
                 notes=[
                     *notes,
+                    *self._learning_notes(task, trained, index),
                     *self._truncation_notes(task, trained, index),
                     *([replay_note(replay)] if replay else []),
                 ],
@@ -185,7 +251,8 @@ class Run:
     def _train_and_measure(self, task: Task, start: TaskStart, stop: Stop) -> TrainedTask:
         """Train, measure and save one task."""
         built, record = on_all_processes(lambda: self._build(task, start)), None
-        on_all_processes(lambda: self._check_built(built, start))
+        if start.index:  # the first one was checked before the folder was made
+            on_all_processes(lambda: self._check_built(built, start))
         if self._trains(start.index):
             with on_all_processes(lambda: self.head.before_training(built, task, start)):
                 record = self._train(built, task, start, stop)
@@ -203,7 +270,26 @@ class Run:
         frozen_now = self.config.head.strict and (index > 0 or self.folder.start is not None)
         return bool(self.config.trains) and not frozen_now
 
-    def _build(self, task: Task, start: TaskStart) -> TaskModel:
+    def check_first_task(self) -> None:
+        """InputError where the first task cannot be trained as the settings say, or not be merged with `start_from`.
+
+        It builds the task's model without weights, and merges the adapter that would come of it without writing.
+        """
+        start, task = start_task(self.config, self.folder.state(0), 0), self.stream.tasks[0]
+        try:
+            built = self._build(task, start, skeleton=True)
+        except NeedsWeightsError:
+            return  # it is found when the first task begins
+        self._check_built(built, start)
+        if start.running is not None:
+            check_tokens(self.encoder, built.model.get_base_model())
+            with tempfile.TemporaryDirectory() as folder:
+                adapter = Path(folder) / "adapter"
+                self._save(built, task, adapter)
+                check_fold(start.running, adapter)
+
+    def _build(self, task: Task, start: TaskStart, *, skeleton: bool = False) -> TaskModel:
+        """The model of a task; skeleton: without weights, to check that it can be built."""
         config = self.config
         load_whole()
         built = build_task_model(
@@ -214,9 +300,11 @@ class Run:
             config.seed,
             start.index,
             kind=config.stream.kind,
-            head_from=start.head,
+            saved_from=start.saved,
             continue_head=config.shared_head or bool(config.strategy.replay_per_class),
+            skeleton=skeleton,
         )
+        match_padding(built.model, self.encoder)
         if start.factors is not None:
             orthonormal_start(built.model, TASK_ADAPTER, start.factors)
         return built
@@ -231,11 +319,19 @@ class Run:
         again.model.to(self.scorer.device)
         return again
 
-    def _check_rows_suffice(self) -> None:
-        """InputError where a process would have no row to measure the curvature on."""
+    def _check_rows_suffice(self, whole_batch: int) -> None:
+        """InputError where a process would have no row to measure the curvature on, or no whole batch of so many rows
+        to train on."""
         samples = self.config.curvature.samples
         sizes = [len(task.train) for task in self.stream.tasks if len(task.train)]
-        fewest = min(sizes, default=process_count())  # a finished task may leave its training rows out
+        fewest = min(
+            sizes, default=max(1, whole_batch) * process_count()
+        )  # a finished task may leave its training rows out
+        if self.config.trains and fewest < whole_batch * process_count():
+            raise InputError(
+                f"training.dataloader_drop_last: the smallest task has {fewest} training rows, less than one batch of "
+                f"{whole_batch * process_count()}; lower per_device_train_batch_size, or leave it out"
+            )
         if self.config.measures_curvature and min(fewest, samples or fewest) < process_count():
             raise InputError(
                 f"curvature.samples is {samples} and the smallest task has {fewest} training rows: each of "
@@ -246,9 +342,12 @@ class Run:
         if start.running is not None and (start.curvature is not None or self.config.measures_curvature):
             strange = set(start.running.scaling) ^ set(adapted_layers(built.model, TASK_ADAPTER))
             if strange:
-                raise InputError(f"lora.target_modules differ from the running merge's in {sorted(strange)[:3]}")
+                raise InputError(
+                    f"lora.target_modules differ from the running merge's in {sorted(strange)[:3]}, and the curvature "
+                    "is measured on the modules of both; name the same, or use a method without curvature, like average"
+                )
         _check_rank_fits(self.config, built, len(self.stream.tasks) - start.index)
-        check_length(self.config, built.model.get_base_model().config)
+        check_length(self.config, built.model.get_base_model())
         self.head.check(built)
         if self.config.measures_curvature and start.curvature is None:
             self._check_curvature_fits(built)
@@ -285,6 +384,17 @@ class Run:
             rehearsed=() if rehearsal is None else on_all_processes(lambda: rehearsal.examples(start.pool)),
         )
         return replace(record, cut_rows=cut)
+
+    def _learning_notes(self, task: Task, trained: TrainedTask, index: int) -> list[str]:
+        """What is to be said where a task was hardly learned; with a penalty in its loss nothing can be."""
+        strategy, classes = self.config.strategy, None
+        if trained.record is None or strategy.ewc_weight or strategy.olora_weight or strategy.base_kl_weight:
+            return []
+        if self.config.kind.has_head:
+            against = self.stream.seen(index) if self.config.head.training == "seen" else [task]
+            classes = len({label for each in against for label in each.labels})
+        note = trained.record.learning_note(classes)
+        return [] if note is None else [note]
 
     def _truncation_notes(self, task: Task, trained: TrainedTask, index: int) -> list[str]:
         """What is to be said of rows that the model does not see whole."""
@@ -346,7 +456,8 @@ class Run:
             if not method.sums and start.running is not None and start.curvature is not None:
                 curvatures.insert(0, Curvature.load(start.curvature))
         if method.sums and coefficient is None:
-            unmeasured = start.running is not None and start.curvature is None
+            # `start_from` may come without sums; what a task of this run left is never ignored
+            unmeasured = start.index == 0 and start.running is not None and start.curvature is None
             options["on_zero_curvature"] = settings.on_zero_curvature
             options.setdefault("unmeasured_past", "ignore" if unmeasured else "error")
         report = merge_adapters(

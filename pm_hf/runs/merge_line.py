@@ -28,7 +28,7 @@ from pm_hf.runs.learner import Run
 from pm_hf.runs.paths import RunPaths, TaskPaths
 from pm_hf.runs.records import CLASS_INCREMENTAL, LOWER_IS_BETTER, TASK_INCREMENTAL, MergeLine, Report, TaskRecord
 from pm_hf.runs.start import start_task
-from pm_hf.text import NO_VALUE, format_metric, format_number, text_table
+from pm_hf.text import NO_VALUE, format_metric, format_number, printable, text_table
 
 COMPARED = ("chosen", "one_over_t", "best_loss")  # coefficients whose regret is reported
 SAME_SCORE = 1e-4  # difference of two scores of one adapter that is not worth a note
@@ -289,7 +289,7 @@ def merge_line_table(line: Mapping[str, Any]) -> str:
     if line["predicted_unit"]:
         parts.append(f"predicted: change from α = 0 of the sum over tasks, {line['predicted_unit']}")
     parts += [f"task {task['task']} left out: {task['reason']}" for task in line["skipped"]]
-    return "\n".join(parts)
+    return "\n".join(map(printable, parts))
 
 
 def _task_lines(line: Mapping, task: Mapping) -> list[str]:

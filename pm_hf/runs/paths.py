@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+from pm_hf.files import expand
+
 CONFIG_FILE, REPORT_FILE, STEP_FILE = "config.yaml", "report.json", "step.json"
 MERGE_LINE_FILE = "coefficient.json"  # what `pm_hf.merge_line` has measured
 ROWS_FILE = "rows.json"  # rows of the task that is being trained, and under which conditions
 CURVATURE_FILE, STATISTICS_FILE = "curvature.safetensors", "head_statistics.safetensors"
 POOL_FILE = "pool.jsonl"  # written rows of all tasks so far
-WRITER_FOLDER = "writer"  # inside checkpoints
+WRITER_FOLDER = "writer"  # checkpoints of the writer's training, if it was stopped
 PAGE_FILE, PLOTS_FOLDER = "report.html", "plots"
 LOGS_FOLDER, TRACKERS_FILE = "logs", "trackers.json"
 TASK_PREFIX = "task-"
@@ -27,7 +29,17 @@ class TaskPaths:
         self.curvature, self.statistics = folder / CURVATURE_FILE, folder / STATISTICS_FILE
         self.optimum, self.change = folder / OPTIMUM_FOLDER, folder / CHANGE_FOLDER
         self.checkpoints = folder / CHECKPOINTS_FOLDER
-        self.pool, self.writer = folder / POOL_FILE, self.checkpoints / WRITER_FOLDER
+        self.pool, self.writer = folder / POOL_FILE, folder / WRITER_FOLDER
+
+    @property
+    def adapters(self) -> tuple[Path, Path]:
+        """The adapter folders that every finished task keeps."""
+        return self.adapter, self.merged
+
+    @property
+    def results(self) -> tuple[Path, ...]:
+        """All that a finished task may leave to the next one."""
+        return *self.adapters, self.optimum, self.curvature, self.statistics, self.pool
 
     @property
     def finished(self) -> bool:
@@ -44,7 +56,7 @@ class RunPaths:
     """Files of a run's output folder."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = expand(folder, "run folder")
         self.config, self.report = self.folder / CONFIG_FILE, self.folder / REPORT_FILE
         self.merge_line, self.merged = self.folder / MERGE_LINE_FILE, self.folder / MERGED_FOLDER
         self.page, self.plots = self.folder / PAGE_FILE, self.folder / PLOTS_FOLDER
@@ -61,6 +73,6 @@ class RunPaths:
         numbered = []
         for folder in self.folder.glob(f"{TASK_PREFIX}*"):
             number = folder.name.removeprefix(TASK_PREFIX).partition("-")[0]
-            if number.isdigit() and folder.is_dir():
+            if number.isdecimal() and folder.is_dir():
                 numbered.append((int(number), folder))
         return [TaskPaths(folder) for _, folder in sorted(numbered)]

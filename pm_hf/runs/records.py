@@ -9,20 +9,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
+from pm_hf.config.yaml_text import read_yaml
 from pm_hf.environment import versions
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import read_json, write_json
+from pm_hf.files import FileMark, as_record, expand, read_json, read_record, write_json
 from pm_hf.measuring.metrics import is_joint, summary, task_forgetting
 from pm_hf.merging.coefficient import Coefficient
-from pm_hf.runs.paths import MERGE_LINE_FILE, REPORT_FILE, STEP_FILE, RunPaths
-from pm_hf.text import format_metric, format_number
+from pm_hf.runs.paths import MERGE_LINE_FILE, REPORT_FILE, RunPaths
+from pm_hf.runs.schemas import MergeLineFile, ReportFile, StepFile
+from pm_hf.text import format_metric, format_number, printable
 from pm_hf.training.record import TrainingRecord
 
 CLASS_INCREMENTAL, TASK_INCREMENTAL, BITS_PER_BYTE = "class_incremental", "task_incremental", "bits_per_byte"
 LOWER_IS_BETTER = ("loss", "perplexity", BITS_PER_BYTE)
 CONDITIONS = ("threads", "processes", "device", "versions")  # of step.json: what a task was learned under
+WAY_OUT = "it was changed by hand, or damaged: bring it back from a copy"
 ScoreRows = list[list[float | None]]
 
 
@@ -40,7 +41,9 @@ class TaskRecord:
     curvature_bytes: size of the sums. training: None where only the head was computed. scores: {metric: one score for
     each task seen}. held_out: {text: {metric: score}}. replay: counts and seconds of the written rows, see
     `pm_hf.runs.rehearsal`; search: the points of the coefficient's search, see `search_points`; both are left out where
-    there is none. conditions: threads, processes, device, versions.
+    there is none. conditions: threads, processes, device, versions. files: {name in the task's folder: size and
+    SHA-256} of what it left; inputs: what it depends on besides, see `pm_hf.runs.inputs`; {} where an older version
+    wrote it.
     """
 
     task: str
@@ -63,6 +66,8 @@ class TaskRecord:
     process_peak_memory_mb: float | None = None
     conditions: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    files: dict[str, FileMark] = field(default_factory=dict)
+    inputs: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def optimizer_steps(self) -> int:
@@ -90,10 +95,9 @@ class TaskRecord:
 
     @classmethod
     def load(cls, path: Path) -> "TaskRecord":
-        """Read step.json; InputError when it is missing or broken."""
+        """Read step.json; InputError when it is missing, broken or holds something else."""
+        read_record(path, StepFile, WAY_OUT)
         content = read_json(path)
-        if not isinstance(content, dict) or "task" not in content:
-            raise InputError(f"{path} is no {STEP_FILE} of a finished task")
         names = {part.name for part in fields(cls)} - {"coefficient", "training", "conditions"}
         return cls(
             **{name: content[name] for name in names & content.keys()},
@@ -134,13 +138,10 @@ class MergeLine:
     @classmethod
     def load(cls, path: Path) -> "MergeLine | None":
         """The file's content, None where there is none; InputError for a file of another kind."""
-        content = read_json(path) if path.is_file() else None
-        if not content:
+        if not path.is_file() or not (content := read_json(path)):
             return None
-        names = [part.name for part in fields(cls)]
-        if not isinstance(content, dict) or not set(names) <= content.keys():
-            raise InputError(f"{path} was not written by pm-hf inspect --coefficient; move it away")
-        return cls(**{name: content[name] for name in names})
+        as_record(content, MergeLineFile, str(path), "move it away, pm-hf inspect --coefficient writes a new one")
+        return cls(**{part.name: content[part.name] for part in fields(cls) if part.name in content})
 
 
 @dataclass(frozen=True)
@@ -249,17 +250,14 @@ class Report:
     @classmethod
     def load(cls, path: str | Path) -> "Report":
         """The run in a folder, or what a report.json alone says of one; InputError for what is no run."""
-        path = Path(path).expanduser()
+        path = expand(path, "run")
         whole, paths = path.is_dir(), RunPaths(path)
         file = paths.report if whole else path
         if not file.is_file():
             raise InputError(f"{path} holds no {REPORT_FILE}: expected the output_dir of a run with a finished task")
+        read_record(file, ReportFile, WAY_OUT)
         content = read_json(file)
-        required = ("method", "seed", "tasks", "scores", "metrics", "coefficients")
-        missing = [key for key in required if not isinstance(content, Mapping) or key not in content]
-        if missing:
-            raise InputError(f"{file} is no report of a run: it lacks {', '.join(missing)}")
-        metric, inside = content.get("metric", CLASS_INCREMENTAL), content.get("task_incremental")
+        metric, inside = content.get("metric") or CLASS_INCREMENTAL, content.get("task_incremental")
         scores: dict[str, ScoreRows] = {metric: content["scores"]}
         rows = len(content["scores"])
         records: list[TaskRecord | None] = _read_records(paths, rows) if whole else [None] * rows
@@ -317,7 +315,7 @@ class Report:
             lines.append("1/t: " + " ".join(f"{alpha.one_over_t:.3f}" for alpha in alphas))
         if any(self.merge_errors):
             lines.append("relative error of each merge: " + " ".join(f"{error:.1e}" for error in self.merge_errors))
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join(map(printable, [*lines, *(f"note: {note}" for note in self.notes)]))
 
 
 def compute_metrics(matrices: Mapping[str, ScoreRows], metric: str, test_rows: Sequence[int]) -> dict[str, Any]:
@@ -386,7 +384,8 @@ def _numbered_classes(config: Mapping[str, Any], records: Sequence[TaskRecord | 
 
 
 def _read_settings(path: Path) -> dict:
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The settings as config.yaml has them, of whichever version; InputError where it is no YAML."""
+    settings = read_yaml(path) if path.is_file() else {}
     return settings if isinstance(settings, dict) else {}
 
 

@@ -12,12 +12,13 @@ from statistics import fmean
 from typing import Any
 
 from pm_hf.config.schema import RunConfig
+from pm_hf.data.chat import Prompt
 from pm_hf.data.copies import TrainingTexts
-from pm_hf.data.language import CausalEncoder, Prompt, Seq2SeqEncoder
+from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.data.pool import MOST_CHOICES, Pool, PoolRow, in_turns, likeliest, targets
 from pm_hf.data.rows import Rows
 from pm_hf.data.stream import Task, TaskStream
-from pm_hf.data.writing import WritingForm
+from pm_hf.data.writing import WritingForm, check_writable
 from pm_hf.environment import release_memory
 from pm_hf.measuring.language_scores import LanguageScorer
 from pm_hf.measuring.line_search import COEFFICIENT_GRID, Point, search_points
@@ -57,6 +58,8 @@ class Rehearsal:
         self, config: RunConfig, stream: TaskStream, encoder: CausalEncoder | Seq2SeqEncoder, scorer: Scorer
     ) -> None:
         self.config, self.stream, self.encoder, self.scorer = config, stream, encoder, scorer
+        for task in stream.tasks:
+            check_writable(task)
 
     def examples(self, pool: Path | None) -> list[dict]:
         """What the pool gives to train on."""

@@ -6,17 +6,18 @@ from typing import Literal
 
 from pm_hf.adapters.folder import Adapter, Update, base_name, measured_tasks, open_adapter, write_adapter
 from pm_hf.adapters.merge import merge_adapters
+from pm_hf.adapters.naming import check_loads
 from pm_hf.config.schema import RunConfig
 from pm_hf.data.pool import Pool
 from pm_hf.data.stream import TaskStream
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import same_folder
+from pm_hf.files import expand, same_files
 from pm_hf.measuring.analytic_head import HeadStatistics
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank, balanced, compact_svd, weighted_sum
 from pm_hf.merging.methods.linear import SEQUENTIAL
 from pm_hf.models.loading import resolve_base
-from pm_hf.runs.paths import CURVATURE_FILE, POOL_FILE, STATISTICS_FILE, RunPaths, TaskPaths
+from pm_hf.runs.paths import CURVATURE_FILE, MERGED_FOLDER, POOL_FILE, STATISTICS_FILE, RunPaths, TaskPaths
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,11 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
         if config.analytic_head:
             _check_first_task(stream)
         return None
-    adapter = open_adapter(Path(config.start_from).expanduser())
+    adapter = open_adapter(expand(config.start_from, "start_from"))
+    check_loads(adapter)
     beside, run = [adapter.path, adapter.path.parent], RunPaths(adapter.path.parent)
     finished = [task for task in reversed(run.tasks()) if task.finished]
-    beside += [task.folder for task in finished if same_folder(task.merged, adapter.path)]
+    beside += [task.folder for task in finished if same_files(task.merged, adapter.path)]
 
     def first(name: str) -> Path | None:
         return next((folder / name for folder in beside if (folder / name).is_file()), None)
@@ -61,6 +63,11 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
     must_be_measured = config.merge.options.get("unmeasured_past") == "error" and config.merge.coefficient is None
     if must_be_measured and state.curvature is None:
         problems.append(f"merge.options.unmeasured_past is error, and it has no {CURVATURE_FILE} beside it")
+    method, measured = config.merging_method, config.measures_curvature and config.merge.coefficient is None
+    if measured and method.curvature is not None and not method.sums and state.curvature is None:
+        problems.append(f"merge.method {method.name} needs {CURVATURE_FILE} beside it; use the one saved with it")
+    if config.measures_curvature:
+        problems += _unmeasurable(adapter)
     if config.sums_curvature and state.curvature is not None:
         problems += _curvature_misfits(config, adapter, Curvature.load(state.curvature))
     if config.analytic_head and state.statistics is None:
@@ -82,7 +89,7 @@ def _adapter_misfits(config: RunConfig, stream: TaskStream, adapter: Adapter) ->
     problems, base = [], resolve_base(config.model.base)
     if base_name(adapter.config) != base_name({"base_model_name_or_path": base}):
         problems.append(f"its base model is {adapter.config.get('base_model_name_or_path')}, the config's is {base}")
-    rank, limit = max(adapter.product(module).rank for module in adapter.scaling), config.merge.max_rank
+    rank, limit = max(layout.rank for layout in adapter.layouts.values()), config.merge.max_rank
     if limit is not None and rank > limit:
         problems.append(f"its rank {rank} is above merge.max_rank {limit}")
     if not config.kind.has_head:
@@ -96,6 +103,15 @@ def _adapter_misfits(config: RunConfig, stream: TaskStream, adapter: Adapter) ->
     ):
         problems.append("its labels are not those of the domain-incremental stream, in this order")
     return problems
+
+
+def _unmeasurable(adapter: Adapter) -> list[str]:
+    """Modules whose update is not one matrix, of which no curvature can be measured."""
+    odd = [module for module, layout in adapter.layouts.items() if layout.count > 1 or layout.bias]
+    way_out = "use a method without curvature, like average, or give merge.coefficient"
+    return (
+        [f"{odd[0]} has a LoRA bias or several matrices, of which no curvature is measured; {way_out}"] if odd else []
+    )
 
 
 def _curvature_misfits(config: RunConfig, adapter: Adapter, curvature: Curvature) -> list[str]:
@@ -142,8 +158,9 @@ class TaskStart:
     pool: Path | None = None
 
     @property
-    def head(self) -> Adapter | None:
-        """Whose rows the head goes on from where it is shared by all tasks: it starts where the backbone starts."""
+    def saved(self) -> Adapter | None:
+        """Whose values that are held whole go on: embeddings, norms, and the rows of a head that all tasks share. They
+        start where the backbone starts."""
         return self.frozen if self.train_from == "last" and self.frozen is not None else self.running
 
 
@@ -167,6 +184,16 @@ def start_task(config: RunConfig, state: StreamState, index: int) -> TaskStart:
     )
 
 
+def check_fold(running: Adapter, adapter: Path) -> None:
+    """InputError where an adapter as a task would leave it could not be folded into what the run starts from."""
+    try:
+        merge_adapters(adapter, adapter.parent / MERGED_FOLDER, into=running.path, method=SEQUENTIAL.name, dry_run=True)
+    except InputError as error:
+        raise InputError(
+            f"start_from {running.path} and an adapter of these settings cannot be merged: {error}"
+        ) from error
+
+
 def adapter_to_fold(config: RunConfig, start: TaskStart, paths: TaskPaths) -> Path:
     """The adapter folder that is folded: the trained adapter, or what it is together with the optimum it started from.
 
@@ -184,7 +211,9 @@ def adapter_to_fold(config: RunConfig, start: TaskStart, paths: TaskPaths) -> Pa
     task = open_adapter(paths.adapter)
     updates = {}
     for module, layout in task.layouts.items():
-        parts = zip(*(adapter.read(module) for adapter in (task, start.frozen, start.running)), strict=True)
+        holders = [adapter if module in adapter.layouts else None for adapter in (task, start.frozen, start.running)]
+        matrices = [layout.zeros() if adapter is None else adapter.read(module) for adapter in holders]
+        parts = zip(*matrices, strict=True)
         updates[module] = Update(layout.merged, [_reduced(weighted_sum(part, [1.0, 1.0, -1.0])) for part in parts])
     saved = {name: task.tensor(name) for name in task.saved}
     write_adapter(paths.change, task.config, updates, saved, task.labels, overwrite=True)

@@ -13,9 +13,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from pm_hf.distributed import on_main_process
-from pm_hf.files import read_json, write_json
+from pm_hf.files import expand, read_json, read_record, write_json
 from pm_hf.runs.folder import RunFolder
 from pm_hf.runs.records import Report
+from pm_hf.runs.schemas import TrackersFile
 
 # x axes: tasks learned, optimizer steps of all tasks
 TASKS_AXIS, STEPS_AXIS = "test/tasks", "train/global_step"
@@ -76,6 +77,8 @@ class Tracking:
             return
         path = self.folder.paths.trackers
         begun = path.is_file()
+        if begun:
+            read_record(path, TrackersFile, "remove it and the trackers begin another run")
         self._state = read_json(path) if begun else {"id": secrets.token_hex(4), "logged": {}}
         path.parent.mkdir(exist_ok=True)
         write_json(path, self._state)
@@ -118,7 +121,7 @@ class TensorBoard:
     def __init__(self, args: TrainingArguments, folder: RunFolder, run: str, begun: bool) -> None:
         given = os.getenv("TENSORBOARD_LOGGING_DIR")
         name = folder.path.resolve().name
-        self.root = Path(given).expanduser() / name if given else folder.paths.logs
+        self.root = expand(given, "TENSORBOARD_LOGGING_DIR") / name if given else folder.paths.logs
         self._stream: Any = None
 
     def training(self, task: str, before: int) -> TensorBoardCallback:

@@ -1,6 +1,7 @@
 """One task's training: its trainer, the Trainer's arguments, the call."""
 
-import dataclasses
+import importlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -10,8 +11,18 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.utils.data import Sampler
-from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Sampler
+from transformers import (
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    get_scheduler,
+)
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import ParallelMode
 
@@ -197,9 +208,9 @@ def train(
     for callback in (times, *callbacks):
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
-    checkpoint = on_main_process(lambda: last_checkpoint(Path(args.output_dir)))
-    trainer.continue_from(checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    newest = on_main_process(lambda: last_checkpoint(Path(args.output_dir)))
+    trainer.continue_from(newest)
+    trainer.train(resume_from_checkpoint=newest)
     built.model.zero_grad(set_to_none=True)
     done = trainer.progress()
     state, best = trainer.state, {}
@@ -222,11 +233,8 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def training_arguments(config: RunConfig, checkpoints: Path, index: int) -> PMConfig:
-    """PMConfig of one task; InputError for fields that TrainingArguments does not have or refuses."""
-    fields = {field.name for field in dataclasses.fields(PMConfig) if field.init}
-    unknown = sorted(set(config.training) - fields)
-    if unknown:
-        raise InputError(f"training: {', '.join(unknown)} are not fields of TrainingArguments")
+    """PMConfig of one task; InputError for what TrainingArguments refuses, and for what no optimizer, schedule or
+    loader can be made of."""
     limit = {"save_total_limit": 2} if config.training.get("load_best_model_at_end") else {}  # the best, the newest
     values = {**TRAINING_DEFAULTS, **limit, "use_cpu": not torch.cuda.is_available(), **config.training}
     try:
@@ -242,11 +250,84 @@ def training_arguments(config: RunConfig, checkpoints: Path, index: int) -> PMCo
         )
     except InputError:
         raise
-    except (TypeError, ValueError, ImportError) as error:
+    except (TypeError, ValueError, ImportError, OSError, LookupError, AttributeError, NotImplementedError) as error:
         raise InputError(f"training: {' '.join(str(error).split())}") from error
     _check_trackers(args)
-    raise_all(_sharding_problems(config, args), "training")
+    raise_all(_sharding_problems(config, args) + _parts_that_fail(args), "training")
     return args
+
+
+def _parts_that_fail(args: PMConfig) -> list[str]:
+    """What the Trainer makes of the arguments later, made now of one number: what of it fails, and why."""
+    makers = {
+        "data loader": _make_loader,
+        "optimizer and schedule": _make_schedule,
+        "compiled model": _make_compiler,
+        "model with Liger kernels": _import_liger,
+        "checkpointed activation": _make_checkpointed,
+    }
+    problems = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for part, make in makers.items():
+            try:
+                make(args)
+            except Exception as error:  # whatever a constructor says of its arguments
+                reason = " ".join(str(error).split()) or type(error).__name__
+                problems.append(f"no {part} can be made: {reason}")
+    return problems
+
+
+def _make_loader(args: PMConfig) -> None:
+    DataLoader(
+        [0],  # type: ignore[arg-type]
+        batch_size=args.per_device_train_batch_size,
+        num_workers=args.dataloader_num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        persistent_workers=args.dataloader_persistent_workers,
+        multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
+    )
+
+
+def _make_schedule(args: PMConfig) -> None:
+    """Of optimizers that look for modules in the model (GaLore, APOLLO, LOMO) only whether they are installed."""
+    if args.deepspeed:
+        return
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+    except ValueError as error:
+        if "model" in str(error) and (args.optim_target_modules or "lomo" in args.optim):
+            return
+        raise
+    parameter = nn.Parameter(torch.zeros(1))
+    if not issubclass(kind, torch.optim.Optimizer):
+        return
+    optimizer = kind([{"params": [parameter], "weight_decay": args.weight_decay}], **settings)
+    schedule = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=args.get_warmup_steps(10),
+        num_training_steps=10,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    if isinstance(schedule, LambdaLR):
+        for _ in range(10):
+            schedule.step()
+
+
+def _make_compiler(args: PMConfig) -> None:
+    if args.torch_compile:
+        torch.compile(nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+
+def _make_checkpointed(args: PMConfig) -> None:
+    if args.gradient_checkpointing:
+        checkpoint(torch.neg, torch.zeros(1), **{"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})})
+
+
+def _import_liger(args: PMConfig) -> None:
+    if args.use_liger_kernel:
+        importlib.import_module("liger_kernel")
 
 
 def _check_trackers(args: PMConfig) -> None:

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from pm_hf.config.schema import PerturbationSettings, RunConfig
-from pm_hf.data.language import CausalEncoder, Prompt, Seq2SeqEncoder, pad_rows
+from pm_hf.data.chat import Prompt
+from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder, pad_rows
 from pm_hf.data.pool import targets
 from pm_hf.data.rows import Rows
 from pm_hf.distributed import gather, on_all_processes, process_count, process_index

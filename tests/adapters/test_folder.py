@@ -26,6 +26,7 @@ from torch import nn
 from pm_hf import InputError, merge_adapters
 from pm_hf.adapters.checks import config_problems
 from pm_hf.adapters.folder import open_adapter, replace_head, save_adapter
+from pm_hf.cli import main
 
 
 class Deep(nn.Module):
@@ -307,3 +308,127 @@ def test_replace_head_changes_the_rows_only(tmp_path):
     assert tree(folder) == after
     replace_head(folder, HEAD, torch.ones(3, 16), torch.ones(3), ["x", "y", "x"])
     assert open_adapter(folder).labels == {HEAD: ["x", "y", "x"]}
+
+
+BASES = {
+    "a trailing slash": ("models/x", "models/x/"),
+    "a dot": ("models/x", "./models/x"),
+    "two dots": ("models/x", "models/y/../x"),
+    "relative and absolute": ("models/x", "{here}/models/x"),
+    "a link": ("models/x", "link"),
+    "a link above": ("{here}/models/x", "{here}/linked/x/"),
+    "no folder": ("/no/such/x", "/no/such//x/"),
+    "a repository": ("owner/x", "hf://owner/x"),
+    "its snapshot": ("owner/x", "/cache/hub/models--owner--x/snapshots/0ab1/"),
+    "a snapshot without owner": ("gpt2", "/cache/hub/models--gpt2/snapshots/0ab1"),
+    "a package": ("/one/site-packages/pack/base", "/two/lib/site-packages/pack/base/"),
+}
+
+
+@pytest.mark.parametrize("names", BASES.values(), ids=BASES)
+def test_one_base_by_two_names(tmp_path, monkeypatch, names):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models/x", "models/y"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "models" / "x")
+    (tmp_path / "linked").symlink_to("models")
+    written = [{"base_model_name_or_path": name.format(here=tmp_path)} for name in names]
+    pair = [write_folder(tmp_path / str(seed), seed=seed, config=config) for seed, config in enumerate(written)]
+    merge_adapters(pair, tmp_path / "out", method="average")
+    assert (
+        json.loads((tmp_path / "out" / CONFIG).read_text())["base_model_name_or_path"]
+        == written[1]["base_model_name_or_path"]
+    )
+
+
+@pytest.mark.parametrize(
+    "names", [("owner/x", "unsloth/x-bnb-4bit"), ("models/x", "models/y"), ("x", "y/x"), (None, "x"), ("/a/x", "/b/x")]
+)
+def test_two_bases_are_refused_with_a_way_out_that_works(tmp_path, monkeypatch, names):
+    monkeypatch.chdir(tmp_path)
+    written = [{"base_model_name_or_path": name} for name in names]
+    first, second = (write_folder(tmp_path / str(s), seed=s, config=config) for s, config in enumerate(written))
+    message = (
+        "different base models .* same weights .moved, or a quantised copy., write one of the names into base_model"
+    )
+    with pytest.raises(InputError, match=message):
+        merge_adapters([first, second], tmp_path / "out", method="average")
+    config = json.loads((first / CONFIG).read_text())
+    (first / CONFIG).write_text(json.dumps(config | written[1]))
+    merge_adapters([first, second], tmp_path / "out", method="average")
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["task"], "it has adapters in task: give .*parent/task"),
+        (["checkpoint-500"], "it has adapters in checkpoint-500: give .*parent/checkpoint-500"),
+        (["a", "b"], "it has adapters in a, b: give one of these folders"),
+        (["task/checkpoint-9"], "it has adapters in task/checkpoint-9: give .*parent/task/checkpoint-9"),
+        (
+            [f"checkpoint-{n}" for n in range(10, 18)],
+            "it has adapters in checkpoint-10, .*, checkpoint-14 and 3 more: ",
+        ),
+        ([], "expected a folder that PEFT's save_pretrained wrote"),
+    ],
+)
+def test_a_folder_that_has_the_adapters_below_it(tmp_path, folders, message):
+    (tmp_path / "parent").mkdir()
+    for folder in folders:
+        (tmp_path / "parent" / folder).parent.mkdir(parents=True, exist_ok=True)
+        write_folder(tmp_path / "parent" / folder)
+    with pytest.raises(InputError, match=f"parent has no {CONFIG}; {message}"):
+        merge_adapters(tmp_path / "parent", tmp_path / "out")
+    if folders:
+        merge_adapters(tmp_path / "parent" / folders[-1], tmp_path / "out")
+
+
+def test_a_whole_model_is_no_adapter(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="it holds a whole model; expected a LoRA adapter"):
+        open_adapter(tmp_path)
+
+
+TRAINING_KEYS = {"loraplus_lr_ratio": 16, "lora_dtype": "float32", "merge_weights": True, "lorap_lr_ratio": 16.0}
+
+
+@pytest.mark.parametrize("key", TRAINING_KEYS)
+def test_settings_of_the_training_alone_are_read(tmp_path, key):
+    first, second = (write_folder(tmp_path / str(i), config=c) for i, c in enumerate([{}, {key: TRAINING_KEYS[key]}]))
+    merge_adapters(first, tmp_path / "plain")
+    merge_adapters(second, tmp_path / "keyed")
+    assert (tmp_path / "plain" / WEIGHTS).read_bytes() == (tmp_path / "keyed" / WEIGHTS).read_bytes()
+    assert_same(dense(tmp_path / "keyed"), dense(second))
+
+
+def test_an_unknown_setting_is_refused_with_a_way_out_that_works(tmp_path):
+    folder = write_folder(tmp_path / "a", config={"new_trick": [1] * 100})
+    message = (
+        rf"new_trick=\[1, .*… is a setting that this pm_hf does not know; .* remove it from {CONFIG}; if the layers"
+    )
+    with pytest.raises(InputError, match=message):
+        merge_adapters(folder, tmp_path / "out")
+    config = json.loads((folder / CONFIG).read_text())
+    del config["new_trick"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    merge_adapters(folder, tmp_path / "out")
+
+
+def test_ranks_that_differ_are_told_to_users_of_other_tools(tmp_path):
+    first, second = write_folder(tmp_path / "a"), write_folder(tmp_path / "b", {"layers.0.q": SHAPES["layers.0.q"]})
+    report = merge_adapters([first, second], tmp_path / "out", method="average")
+    assert len(report.notes) == 1
+    assert report.notes[0].startswith("the modules have ranks from 2 to 4, each with an alpha of its own")
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["notes"] == report.notes
+    assert merge_adapters([first, first], tmp_path / "same", method="average").notes == []
+
+
+def test_names_from_a_file_reach_the_terminal_escaped(tmp_path, capsys):
+    root = "classifier\x1b[31m"
+    saved = {f"{root}.weight": torch.ones(2, 3)}
+    folder = write_folder(tmp_path / "a", {"layers.\u202e0.q": (6, 8)}, saved=saved, config={"modules_to_save": [root]})
+    assert main(["merge", str(folder), "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "layers.\\u202e0.q: rank 2 -> 2" in shown
+    assert "classifier\\x1b[31m.weight: from the only adapter" in shown
+    assert not {"\x1b", "\u202e"} & set(shown)

@@ -308,3 +308,12 @@ def test_folder_that_is_no_adapter(tmp_path):
     folder = write_folder(tmp_path / "a", drop=["layers.0.q.lora_B.weight"])
     with pytest.raises(InputError, match="layers.0.q has lora_A only"):
         describe(folder)
+
+
+def test_what_a_terminal_would_obey_is_escaped_in_the_table(tmp_path):
+    name = "layers.\x1b[2J\u202eq"
+    folder = write_folder(tmp_path / "a", {name: (6, 8)}, labels={"classifier": ["\x1b[31mred"]}, saved=head(1, 1))
+    shown = tables(inspect_adapters([folder, folder]))
+    assert "layers.\\x1b[2J\\u202eq" in shown
+    assert "\\x1b[31mred" in shown
+    assert not {"\x1b", "\u202e"} & set(shown)

@@ -1,5 +1,6 @@
 """Bad input of merge_adapters: one clear InputError before anything is written, the old output byte for byte whole."""
 
+import json
 import shutil
 from functools import partial
 
@@ -89,7 +90,30 @@ FOLDERS = {
     "B without A": (tensors(**{Q + "A__weight": None}), "layers.0.q has lora_B only; the file is incomplete"),
     "unfit factors": (tensors(**{Q + "A__weight": torch.ones(3, 16)}), "lora_A .3, 16. and lora_B .12, 2. are not"),
     "empty tensor": (tensors(**{Q + "A__weight": torch.ones(0)}), "A.weight is empty; gather the shards .*lora_A .0,."),
-    "compiled": (tensors(_orig_mod__q__lora_A__weight=torch.ones(2, 9)), "_orig_mod.q.* comes from a compiled model"),
+    "half of a compiled layer": (tensors(_orig_mod__q__lora_A__weight=torch.ones(2, 9)), "q has lora_A only"),
+    "true or false": (tensors(**{Q + "A__weight": torch.ones(2, 16) > 0}), "A.weight holds true or false values"),
+    "complex": (tensors(**{Q + "B__weight": torch.ones(12, 2) * 1j}), "B.weight holds complex values, expected real"),
+    "two names of one tensor": (
+        tensors(**{"_orig_mod__" + Q + "A__weight": torch.ones(2, 16)}),
+        "are two tensors for layers.0.q.lora_A.weight",
+    ),
+    "two adapters": (
+        tensors(**{f"k__lora_A__{n}__weight": torch.ones(2, 16) for n in ("a", "b")}),
+        r"of several adapters, a, b; .* model.save_pretrained\(folder, selected_adapters=\[name\]\)",
+    ),
+    "long alpha": (setting(lora_alpha=10**400), "says lora_alpha 10+…, expected a finite number"),
+    "long rank": (setting(r=10**400), "says r 10+…, expected a positive integer"),
+    "infinite alpha": (setting(lora_alpha=float("inf")), "says lora_alpha inf, expected a finite number"),
+    "alphas": (setting(alpha_pattern={"q": -(10**400)}), "says alpha_pattern .*, expected .expression: number"),
+    "layers": (setting(layers_to_transform="0"), "says layers_to_transform '0', expected a layer's number"),
+    "layers' pattern": (
+        setting(layers_to_transform=[0], layers_pattern="("),
+        "says layers_pattern '.', expected an ex",
+    ),
+    "escape codes": (
+        tensors(**{"\x1b[2Jq\n\u202e__lora_A__weight": torch.ones(2, 9)}),
+        r"\\x1b\[2Jq\\x0a\\u202e.lora_A.weight is not part",
+    ),
     "half a convolution": (tensors(**{Q + "A__weight": torch.ones(2, 16, 1, 1)}), "are not the factors of a matrix"),
     "no factors": (
         lambda folder: save_file({"x": torch.ones(1)}, folder / WEIGHTS),
@@ -117,7 +141,10 @@ FOLDERS = {
     "extra tensor": (tensors(layers__0__q__weight=torch.ones(12, 16)), "is neither LoRA nor in modules_to_save"),
     "replication": (setting(layer_replication=[[0, 2]]), "layer_replication=.* makes the update more than"),
     "tokens": (setting(trainable_token_indices=[3]), "trainable_token_indices=.* makes the update more than"),
-    "future key": (setting(use_future_trick={"gain": 2}), "use_future_trick=.* makes the update more than"),
+    "future key": (
+        setting(use_future_trick={"gain": 2}),
+        f"use_future_trick=.* pm_hf does not know; if it only concerned the training, remove it from {CONFIG}",
+    ),
     "peft_type": (setting(peft_type="LOHA"), "expected peft_type LORA, found LOHA"),
     "no peft_type": (setting(peft_type=...), "has no peft_type; expected LORA"),
     "embedding": (tensors(words__lora_embedding_A=torch.ones(2, 9)), "words has lora_embedding_A only"),
@@ -133,6 +160,25 @@ def test_unusable_adapter_folder(pair, tmp_path, damage, message, side):
     merged, task, output = pair
     damage(task if side == "task" else merged)
     refused(tmp_path, message, task, output, into=merged, coefficient=0.3)
+
+
+RECORDS = {
+    "measured more": {"tasks": 2, "measured": 5},
+    "measured less than nothing": {"tasks": 2, "measured": -1},
+    "measured true": {"tasks": 2, "measured": True},
+    "half a task": {"tasks": 1.5},
+    "no task": {"tasks": 0},
+    "text": {"tasks": "2"},
+    "list": [2],
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
+def test_a_record_of_a_merge_that_makes_no_sense(pair, tmp_path, record):
+    (pair[0] / "merge_report.json").write_text(json.dumps(record))
+    message = "no report of a merge: expected tasks ≥ 1 and measured from 0 to tasks, found .*; merge again, or remove"
+    refused(tmp_path, message, pair[1], pair[2], into=pair[0], coefficient=0.3)
 
 
 LABELS = {

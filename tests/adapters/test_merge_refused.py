@@ -213,7 +213,8 @@ def test_a_state_of_before_another_method_folded_is_not_used(pair, tmp_path):
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0, 1.0], [0.5, -0.5, 1.0], [-0.2, 0.3, 0.9]])
 def test_weights_that_are_no_mean_of_what_two_adapters_saved(tmp_path, weights):
-    folders = [write_folder(tmp_path / n, seed=i, saved=head(2, i) if n != "c" else None) for i, n in enumerate("abc")]
+    kinds = {"a": {"saved": head(2, 0), "labels": {"classifier": None}}, "b": {"saved": head(2, 1)}, "c": {}}
+    folders = [write_folder(tmp_path / name, seed=i, **kinds[name]) for i, name in enumerate(kinds)]
     refused(tmp_path, "expected weights of 0 or more", folders, tmp_path / "o", method="average", weights=weights)
 
 

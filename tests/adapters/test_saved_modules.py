@@ -83,14 +83,14 @@ def test_first_task_keeps_its_head_whatever_the_coefficient(tmp_path, coefficien
     assert all(torch.equal(found[name], value) for name, value in saved_tensors(task).items())
 
 
-def test_saved_module_without_labels_is_blended_by_the_coefficient(tmp_path):
-    old = write_folder(tmp_path / "merged", seed=1, saved=head(3, 1))
+def test_saved_module_whose_rows_are_the_same_in_all_is_blended_by_the_coefficient(tmp_path):
+    old = write_folder(tmp_path / "merged", seed=1, saved=head(3, 1), labels={HEAD: None})
     new = write_folder(tmp_path / "task", seed=2, saved=head(3, 2))
     report = merge_adapters(new, tmp_path / "out", into=old, coefficient=0.3)
     first, second, found = saved_tensors(old), saved_tensors(new), saved_tensors(tmp_path / "out")
     assert_same(found, {name: 0.7 * first[name].double() + 0.3 * second[name].double() for name in first})
     assert set(report.heads.values()) == {"by coefficient"}
-    assert not (tmp_path / "out" / "labels.json").exists()
+    assert json.loads((tmp_path / "out" / "labels.json").read_text()) == {HEAD: None}  # the next fold asks no more
 
 
 def test_half_precision_rows_are_blended_in_float32(tmp_path):
@@ -119,7 +119,7 @@ def test_label_of_two_adapters_out_of_three_is_their_mean(tmp_path):
     assert_same(rows(tmp_path / "out"), {"x": (parts[0]["x"] + parts[1]["x"]) / 2, "y": parts[2]["y"]})
 
 
-@pytest.mark.parametrize("labels", [{HEAD: ["x", "y"]}, None], ids=["by label", "whole"])
+@pytest.mark.parametrize("labels", [{HEAD: ["x", "y"]}, {HEAD: None}], ids=["by label", "whole"])
 def test_weights_that_do_not_sum_to_1_are_refused_for_absolute_values(tmp_path, labels):
     folders = [write_folder(tmp_path / f"t{i}", seed=i, saved=head(2, i), labels=labels) for i in range(2)]
     with pytest.raises(InputError, match=r"classifier.*absolute value, so its weights must sum to 1; found 1.2"):

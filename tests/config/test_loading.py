@@ -5,16 +5,18 @@ from typing import get_type_hints
 import pytest
 import yaml
 from helpers import refusal, with_changes
+from transformers import TrainingArguments
 
-from pm_hf.config.loading import load_config, save_config
-from pm_hf.config.presets import PRESETS
-from pm_hf.config.rules import MANAGED_ARGUMENTS
+from pm_hf.config.kinds import STREAM_KINDS
+from pm_hf.config.loading import TRANSFORMERS_TRAINING, load_config, save_config
+from pm_hf.config.presets import PRESETS, preset_notes
 from pm_hf.config.schema import RunConfig
+from pm_hf.config.training import MANAGED_ARGUMENTS
 from pm_hf.errors import InputError
 
 EVERY = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 CONFIGS = [path for path in EVERY if path.parent.name != "launch"]  # whose files are the launcher's
-SMALL = {"output_dir": "out", "model": {"base": "tiny"}, "stream": {"class_groups": 2}}
+SMALL = {"output_dir": "out", "method": "pm", "model": {"base": "tiny"}, "stream": {"class_groups": 2}}
 
 
 def small(**changes):
@@ -233,12 +235,12 @@ def test_managed_keys_are_real_training_arguments():
     assert {field.name for field in fields(PMConfig)} >= MANAGED_ARGUMENTS
 
 
-def test_unknown_training_keys_are_refused(tmp_path):
-    from pm_hf.training.task_trainer import training_arguments
-
-    config = load_config(small(training={"learning_rte": 1e-3, "epochs": 3, "learning_rate": "1e-3"}))
-    with pytest.raises(InputError, match="training: epochs, learning_rte are not fields of TrainingArguments"):
-        training_arguments(config, tmp_path, 0)
+def test_unknown_training_keys_are_refused():
+    message = refusal(
+        load_config, small(training={"learning_rte": 1e-3, "epochs": 3, "learning_rate": "1e-3", 1: 2}, lora__r=0)
+    )
+    assert "training: 1, epochs, learning_rte are not fields of TrainingArguments" in message
+    assert "lora.r: must be at least 1" in message
 
 
 def test_training_number_written_as_text_reaches_the_trainer_as_a_number(tmp_path):
@@ -268,6 +270,65 @@ def test_resolved_config_reads_back_equal(tmp_path, method):
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     assert load_config(config) == config
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "merge"),
+    [
+        ("text-classification", "best", "pm"),
+        ("image-classification", "best", "pm"),
+        ("causal-lm", "average", "average"),
+        ("seq2seq-lm", "average", "average"),
+    ],
+)
+def test_what_a_yaml_leaves_open_is_the_kinds(kind, method, merge):
+    stream = {"kind": kind, "tasks": [{"name": "a", "train": "t.csv", "test": "t.csv"}]}
+    config = load_config({"output_dir": "out", "model": {"base": "tiny"}, "stream": stream, "method": None})
+    assert (config.method, config.merge.method) == (method, merge)
+    assert config.training == STREAM_KINDS[kind].training
+    assert (config.lora.r, config.lora.alpha) == (8, 16)
+
+
+RATE = {"learning_rate", "head_learning_rate", "lr_scheduler_type", "per_device_train_batch_size"}
+
+
+@pytest.mark.parametrize(
+    ("given", "filled"),
+    [
+        ({}, {*RATE, "num_train_epochs"}),
+        ({"learning_rate": 1e-4}, {"num_train_epochs"}),  # the head's too, with transformers' schedule and batch size
+        ({"head_learning_rate": 0.5}, {*RATE, "num_train_epochs"}),
+        ({"per_device_train_batch_size": 4}, {*RATE, "num_train_epochs"}),
+        ({"max_steps": 7}, RATE),
+        ({"num_train_epochs": 2}, RATE),
+        ({"learning_rate": None}, {*RATE, "num_train_epochs"}),
+    ],
+)
+def test_what_is_given_of_the_training_is_kept(given, filled):
+    kept = {name: value for name, value in given.items() if value is not None}
+    defaults = STREAM_KINDS["text-classification"].training
+    assert load_config(small(training=given)).training == {name: defaults[name] for name in filled} | kept
+
+
+def test_alpha_is_twice_the_rank():
+    assert load_config(small(lora={"r": 3})).lora.alpha == 6
+    assert load_config(small(lora={"r": 3, "alpha": 4})).lora.alpha == 4
+
+
+def test_settings_of_a_run_before_the_kinds_had_defaults_are_those_of_then():
+    saved = load_config(small()).to_dict()
+    saved["training"] = {}
+    assert load_config(saved).training == TRANSFORMERS_TRAINING
+    defaults = TrainingArguments(output_dir="out", use_cpu=True)
+    assert {name: getattr(defaults, name) for name in TRANSFORMERS_TRAINING} == TRANSFORMERS_TRAINING
+
+
+def test_a_method_for_classifiers_says_so_of_a_language_model():
+    stream = {"kind": "causal-lm", "tasks": [{"name": "a", "train": "t.csv", "test": "t.csv"}]}
+    (note,) = preset_notes(load_config(small(method="best", stream=stream)))
+    assert "method best is for classifiers: causal-lm has no class head" in note
+    assert not preset_notes(load_config(small(method="pm", stream=stream)))
+    assert not preset_notes(load_config(small(method="best")))
 
 
 def test_list_of_tasks_reads_back_equal(tmp_path):
@@ -362,18 +423,16 @@ def test_a_run_of_before_a_setting_existed_is_read_as_what_it_did():
 
 
 def test_an_option_with_a_key_of_its_own_takes_effect():
-    config = load_config(small(merge__options={"on_zero_curvature": "average"}))
-    assert config.merge.on_zero_curvature == "average"
-    assert load_config(config.to_dict()).merge.on_zero_curvature == "average"
-    assert load_config(small()).merge.on_zero_curvature == "error"
-    best = load_config(small(method="best", merge__options={"on_zero_curvature": "error"}))
-    assert best.merge.on_zero_curvature == "error"  # what is asked for beats the preset
+    config = load_config(small(merge__options={"on_zero_curvature": "error"}))
+    assert config.merge.on_zero_curvature == "error"
+    assert load_config(config.to_dict()).merge.on_zero_curvature == "error"
+    assert load_config(small()).merge.on_zero_curvature == "average"
 
 
 @pytest.mark.parametrize(
     ("merge", "names"),
     [
-        ({"on_zero_curvature": "error", "options": {"on_zero_curvature": "average"}}, "on_zero_curvature"),
+        ({"on_zero_curvature": "average", "options": {"on_zero_curvature": "error"}}, "on_zero_curvature"),
         ({"method": "coma", "coefficient": 0.3, "options": {"coefficient": "0.5"}}, "coefficient"),
     ],
 )
@@ -386,9 +445,9 @@ def test_two_answers_to_one_setting_of_the_merge_are_refused(merge, names):
 
 def test_a_saved_run_whose_option_had_no_effect_is_read_as_what_it_did():
     saved = load_config(small()).to_dict()
-    saved["merge"]["options"] = {"on_zero_curvature": "average"}
+    saved["merge"]["options"] = {"on_zero_curvature": "error"}
     config = load_config(saved)
-    assert (config.merge.on_zero_curvature, config.merge.options) == ("error", {})
+    assert (config.merge.on_zero_curvature, config.merge.options) == ("average", {})
     saved = load_config(small(method="coma", merge__options={"coefficient": 0.5})).to_dict()
     assert load_config(saved).merge.options == {"coefficient": 0.5}
     saved["merge"]["coefficient"] = 0.3

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
-from pm_hf.config.schema import Source
+from pm_hf.config.schema import ModelSettings, Source
 from pm_hf.data.images import ImageEncoder, Pictures, random_crop
 from pm_hf.data.rows import Rows
 from pm_hf.data.sources import read_rows
@@ -26,7 +26,7 @@ KIND = "image-classification"
 def processor(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processor")
     save_processor(folder)
-    return load_image_processor(str(folder))
+    return load_image_processor(ModelSettings(str(folder)))
 
 
 @pytest.fixture
@@ -333,7 +333,7 @@ def test_processors_without_one_size_and_folders_without_a_processor_are_refused
     with pytest.raises(InputError, match="crop_flip needs a processor of one size, found .* use flip"):
         ImageEncoder(made, "crop_flip", 0)
     with pytest.raises(InputError, match=f"model.base {tmp_path} has no image processor"):
-        load_image_processor(str(tmp_path))
+        load_image_processor(ModelSettings(str(tmp_path)))
 
 
 def test_loading_a_processor_is_silent_and_keeps_the_verbosity(tmp_path, capfd):
@@ -341,7 +341,7 @@ def test_loading_a_processor_is_silent_and_keeps_the_verbosity(tmp_path, capfd):
 
     save_processor(tmp_path)
     before = logging.get_verbosity()
-    assert type(load_image_processor(str(tmp_path))).__name__ == "ViTImageProcessorPil"
+    assert type(load_image_processor(ModelSettings(str(tmp_path)))).__name__ == "ViTImageProcessorPil"
     assert logging.get_verbosity() == before
     assert capfd.readouterr() == ("", "")
     assert (Path(tmp_path) / "preprocessor_config.json").exists()

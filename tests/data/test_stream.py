@@ -12,6 +12,7 @@ from pm_hf.data.encoders import TextEncoder
 from pm_hf.data.rows import Rows
 from pm_hf.data.stream import batches, load_stream, sample
 from pm_hf.models.loading import load_tokenizer
+from pm_hf.runs.paths import RunPaths
 
 TRAIN = [("null", "b"), ("NA", "a"), ("drei, ä\n", "b"), ("vier", "a"), ("", "a")]
 TEST = [("fünf", "a"), ("sechs", "b")]
@@ -379,3 +380,109 @@ def test_order_names_every_task_once(tmp_path, order):
     assert "stream.order: expected each of x, y once, found " + ", ".join(order) in refusal(
         stream, tmp_path, **settings, order=order
     )
+
+
+def test_labels_that_look_alike_are_named_in_one_note(tmp_path):
+    rows = [
+        (f"text {i}", label) for i, label in enumerate(["apple", "apple ", "Apple", "caf\u00e9", "cafe\u0301", "bird"])
+    ]
+    found = stream(tmp_path, **files(tmp_path, rows, rows), class_groups=1)
+    assert found.notes == (
+        "labels that differ only in blanks, case or Unicode form are kept apart: 'Apple' and 'apple' and 'apple '; "
+        "'cafe\\u0301' and 'caf\\xe9'",
+    )
+    assert len(found.tasks[0].labels) == 6
+    left = stream(tmp_path, **files(tmp_path, rows, rows), class_groups={"x": ["apple", "Apple"]})
+    assert [note[:10] for note in left.notes] == ["4 labels a", "labels tha"]
+    assert stream(tmp_path, **files(tmp_path, TEST, TEST), class_groups=1).notes == ()
+
+
+def test_label_of_the_test_rows_that_is_written_otherwise_is_named_with_what_was_meant(tmp_path):
+    settings = files(tmp_path, [("x", "apple"), ("y", "pear")], [("x", "apple "), ("y", "plum")])
+    message = "labels in test that train lacks: ['apple ', 'plum'] (they differ only in blanks, case or Unicode form: "
+    assert message + "'apple ' and 'apple')" in refusal(stream, tmp_path, **settings, class_groups=1)
+    assert "'apple ' and 'apple')" in refusal(stream, tmp_path, tasks=[{"name": "x", **settings}], shared_labels=True)
+
+
+@pytest.mark.parametrize(("test", "noted"), [(" a", ()), ("A", ("' A' and ' a'",)), ("b", ()), ("c", ())])
+def test_answers_that_would_be_closed_if_they_were_written_alike_are_named(tmp_path, test, noted):
+    write(tmp_path / "train.csv", [("x", "a"), ("y", "b")])
+    write(tmp_path / "test.csv", [("x", test.strip())])
+    task = {"name": "one", "train": "train.csv", "test": "test.csv"}
+    found = stream(tmp_path, kind="causal-lm", prompt_template="{text}", tasks=[task])
+    assert tuple(note.partition("apart: ")[2] for note in found.notes) == noted
+
+
+def test_empty_texts_are_counted_in_a_note(tmp_path):
+    settings = files(tmp_path, [("x", "a"), (" ", "a"), ("y", "b")], [("", "a"), ("z", "b")])
+    assert stream(tmp_path, **settings, class_groups={"all": ["a", "b"]}).notes == (
+        "task all: 1 of 3 training texts are empty",
+        "task all: 1 of 2 test texts are empty",
+    )
+
+
+def test_domains_that_look_alike_are_named_in_one_note(tmp_path):
+    rows = [{"text": "x", "label": label, "from": name} for name in ("web", "Web ", "mail") for label in "ab"]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    settings = {"train": "t.json", "test": "t.json", "scenario": "domain_incremental", "domain_column": "from"}
+    (note,) = stream(tmp_path, **settings).notes
+    assert note == "tasks that differ only in blanks, case or Unicode form are kept apart: 'web' and 'Web '"
+
+
+def test_labels_of_different_listed_tasks_are_told_apart_by_the_task(tmp_path):
+    write(tmp_path / "a.csv", [("x", "pos")])
+    write(tmp_path / "b.csv", [("x", "Pos")])
+    tasks = [{"name": name, "train": f"{name}.csv", "test": f"{name}.csv"} for name in "ab"]
+    assert stream(tmp_path, tasks=tasks).notes == ()
+    assert len(stream(tmp_path, tasks=tasks, shared_labels=True).notes) == 1
+
+
+@pytest.mark.parametrize("empty", ["", "  ", "\u200b"])
+def test_task_whose_texts_are_all_empty_is_refused(tmp_path, empty):
+    rows = [("x", "a"), (empty, "b"), (empty + " ", "b")]
+    settings = files(tmp_path, rows, [("x", "a"), ("x", "b")])
+    assert len(stream(tmp_path, **settings, class_groups=1).tasks) == 1
+    assert "task 'classes-01': every training text is empty" in refusal(stream, tmp_path, **settings, class_groups=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("   ", "tasks[0] has no name, found '   '"),
+        ("\u200b", "tasks[0] has no name"),
+        ("x" * 300, "a task's name of 300 bytes, 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'…, is longer than 240"),
+        ("\u00e4" * 121, "a task's name of 242 bytes"),
+        ("a\0b", r"stream.tasks[0].name: expected text, found 'a\x00b' with a character that no file holds"),
+        ("a\ud800", r"stream.tasks[0].name: expected text, found 'a\ud800' with a character that no file holds"),
+    ],
+)
+def test_task_name_that_no_folder_can_have_is_refused(tmp_path, name, message):
+    assert message in refusal(stream, tmp_path, tasks=[{"name": name, **files(tmp_path)}])
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "a/b", ".", "CON", "x" * 240, "\u00e4" * 120, "\N{SLIGHTLY SMILING FACE}" * 200, "a\nb"]
+)
+def test_task_name_of_which_a_folder_s_is_made_is_fine(tmp_path, name):
+    (task,) = stream(tmp_path, tasks=[{"name": name, **files(tmp_path)}]).tasks
+    assert task.name == name
+    folder = RunPaths(tmp_path).task(0, name).folder
+    folder.mkdir()
+    assert folder.parent == tmp_path
+
+
+def test_domain_and_class_group_of_blanks_are_refused(tmp_path):
+    rows = [{"text": "x", "label": label, "from": " "} for label in "ab"]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    settings = {"train": "t.json", "test": "t.json", "domain_column": "from", "scenario": "domain_incremental"}
+    assert "column from is empty in row 0 (' ')" in refusal(stream, tmp_path, **settings)
+    assert "a task's name holds nothing to read: ' '" in refusal(
+        stream, tmp_path, **files(tmp_path), class_groups={" ": ["a"]}
+    )
+
+
+def test_class_groups_name_labels_as_the_file_has_them(tmp_path):
+    write(tmp_path / "t.csv", [("x", "true"), ("y", "false"), ("z", "7")])
+    groups = {"x": [True, False], "y": [7]}
+    found = stream(tmp_path, train="t.csv", test="t.csv", class_groups=groups).tasks
+    assert [task.labels for task in found] == [("false", "true"), ("7",)]

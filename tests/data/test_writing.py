@@ -1,10 +1,11 @@
 """What a writer is asked for, and the rows that its texts make."""
 
 import pytest
+from helpers import refusal
 
 from pm_hf.data.rows import Rows
 from pm_hf.data.stream import Task
-from pm_hf.data.writing import WritingForm
+from pm_hf.data.writing import WritingForm, check_writable
 
 TEMPLATED = Rows(["Say: a b\nAnswer:", "Say: a c d\nAnswer:", "Say: e\nAnswer:"], [" red", " blue", " red"])
 
@@ -79,6 +80,20 @@ def test_a_chat_is_its_last_message_after_the_system_message_that_most_rows_have
     assert trained.inputs[0] == [{"role": "user", "content": "Answer: x\nText:"}]
     assert trained.labels == ["a b", "c", "d"]
     assert made.row("e")[0] == chat("Be kind.", "Sort: e")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {"messages": chat("Be kind.", "a"), "tools": []},
+        [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+        "text",
+    ],
+)
+def test_chats_that_are_more_than_text_are_refused(prompt):
+    rows = Rows([chat("Be kind.", "a"), prompt], ["x", "y"])
+    assert "strategy.replay: generated: task 't' has chats" in refusal(check_writable, Task("t", (), rows, rows))
+    check_writable(Task("t", (), rows.take([0]), rows))
 
 
 def test_rows_without_a_text_are_no_example_for_the_writer():

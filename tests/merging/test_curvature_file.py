@@ -174,11 +174,11 @@ def test_a_foreign_safetensors_file_is_an_input_error(path, metadata):
 
 
 BROKEN = {
-    "no header": (lambda t, h: h.clear(), "its header cannot be read"),
-    "unknown field": (lambda t, h: h.update(weather="fine"), "its header cannot be read"),
-    "unknown setting": (lambda t, h: h["settings"].update(weather="fine"), "its header cannot be read"),
+    "no header": (lambda t, h: h.clear(), "its header lacks current"),
+    "unknown field": (lambda t, h: h.update(weather="fine"), "its header has a field weather"),
+    "unknown setting": (lambda t, h: h["settings"].update(weather="fine"), "settings is not the fields of CurvatureS"),
     "kind": (lambda t, h: h["settings"].update(kind="kfac"), "kind 'kfac', 1 tasks"),
-    "no task": (lambda t, h: h["examples"].clear(), "kind 'gram', 0 tasks"),
+    "no task": (lambda t, h: h["examples"].clear(), "examples is not a list of positive whole numbers.*: "),
     "M missing": (lambda t, h: t.pop("M.up"), "M and current name different modules, first up"),
     "S missing": (lambda t, h: t.pop("S.up"), "S and M do not belong to the same modules"),
     "S without M": (lambda t, h: t.update({"S.v": t["S.q"].clone()}), "S and M do not belong to the same modules"),
@@ -187,8 +187,8 @@ BROKEN = {
         "delta_norm and current name different modules, first q",
     ),
     "probe missing": (lambda t, h: h["probe"].pop("q"), "probe and current name different modules, first q"),
-    "norm of text": (lambda t, h: h["delta_norm"].update(q="1"), "delta_norm of q is no number"),
-    "probe too short": (lambda t, h: h["probe"]["q"].pop(), "probe has not 4 values a module"),
+    "norm of text": (lambda t, h: h["delta_norm"].update(q="1"), "delta_norm is not {module: number}, none below 0"),
+    "probe too short": (lambda t, h: h["probe"]["q"].pop(), "probe is not {module: list of 4 numbers}"),
     "owner unknown": (lambda t, h: h["owner"].update(down="q"), "S and M do not belong to the same modules"),
     "owner of another width": (lambda t, h: h["owner"].update(v="up"), r"M of v has shape \(3, 5\), its S \(7, 7\)"),
     "S of another width": (
@@ -211,6 +211,56 @@ def test_a_file_that_contradicts_itself_is_an_input_error(path, change, message)
     rewrite(path, change)
     with pytest.raises(InputError, match=f"is not a sound curvature file: {message}.*; estimate the curvature again"):
         Curvature.load(path)
+
+
+NUMBERS = {
+    "text": "1",
+    "true": True,
+    "null": None,
+    "list": [1.0],
+    "NaN": math.nan,
+    "infinite": math.inf,
+    "digits": 10**400,
+    "negative": -1.0,
+}
+ODD_VALUES = [("examples", value) for value in (5, "ab", ["ab"], [-5], [0], [1.5], [True], [math.nan], {"q": 1}, None)]
+ODD_VALUES += [("probe", {"q": ["1"] * 4}), ("probe", {"q": [math.nan] * 4}), ("probe", [1]), ("probe", {"q": 4})]
+ODD_VALUES += [("owner", {"q": 1}), ("owner", {"q": ["q"]}), ("owner", [["q", "q"]]), ("owner", "q"), ("owner", None)]
+ODD_VALUES += [("settings", value) for value in (None, "gram", [], {"kind": 1}, {"shrinkage": "0"}, {"shrinkage": 2})]
+ODD_VALUES += [(key, value) for key in ("current", "past", "delta_norm") for value in ([1.0], "q", 1, None)]
+
+
+@pytest.mark.parametrize(("key", "value"), ODD_VALUES, ids=map(repr, ODD_VALUES))
+def test_a_field_of_another_type_is_an_input_error_that_names_it(path, key, value):
+    stream(GRAM, 1)[0].save(path)
+    rewrite(path, lambda t, h: h.update({key: value}))
+    with pytest.raises(InputError, match=f"is not a sound curvature file: {key} is not .*; estimate the curvature"):
+        Curvature.load(path)
+
+
+@pytest.mark.parametrize("value", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize("key", ["current", "past", "delta_norm"])
+def test_a_value_that_is_no_size_is_an_input_error_that_names_it(path, key, value):
+    stream(FACTORED, 2)[-1].save(path)
+    rewrite(path, lambda t, h: h[key].update(q=value))
+    with pytest.raises(InputError, match=f"is not a sound curvature file: {key} is not .module: number., none below 0"):
+        Curvature.load(path)
+
+
+def test_a_form_that_rounding_puts_below_zero_is_read(path):
+    stream(GRAM, 1)[0].save(path)
+    rewrite(path, lambda t, h: h["current"].update(q=-1e-12 * h["current"]["up"]))
+    assert Curvature.load(path).current["q"] < 0
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "[]", "3", '"settings"', "null", '{"settings": ' * 50_000, '{"examples": [' + "9" * 5000]
+)
+def test_a_header_without_fields_or_end_is_an_input_error(path, text):
+    save_file({"S.q": torch.ones(2, 2)}, path, metadata={"format": CURVATURE_FORMAT, "curvature": text})
+    with pytest.raises(InputError, match="is not a sound curvature file: its header ") as caught:
+        Curvature.load(path)
+    assert len(str(caught.value)) < 500
 
 
 def test_a_fisher_whose_sums_have_two_shapes_is_an_input_error(path):

@@ -64,6 +64,14 @@ def test_table_has_every_score_and_odd_names_stay_in_their_cell(run):
     assert "| ACC: mean over all tasks at the end | 0.750 |" in text
 
 
+def test_notes_of_the_merge_stand_under_the_loading_lines(run):
+    assert "ranks from" not in card_of(run).text
+    record = {"tasks": 2, "inputs": [], "notes": ["the modules have ranks from 2 to 4 (rank_pattern)"]}
+    for folder in run.rglob("merged"):
+        (folder / "merge_report.json").write_text(json.dumps(record))
+    assert "```\n\nthe modules have ranks from 2 to 4 (rank\\_pattern)" in card_of(run).text
+
+
 def test_table_of_many_tasks_has_the_first_and_the_last_score_only(run):
     path, count = run / "report.json", 20
     report = json.loads(path.read_text())
@@ -144,7 +152,7 @@ def test_making_has_method_versions_and_settings_without_places(run):
     card = card_of(run)
     text = str(card)
     settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
-    assert settings["model"] == {"base": "owner/base", "dtype": "float32"}
+    assert settings["model"] == {"base": "owner/base", "dtype": "float32", "trust_remote_code": False}
     assert settings["stream"]["train"] == "train.csv"
     assert settings["stream"]["test"] == "test.csv"
     assert not {"output_dir", "data_dir"} & settings.keys()

@@ -246,7 +246,7 @@ def test_what_is_no_run_or_has_no_common_metric_is_refused(tmp_path, capsys):
     (tmp_path / "other.json").write_text('{"method": "pm"}')
     message = refusal(read_runs, [tmp_path / "empty", tmp_path / "other.json"])
     assert "empty holds no report.json: expected the output_dir of a run" in message
-    assert "other.json is no report of a run: it lacks seed, tasks, scores, metrics, coefficients" in message
+    assert "other.json: it lacks seed, tasks, scores, metrics, coefficients" in message
     runs = [write_run(tmp_path / m, ["a"], metric=m) for m in ("class_incremental", "bits_per_byte")]
     assert main(["report", *map(str, runs)]) == 2
     assert "judged by class_incremental and bits_per_byte" in capsys.readouterr().err

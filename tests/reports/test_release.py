@@ -88,6 +88,19 @@ def test_every_adapter_names_the_base_by_its_id_and_no_local_path(run, tmp_path)
     assert merge == {"tasks": 2, "inputs": ["task-01-a-b--i-/adapter"]}
 
 
+def test_the_tokenizer_beside_an_adapter_goes_with_it_without_local_paths(run, tmp_path):
+    content = {"pad_token": "<pad>", "chat_template": "{{ a/b/c }}", "name_or_path": str(tmp_path / "tiny base")}
+    for folder in (run / "merged", run / "task-01-a-b--i-" / "merged"):
+        (folder / "tokenizer_config.json").write_text(json.dumps(content | {"vocab_file": f"{tmp_path}/vocab.txt"}))
+        (folder / "tokenizer.json").write_text('{"model": {"vocab": {}}}')
+        merge = {"tasks": 2, "inputs": [], "tokenizer": str(tmp_path / "somewhere" / "start")}
+        (folder / "merge_report.json").write_text(json.dumps(merge))
+    files = read_finished_run(run, "owner/base").adapter_files(run / "merged")
+    assert files["tokenizer.json"] == run / "merged" / "tokenizer.json"
+    assert files["tokenizer_config.json"] == {"pad_token": "<pad>", "chat_template": "{{ a/b/c }}"}
+    assert files["merge_report.json"]["tokenizer"] == "start"
+
+
 def test_the_revision_of_a_base_on_the_hub_is_kept(tmp_path):
     folder = finished_run(tmp_path / "run", model={"base": "owner/base", "revision": "v2"})
     assert read_finished_run(folder).revision == "v2"

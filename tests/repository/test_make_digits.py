@@ -58,13 +58,14 @@ def test_domains_hold_the_same_digits_turned_and_none_that_the_backbone_saw(reci
 def test_recipe_is_deterministic_and_its_processor_makes_the_pixels_it_trained_on(recipe, tmp_path):
     from PIL import Image
 
+    from pm_hf.config.schema import ModelSettings
     from pm_hf.models.loading import load_image_processor
 
     assert recipe.prepare(tmp_path / "one", epochs=1) == recipe.prepare(tmp_path / "two", epochs=1)
     for name in ("backbone/model.safetensors", "backbone/preprocessor_config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     picture = recipe.digits()[0][0]
-    made = load_image_processor(str(tmp_path / "one" / "backbone"))(
+    made = load_image_processor(ModelSettings(str(tmp_path / "one" / "backbone")))(
         Image.fromarray(picture).convert("RGB"), return_tensors="pt"
     )["pixel_values"]
     assert np.allclose(made, recipe.pixels(picture[None]), atol=1e-6)

@@ -1,17 +1,22 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from helpers.streams import CLASSES, GROUPS, contents, dense, settings, steps, tensors
+from helpers.streams import CLASSES, GROUPS, contents, dense, settings, steps, tensors, write_yaml
+from safetensors.torch import load_file, save_file
 
+from pm_hf import merge_adapters
 from pm_hf.adapters.folder import open_adapter
+from pm_hf.cli import main
 from pm_hf.config.loading import load_config
 from pm_hf.config.presets import PRESETS
 from pm_hf.data.encoders import make_encoder
 from pm_hf.data.stream import load_stream
+from pm_hf.errors import InputError
 from pm_hf.measuring.analytic_head import HeadStatistics
 from pm_hf.measuring.scores import Scorer
 from pm_hf.models.loading import load_merged
@@ -95,9 +100,9 @@ def test_folder_holds_what_the_layout_says(runs, method):
     row = PRESETS[method]
     curved, statistics = row["curvature"]["kind"] is not None, row["head"]["kind"] == "lda"
     for i, task in enumerate(tasks):
-        last, expected = i == len(tasks) - 1, {"adapter", "merged", "step.json"}
-        expected |= {"curvature.safetensors"} if curved and last else set()
-        expected |= {"optimum"} if row["merge"]["method"] == "magmax" and last else set()
+        kept, expected = i >= len(tasks) - 2, {"adapter", "merged", "step.json"}  # so that the last can be repeated
+        expected |= {"curvature.safetensors"} if curved and kept else set()
+        expected |= {"optimum"} if row["merge"]["method"] == "magmax" and kept else set()
         expected |= {"head_statistics.safetensors"} if statistics else set()
         assert {p.name for p in (folder / task).iterdir()} == expected
         plain = {"adapter_config.json", "adapter_model.safetensors", "labels.json"}
@@ -257,12 +262,64 @@ def test_evaluate_gives_the_scores_of_the_report(runs):
     assert list(found) == list(GROUPS)
 
 
+def test_evaluate_of_names_that_peft_would_not_find_is_refused(runs, tmp_path):
+    folder, _, config = runs("pm")
+    shutil.copytree(folder / "merged", tmp_path / "odd")
+    file = tmp_path / "odd" / "adapter_model.safetensors"
+    save_file({f"module.{name}": value for name, value in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(InputError, match="has not the name that PEFT looks for; .* pm-hf merge .*odd --output NEW"):
+        evaluate(load_config(config), tmp_path / "odd")
+    merge_adapters(tmp_path / "odd", tmp_path / "new")
+    assert evaluate(load_config(config), tmp_path / "new") == evaluate(load_config(config), folder / "merged")
+
+
 def test_evaluate_of_an_earlier_merge_skips_tasks_it_does_not_know(runs):
     folder, report, config = runs("pm")
     found = evaluate(load_config(config), folder / "task-01-second" / "merged")
     assert {name: score["class_incremental"] for name, score in found.items()} == dict(
         zip(["first", "second"], report.scores[1], strict=False)
     )
+    assert found.left_out == {"third": "the adapter has no row for 'egg', 'fog'"}
+
+
+def test_the_command_evaluate_says_what_it_leaves_out_and_fails_unless_that_is_allowed(runs, tmp_path, capsys):
+    folder, _, config = runs("pm")
+    path = write_yaml(tmp_path / "c.yaml", config)
+    earlier = ["evaluate", "--config", str(path), "--adapter", str(folder / "task-01-second" / "merged")]
+    assert main(earlier) == 1
+    out, error = capsys.readouterr()
+    assert [line.split(":")[0] for line in out.splitlines()] == ["first", "second"]
+    assert error.splitlines()[-2:] == [
+        "pm-hf: third is left out: the adapter has no row for 'egg', 'fog'",
+        "pm-hf: not every task was scored; --allow-missing takes that as it is",
+    ]
+    assert main([*earlier, "--allow-missing"]) == 0
+    assert "third is left out" in capsys.readouterr().err
+    assert main([*earlier[:-1], str(folder / "merged")]) == 0
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_evaluate_of_an_adapter_that_knows_no_task_says_what_it_lacks(runs):
+    folder, _, config = runs("pm")
+    unknown = config | {"stream": config["stream"] | {"class_groups": {"third": ["egg", "fog"]}}}
+    with pytest.raises(InputError, match="third: the adapter has no row for 'egg', 'fog'"):
+        evaluate(load_config(unknown), folder / "task-01-second" / "merged")
+
+
+def test_evaluate_of_texts_longer_than_the_model_has_positions_is_refused(runs):
+    folder, _, config = runs("pm")
+    longer = config | {"stream": config["stream"] | {"max_length": 1000}}
+    with pytest.raises(InputError, match="stream.max_length 1000 is more than the"):
+        evaluate(load_config(longer), folder / "merged")
+
+
+def test_a_typo_in_a_label_is_told(runs, tmp_path, data):
+    folder, _, config = runs("pm")
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.csv").write_text((data / f"{name}.csv").read_text().replace(",apple", ",aple"))
+    groups = config["stream"]["class_groups"] | {"first": ["aple", "bird"]}
+    wrong = config | {"data_dir": str(tmp_path), "stream": config["stream"] | {"class_groups": groups}}
+    assert evaluate(load_config(wrong), folder / "merged").left_out == {"first": "the adapter has no row for 'aple'"}
 
 
 def test_running_again_when_finished_changes_nothing(runs):

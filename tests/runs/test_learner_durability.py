@@ -63,7 +63,7 @@ def before_call(number, owner, name, act):
 
 MOMENTS = {  # (call, function) in which SIGTERM comes
     "starting": (1, RunFolder, "begin_run"),
-    "building": (2, pm_hf.runs.learner, "build_task_model"),
+    "building": (3, pm_hf.runs.learner, "build_task_model"),
     "measuring": (2, pm_hf.runs.learner, "estimate_curvature"),
     "saving the curvature": (2, Curvature, "save"),
     "merging": (2, pm_hf.adapters.merge, "write_adapter"),

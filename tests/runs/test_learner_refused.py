@@ -95,7 +95,7 @@ def test_base_model_without_whole_weights_is_refused(refused, tiny_base, tmp_pat
         ({"perturbation__probabilities": [0.5, 0.5]}, "probabilities must be three values >= 0 that sum to 1"),
         ({"curvature__samples": 0}, "curvature.samples: must be at least 1"),
         ({"training__learning_rte": 1}, "training: learning_rte are not fields of TrainingArguments"),
-        ({"training__lr_scheduler_type": "no-such"}, "training: no-such is not a valid SchedulerType"),
+        ({"training__lr_scheduler_type": "no-such"}, "training.lr_scheduler_type: expected linear or cosine or "),
         ({"training__eval_strategy": "epoch"}, "eval_strategy"),
         ({"start_from": "/no/such/adapter"}, "adapter /no/such/adapter is not a folder"),
         ({"stream__label_column": "intent"}, "missing column intent; found text, label"),
@@ -162,8 +162,9 @@ def test_folder_of_another_config_is_refused(tiny_base, data, tmp_path):
 UNTRAINED = {"training__learning_rate": 0.0, "training__num_train_epochs": 1, "groups": 2}
 
 
-def test_zero_curvature_is_one_clear_error(tiny_base, data, tmp_path):
-    message = refusal(learn, settings(tiny_base, data, tmp_path / "run", **UNTRAINED))
+def test_zero_curvature_is_one_clear_error_where_that_is_wanted(tiny_base, data, tmp_path):
+    asked = UNTRAINED | {"merge__on_zero_curvature": "error"}
+    message = refusal(learn, settings(tiny_base, data, tmp_path / "run", **asked))
     assert "the curvature is zero or not finite along the task vector (denominator 0)" in message
     assert "in 4 modules, first ['bert.encoder.layer.0.attention.self.key'" in message
     assert "on_zero_curvature: average" in message
@@ -172,16 +173,24 @@ def test_zero_curvature_is_one_clear_error(tiny_base, data, tmp_path):
 
 
 @pytest.mark.parametrize("freedom", ["global", "module"])
-@pytest.mark.parametrize(
-    "asked", [{"merge__on_zero_curvature": "average"}, {"merge__options": {"on_zero_curvature": "average"}}]
-)
-def test_zero_curvature_averages_when_asked_to_and_says_so(tiny_base, data, tmp_path, asked, freedom):
-    changes = UNTRAINED | asked | {"merge__freedom": freedom}
-    report = learn(settings(tiny_base, data, tmp_path / "run", **changes))
-    found = [step["coefficient"] for step in steps(tmp_path / "run")]
-    assert [c["used"] for c in found] == [1, 0.5]
-    assert [c["note"] for c in found] == ["zero curvature: averaged"] * 2
-    assert report.notes[1:] == ["task first: zero curvature: averaged", "task second: zero curvature: averaged"]
+def test_zero_curvature_averages_and_says_so(tiny_base, data, tmp_path, freedom):
+    report = learn(settings(tiny_base, data, tmp_path / "run", **UNTRAINED, merge__freedom=freedom))
+    coefficients = [step["coefficient"] for step in steps(tmp_path / "run")]
+    assert [c["used"] for c in coefficients] == [1, 0.5]
+    assert [c["note"] for c in coefficients] == ["zero curvature: averaged"] * 2
+    said = [f"task {name}: zero curvature: averaged" for name in ("first", "second")]
+    assert [note for note in report.notes if "zero curvature" in note] == said
+    assert all(f"note: {note}" in report.table() for note in said)
+
+
+def test_a_run_that_ended_for_a_zero_curvature_goes_on_by_averaging(tiny_base, data, tmp_path):
+    wanted = {"groups": 2, "merge__on_zero_curvature": "error", "training__num_train_epochs": 1}
+    half = settings(tiny_base, data, tmp_path / "run", **wanted, curvature__samples=8)
+    half["stream"]["class_groups"] = {"first": ["apple", "bird"], "second": ["car"]}  # one class: its Fisher is zero
+    with pytest.raises(InputError, match="the curvature is zero"):
+        learn(half)
+    half["merge"]["on_zero_curvature"] = "average"
+    assert len(learn(half).tasks) == 2
 
 
 def test_command_line_prints_bad_input_as_one_line(tiny_base, data, tmp_path, capsys):

@@ -223,9 +223,9 @@ def test_extended_run_equals_one_that_had_all_tasks_at_once(tiny_base, data, two
     learn(settings(tiny_base, data, tmp_path / "whole", groups=3))
     assert same_tensors(folder / "merged", tmp_path / "whole" / "merged")
     after = contents(folder)
-    del before["task-01-second/curvature.safetensors"]  # only the newest is kept
+    del before["task-00-first/curvature.safetensors"]  # the newest is kept, and the one before it
     assert {name: after[name] for name in before} == before
-    assert "task-01-second/curvature.safetensors" not in after
+    assert "task-00-first/curvature.safetensors" not in after
     assert len(steps(folder)) == 3
 
 
@@ -303,6 +303,21 @@ def test_released_analytic_head_continues_from_its_statistics(tiny_base, data, t
     assert statistics.counts.tolist() == [24] * 6
     curvature = Curvature.load(tmp_path / "run" / "task-00-third" / "curvature.safetensors")
     assert curvature.examples == [32] * 3
+
+
+@pytest.mark.parametrize("method", ["pm", "pm_gram_lda"])
+def test_the_tokenizer_beside_a_released_adapter_stays_with_what_is_merged(
+    tiny_base, data, two, two_best, tmp_path, method
+):
+    run = two if method == "pm" else two_best
+    source = shutil.copytree(run / "task-01-second", tmp_path / "start") / "merged"
+    names = ("tokenizer.json", "tokenizer_config.json")
+    files = {name: json.dumps(json.loads((tiny_base / name).read_text()), indent=1) for name in names}
+    for name, content in files.items():
+        (source / name).write_text(content)
+    learn(release(tiny_base, data, tmp_path / "run", source, method=method))
+    for folder in ("merged", "task-00-third/merged"):
+        assert {name: (tmp_path / "run" / folder / name).read_text() for name in files} == files
 
 
 def test_release_without_curvature_says_that_the_past_has_no_weight(tiny_base, data, two, tmp_path):

@@ -298,7 +298,7 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
     (folder / "coefficient.json").write_text("{}")
     assert read_runs([folder])[0].line is None
     (folder / "coefficient.json").write_text('{"mine": 1}')
-    with pytest.raises(InputError, match=r"coefficient.json was not written by pm-hf inspect --coefficient; move it"):
+    with pytest.raises(InputError, match=r"coefficient.json: it lacks metric, .*; move it away"):
         read_runs([folder])
 
 

@@ -63,7 +63,9 @@ def load_config(
         raw["training"] = training_values(raw["training"], problems)
     config = from_mapping(RunConfig, raw, "", problems)
     if config.stream.scenario is None:
-        config.stream.scenario = "domain_incremental" if config.stream.domain_column is not None else "class_incremental"
+        config.stream.scenario = (
+            "domain_incremental" if config.stream.domain_column is not None else "class_incremental"
+        )
     if config.head.kind == "lda" and config.head.means is None:
         config.head.means = "task" if config.stream.scenario == "domain_incremental" else "class"
     groups = {key for key, value in config.to_dict().items() if isinstance(value, dict)}

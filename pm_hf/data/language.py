@@ -1,7 +1,7 @@
 """Prompts and completions: reading them from a data set, and making token batches of them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from string import Formatter
 from typing import Any
 
@@ -73,6 +73,20 @@ class _PromptEncoder(ABC):
         """{"input_ids", "labels" (not shifted), "bytes": UTF-8 bytes of the completion that is kept} of each row."""
         self.cut = 0
         return [self._example(prompt, text) for prompt, text in zip(rows.inputs, rows.labels, strict=True)]
+
+    def ends(self, rows: Rows) -> set[int]:
+        """Token ids that end a completion: eos, and the special token that ends a turn of the chat template."""
+        added = self.tokenizer.added_tokens_decoder
+        last = {ids[-1] for ids in self.completions(rows) if ids}
+        return {self.tokenizer.eos_token_id} | {token for token in last if token in added and added[token].special}
+
+    def completions(self, rows: Rows) -> Iterator[list[int]]:
+        """Token ids of each row's completion, its end included."""
+        return (self.completion(prompt, text) for prompt, text in zip(rows.inputs, rows.labels, strict=True))
+
+    @abstractmethod
+    def completion(self, prompt: Prompt, text: str) -> list[int]:
+        """Token ids of a completion, its end included."""
 
     @abstractmethod
     def texts(self, prompt: Prompt, text: str) -> tuple[str, str]:

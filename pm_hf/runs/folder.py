@@ -103,6 +103,7 @@ class RunFolder:
             last.curvature if last.curvature.is_file() else None,
             last.statistics if last.statistics.is_file() else None,
             last.optimum if last.optimum.is_dir() else last.adapter,
+            last.pool if last.pool.is_file() else None,
         )
 
     def count_finished(self) -> int:
@@ -205,6 +206,8 @@ class RunFolder:
             needed.append(last.curvature)
         if config.analytic_head:
             needed.append(last.statistics)
+        if config.rehearses:
+            needed.append(last.pool)
         begun_from_another = index > 1 or self.start is not None
         if record.train_from == "last" and begun_from_another and not config.merging_method.factors:
             needed.append(last.optimum)
@@ -247,11 +250,13 @@ class RunFolder:
         """
         finished = self.task(index)
         remove_checkpoints(finished.checkpoints)
+        remove_checkpoints(finished.writer)
         finished.rows.unlink(missing_ok=True)
         # with a gate the promoted adapter may be the previous one, and its curvature goes with it
         kept = 2 if self.config.max_forgetting is None else 3
         for older in map(self.task, range(index + 1 - kept)):
             older.curvature.unlink(missing_ok=True)
+            older.pool.unlink(missing_ok=True)
             remove_adapter(older.optimum)
             remove_adapter(older.change)
 
@@ -352,6 +357,8 @@ def log_finished_task(index: int, total: int, record: TaskRecord, metric: str) -
     line = f"task {index + 1}/{total} {record.task}: {name} {scores[-1]:.3f}, mean of {len(scores)} {mean:.3f}"
     if alpha is not None and record.freedom != "free":
         line += f", coefficient {alpha.used:.3f} (1/t {alpha.one_over_t:.3f})"
+    if record.replay:
+        line += f", {record.replay['kept']} of {record.replay['written']} written rows kept"
     log_line(f"{line}, {record.seconds:.1f} s")
 
 
@@ -371,6 +378,7 @@ def _note_conditions(paths: TaskPaths, task: Task, inputs: Inputs, before: Mappi
             begun = read_json(paths.rows)
     if begun is None:
         remove_checkpoints(paths.checkpoints)
+        remove_checkpoints(paths.writer)
     notes = [] if begun is None else list(begun.get("notes", []))
     changes = [f"continued with {change}" for change in changed_conditions(now, begun or before)]
     for change in changes:

@@ -21,7 +21,7 @@ from pm_hf.distributed import log_line
 from pm_hf.environment import release_memory
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import write_json
-from pm_hf.measuring.line_search import best_coefficient, predicted_change, scan
+from pm_hf.measuring.line_search import COEFFICIENT_GRID, best_coefficient, predicted_change, scan
 from pm_hf.merging.coefficient import Coefficient
 from pm_hf.runs.folder import finished_labels
 from pm_hf.runs.learner import Run
@@ -38,7 +38,6 @@ from pm_hf.runs.records import (
 from pm_hf.runs.start import TaskStart, start_task
 from pm_hf.text import NO_VALUE, format_metric, format_number, printable, text_table
 
-COEFFICIENT_GRID = tuple(tenth / 10 for tenth in range(11))
 SAME_SCORE = 1e-4  # difference of two scores of one adapter that is not worth a note
 
 
@@ -144,6 +143,8 @@ def _key(work: Run, index: int, record: TaskRecord) -> str:
         place = settings[parents[0]] if parents else settings
         place[last] = None
     del settings["stream"]["order"]  # lines are kept since before it existed
+    if not work.config.rehearses:
+        del settings["strategy"]["replay"], settings["strategy"]["pool_rows"]  # as for the order
     kept = {key: value for key, value in asdict(alpha).items() if key != "source"}  # as for the order
     adapters = [work.folder.task(index).adapter, work.folder.state(index).merged]
     parts: list = [

@@ -85,7 +85,23 @@ KEYS = [
 ]
 NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, -(10**400), 0, 1, 2, True, 1e-320, 2.0])
 TEXTS = st.text(max_size=6) | st.sampled_from(
-    ["", "(", "q", "LORA", "ADALORA", "none", "\x1b[2J", "\u202e", "a\0b", "/", "~", "layers.0.q", "^layers.0.q", "v", "."]
+    [
+        "",
+        "(",
+        "q",
+        "LORA",
+        "ADALORA",
+        "none",
+        "\x1b[2J",
+        "\u202e",
+        "a\0b",
+        "/",
+        "~",
+        "layers.0.q",
+        "^layers.0.q",
+        "v",
+        ".",
+    ]
 )
 ATOMS = st.none() | st.booleans() | NUMBERS | TEXTS
 VALUES = st.recursive(ATOMS, lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXTS, v, max_size=3), max_leaves=4)
@@ -95,7 +111,8 @@ LIKELY = st.fixed_dictionaries(
         "lora_alpha": st.integers(1, 99) | st.floats(0.1, 99),
         "use_rslora": st.booleans(),
         "alpha_pattern": st.dictionaries(
-            st.sampled_from(["q", "v", "layers.0.q", "layers.1.v", r"^layers\.1", ".*v", "0.q", "layers"]), st.integers(1, 9)
+            st.sampled_from(["q", "v", "layers.0.q", "layers.1.v", r"^layers\.1", ".*v", "0.q", "layers"]),
+            st.integers(1, 9),
         ),
         "rank_pattern": st.dictionaries(st.sampled_from(["q", "layers.1.v", "k"]), st.integers(1, 3)),
         "target_modules": st.sampled_from([["q", "v"], ["layers.0.q", "v"], ".*[qv]", "all-linear", ["q"], [], None]),
@@ -144,7 +161,11 @@ def renamed(folder: Path, form: Mapping) -> Path:
     tensors = {}
     for name, value in load_file(folder / WEIGHTS).items():
         module, _, tail = name.removeprefix(PREFIX).rpartition(".lora_")
-        module, tail = (module, f"lora_{tail}") if module else (name.removeprefix(PREFIX).rpartition(".")[0], name.rpartition(".")[2])
+        module, tail = (
+            (module, f"lora_{tail}")
+            if module
+            else (name.removeprefix(PREFIX).rpartition(".")[0], name.rpartition(".")[2])
+        )
         parts = module.split(".")
         for wrapper, place in form["between"]:
             parts.insert(1 + (place - 1) % len(parts), wrapper)
@@ -153,7 +174,11 @@ def renamed(folder: Path, form: Mapping) -> Path:
             tail = f"{factor}.{form['adapter']}{dot}{rest}"
         elif form["adapter"] is not None:
             tail = f"modules_to_save.{form['adapter']}.{tail}"
-            tensors[".".join([*form["outer"], PREFIX[:-1], *form["inner"], *parts, f"original_module.{name.rpartition('.')[2]}"])] = value + 1
+            tensors[
+                ".".join(
+                    [*form["outer"], PREFIX[:-1], *form["inner"], *parts, f"original_module.{name.rpartition('.')[2]}"]
+                )
+            ] = value + 1
         tensors[".".join([*form["outer"], PREFIX[:-1], *form["inner"], *parts, tail])] = value
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     return folder
@@ -280,7 +305,9 @@ def _damage(path: Path, place: int, how: str, piece: bytes) -> None:
     if how == "gone":
         path.unlink()
     else:
-        path.write_bytes(content[:at] + {"put": piece + content[at:], "set": piece + content[at + len(piece) :], "cut": b""}[how])
+        path.write_bytes(
+            content[:at] + {"put": piece + content[at:], "set": piece + content[at + len(piece) :], "cut": b""}[how]
+        )
 
 
 def _as_peft(folder: Path) -> dict[str, torch.Tensor]:

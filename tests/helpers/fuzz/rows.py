@@ -23,7 +23,21 @@ from pm_hf.data.sources import read_rows
 from pm_hf.errors import InputError
 
 CLASSES, PROMPTS = "text-classification", "causal-lm"
-ODD = ["007", "1.50", "1e5", "true", "+47", "12345678901234567890", "NA", "null", "2024-01-01", " ", '"', "a,b", "a\r\nb"]
+ODD = [
+    "007",
+    "1.50",
+    "1e5",
+    "true",
+    "+47",
+    "12345678901234567890",
+    "NA",
+    "null",
+    "2024-01-01",
+    " ",
+    '"',
+    "a,b",
+    "a\r\nb",
+]
 ODD += ["\u200b", "\r", "1_000", "\ufeffa", "é", "e\u0301", "None", "nan", "-0", "{x}", "\x1c", "\x85", "\u2028"]
 TEXTS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=8)
 CELLS = TEXTS | st.sampled_from(ODD)
@@ -68,7 +82,9 @@ ROLES = st.sampled_from(["user", "assistant", "system", "tool"])
 MESSAGE = st.tuples(ROLES, CELLS | st.none(), MORE).map(lambda m: {"role": m[0], "content": m[1], **m[2]})
 ODD_MESSAGE = st.dictionaries(st.sampled_from(["role", "content", "type", "text"]), NESTED, max_size=3) | NESTED
 SAID = st.fixed_dictionaries({"role": ROLES, "content": LABELS}) | MESSAGE.filter(lambda m: m["content"])
-PLAIN_TALK = st.tuples(st.lists(SAID, min_size=1, max_size=3), SAID).map(lambda m: [*m[0], m[1] | {"role": "assistant"}])
+PLAIN_TALK = st.tuples(st.lists(SAID, min_size=1, max_size=3), SAID).map(
+    lambda m: [*m[0], m[1] | {"role": "assistant"}]
+)
 PLAIN_TALKS = st.lists(st.fixed_dictionaries({"messages": PLAIN_TALK}), min_size=1, max_size=3)
 TALKS = st.lists(st.fixed_dictionaries({"messages": st.lists(MESSAGE | MESSAGE | ODD_MESSAGE, max_size=4)}), max_size=3)
 TOOLS = st.lists(st.fixed_dictionaries({"messages": st.lists(MESSAGE, min_size=2), "tools": NESTED}), max_size=2)
@@ -152,7 +168,9 @@ def judge(case: Mapping, folder: Path) -> str:
     """RIGHT or REFUSED; SilentError for rows that the csv or json module or pyarrow does not have in this file."""
     path, whole = _write(case, folder)
     settings, extra = case["settings"], case["extra"]
-    made, said = read(lambda: read_rows(case["kind"], Source(train=path.name, **settings), str(folder), test=False, extra=extra))
+    made, said = read(
+        lambda: read_rows(case["kind"], Source(train=path.name, **settings), str(folder), test=False, extra=extra)
+    )
     try:
         table = _reference(path, case["file"]["format"])
         wanted = _wanted(table, case["kind"], settings)
@@ -187,7 +205,9 @@ def _write(case: Mapping, folder: Path) -> tuple[Path, bool]:
     damaged = content
     for place, how, piece in case["damage"]:
         at = place % (len(damaged) + 1)
-        damaged = damaged[:at] + {"put": piece + damaged[at:], "set": piece + damaged[at + len(piece) :], "cut": b""}[how]
+        damaged = (
+            damaged[:at] + {"put": piece + damaged[at:], "set": piece + damaged[at + len(piece) :], "cut": b""}[how]
+        )
     path = folder / f"any.{form}{'.gz' if form != 'parquet' and case['packed'] else ''}"
     path.write_bytes(damaged)
     return path, damaged == content and "bytes" not in file
@@ -259,7 +279,11 @@ def _csv_rows(text: str) -> list[dict[str, Any]]:
 
 
 def _json_rows(text: str) -> list[dict[str, Any]]:
-    keep = {"parse_int": _Number, "parse_float": _Number, "parse_constant": lambda n: None if n == "NaN" else _Number(n)}
+    keep = {
+        "parse_int": _Number,
+        "parse_float": _Number,
+        "parse_constant": lambda n: None if n == "NaN" else _Number(n),
+    }
     decoder, values, at = json.JSONDecoder(**keep), [], 0
     while text[at:].strip(" \t\r\n"):
         at = len(text) - len(text[at:].lstrip(" \t\r\n"))

@@ -210,7 +210,11 @@ def _outcome(command: str, run: Path) -> tuple[int | None, str, Any]:
         return code, err.getvalue(), (run / "report.html").read_text()
     if command == "train":
         adapter = (run / "merged" / "adapter_model.safetensors").read_bytes()
-        return code, err.getvalue(), (hashlib.sha256(adapter).hexdigest(), re.sub("merged adapter: .*", "", out.getvalue()))
+        return (
+            code,
+            err.getvalue(),
+            (hashlib.sha256(adapter).hexdigest(), re.sub("merged adapter: .*", "", out.getvalue())),
+        )
     return code, err.getvalue(), out.getvalue()
 
 
@@ -229,7 +233,11 @@ def _checkpoint(folder: str) -> str:
     written = prepared() / "stopped" / SECOND / "checkpoints" / Path(newest).name
     files = [path.relative_to(written) for path in written.rglob("*") if path.is_file()]
     there = {path.relative_to(newest) for path in Path(newest).rglob("*") if path.is_file()}
-    odd = [str(file) for file in files if file not in there or (written / file).read_bytes() != (newest / file).read_bytes()]
+    odd = [
+        str(file)
+        for file in files
+        if file not in there or (written / file).read_bytes() != (newest / file).read_bytes()
+    ]
     return f"{newest} has other {odd}" if odd and odd != ["training_args.bin"] else "whole"
 
 

@@ -132,8 +132,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
             if (code := errno_of(error)) is None:
                 raise
             needed = sum(tensor.nbytes for tensor in contiguous.values())
-            free = shutil.disk_usage(temporary.parent).free
-            raise OSError(code, f"{os.strerror(code)} ({_size(needed)} needed, {_size(free)} free)") from error
+            sizes = f"{_size(needed)} needed, {_size(free_bytes(temporary))} free"
+            raise OSError(code, f"{os.strerror(code)} ({sizes})") from error
 
 
 def errno_of(error: BaseException) -> int | None:
@@ -142,11 +142,19 @@ def errno_of(error: BaseException) -> int | None:
     return int(named[1]) if named else getattr(error, "errno", None)
 
 
+def free_bytes(path: Path) -> int:
+    """Free bytes where `path` is, or is to be written: in its nearest existing folder."""
+    return shutil.disk_usage(_nearest_folder(path)).free
+
+
+def _nearest_folder(path: Path) -> Path:
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
 def free_space_problem(path: Path, needed: int) -> str | None:
     """Why `needed` bytes do not fit where `path` is to be written (its nearest existing parent); None if they do."""
     path = path.resolve()
-    folder = next(parent for parent in (path, *path.parents) if parent.is_dir())
-    free = shutil.disk_usage(folder).free
+    folder, free = _nearest_folder(path), free_bytes(path)
     if free >= needed:
         return None
     return f"{path} needs {_size(needed)}, {folder} has {_size(free)} free; free some space or choose another folder"

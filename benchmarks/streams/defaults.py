@@ -114,12 +114,15 @@ def choose(options: argparse.Namespace) -> None:
 
 def confirm(options: argparse.Namespace) -> None:
     """A YAML that says nothing of method and training, beside hand-set values."""
-    rows: list[dict] = []
+    rows = finished("confirm.json")
+    known = {(row["stream"], row["seed"], row["settings"]) for row in rows}
     months = ("banking77-months", ("banking77", 0, 12, 4, 80))
-    for name, stream in [months, *CONFIRMATION.items()]:
-        for seed in range(options.seeds):
+    for seed in range(options.seeds):
+        for name, stream in [months, *CONFIRMATION.items()]:
             by_hand = {"method": "best", "training": HAND | {"bf16": True}}
             for kind, settings in (("default", {"training": {"bf16": True}}), ("by hand", by_hand)):
+                if (name, seed, kind) in known:
+                    continue
                 score, seconds = accuracy(name, stream, options.data, seed, False, settings)
                 rows.append({"stream": name, "seed": seed, "settings": kind, "ACC": score})
                 print(json.dumps(rows[-1]), f"{seconds:.0f} s", flush=True)

@@ -33,6 +33,7 @@ from pm_hf.adapters.checks import (
 from pm_hf.adapters.layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CARD_FILE,
     LABELS_FILE,
     MERGE_REPORT,
     PEFT_PREFIX,
@@ -187,17 +188,21 @@ def open_adapter(path: str | os.PathLike) -> Adapter:
             config[key] = [plain_path(name, own) for name in config[key]]
     labels = read_json(path / LABELS_FILE) if (path / LABELS_FILE).is_file() else {}
     if not isinstance(labels, dict) or not all(are_labels(names) for names in labels.values()):
-        raise InputError(
-            f"adapter {path}: {LABELS_FILE} must hold {{head module: [label, …]}}, labels texts or numbers; null "
-            "for a module whose rows are the same in every adapter"
+        problems.append(
+            f"{LABELS_FILE} must hold {{head module: [label, …]}}, labels texts or numbers; null for a module whose "
+            "rows are the same in every adapter"
         )
+        labels = {}
     labels = {plain_path(head, own): rows for head, rows in labels.items()}
     problems += label_problems(labels, shapes)
     texts = {head: [label_text(name) for name in names] for head, names in labels.items() if names is not None}
     in_order = tuple(sorted(set(labels) - set(texts)))
     adapter = Adapter(path, config, layouts, tuple(saved), texts, in_order, names.stored)
-    strange = [name for name in adapter.base_copies if name.split(".")[-2:-1] not in [[e] for e in EMBEDDINGS]]
-    strange = [name for name in strange if ".base_layer." not in name]
+    strange = [
+        name
+        for name in adapter.base_copies
+        if name.rpartition(".")[0].rpartition(".")[2] not in EMBEDDINGS and ".base_layer." not in name
+    ]
     if strange:
         problems.append(f"tensor {strange[0]} is neither LoRA nor in modules_to_save; save the adapter again with PEFT")
     raise_all(problems, f"adapter {path}")
@@ -306,9 +311,6 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}); copy or save the adapter again") from error
-
-
-CARD_FILE = "README.md"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,9 @@ ADAPTER_WEIGHTS, LABELS_FILE = "adapter_model.safetensors", "labels.json"
 MERGE_REPORT = "merge_report.json"
 
 
+CARD_FILE = "README.md"
+
+
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),

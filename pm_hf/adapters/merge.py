@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pm_hf.adapters.download import adapter_folder
-from pm_hf.adapters.folder import CARD_FILE, Adapter, Update, cast_error, is_finite, open_adapter, write_adapter
-from pm_hf.adapters.layout import ADAPTER_FILES, MERGE_REPORT
+from pm_hf.adapters.folder import Adapter, Update, cast_error, is_finite, open_adapter, write_adapter
+from pm_hf.adapters.layout import ADAPTER_FILES, CARD_FILE, MERGE_REPORT
 from pm_hf.adapters.plan import Curvatures, LearnedSource, Plan, Request, make_plan, make_request, request_problems
 from pm_hf.adapters.saved_modules import merge_saved, roots
 from pm_hf.environment import PeakMemory, versions

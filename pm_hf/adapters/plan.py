@@ -128,7 +128,7 @@ def make_plan(request: Request, opened: list[Adapter], running: Adapter | None) 
     plan = _plan_fold(request, opened[0], running) if fold else _plan_batch(request, opened)
     if plan.kernel is None or method.prepare is None:
         return plan
-    past = None if running is None else _saved_state(running)
+    past = None if running is None or not method.saves else _saved_state(running, method.saves)
     return replace(plan, state=method.prepare(plan.stream, past, **plan.options))
 
 
@@ -211,13 +211,14 @@ def _only_curvature(curvature: Curvatures) -> Curvature | None:
     return load_curvature(given[0])
 
 
-def _saved_state(adapter: Adapter) -> Mapping | None:
-    """What the method kept beside the running merge; None where another method folded last."""
+def _saved_state(adapter: Adapter, names: tuple[str, ...]) -> Mapping | None:
+    """What the method kept beside the running merge, numbers by `names`; None where another method folded last."""
     record = merge_record(adapter)
     state = record.get("state")
     numbers = isinstance(state, Mapping) and all(isinstance(value, int | float) for value in state.values())
-    if state is not None and not (numbers and set(state) == {"scale", "mean_norm", "tasks"}):
-        raise InputError(f"{adapter.path / MERGE_REPORT}: state must hold scale, mean_norm and tasks, found {state!r}")
+    if state is not None and not (numbers and set(state) == set(names)):
+        listed = f"{', '.join(names[:-1])} and {names[-1]}"
+        raise InputError(f"{adapter.path / MERGE_REPORT}: state must hold {listed}, found {state!r}")
     return state if state is not None and state["tasks"] == record["tasks"] else None
 
 

@@ -34,7 +34,10 @@ def value_problems(config: RunConfig) -> list[str]:
         (config.lora.alpha >= 1, "lora.alpha: must be at least 1"),
         (0 <= config.lora.dropout < 1, "lora.dropout: must be in [0, 1)"),
         (stream.max_length >= 1, "stream.max_length: must be at least 1"),
-        (_within(config.merge.coefficient, 0, 1), "merge.coefficient: must be in [0, 1]"),
+        (
+            config.searches or _within(config.merge.coefficient, 0, 1),  # type: ignore[arg-type]
+            "merge.coefficient: must be search or in [0, 1]",
+        ),
         (_within(config.max_forgetting, -1, 1), "max_forgetting: must be in [-1, 1]"),
         (stream.train_per_class is None or stream.train_per_class >= 1, "stream.train_per_class: must be at least 1"),
         (stream.train_rows is None or stream.train_rows >= 1, "stream.train_rows: must be at least 1"),
@@ -96,6 +99,8 @@ def _merge_problems(config: RunConfig) -> list[str]:
             problems.append(f"merge.coefficient: freedom {merge.freedom} has no single coefficient")
         if not method.sums:
             problems.append(f"merge.freedom: {merge.freedom} belongs to merge.method {PM.name}")
+    if config.searches:
+        problems += _search_problems(config)
     if method.factors and merge.max_rank is not None:
         problems.append(f"merge.max_rank: {method.name} keeps the factors as they are; it must be null")
     if merge.train_from not in (None, *method.starts):
@@ -113,11 +118,47 @@ def _merge_problems(config: RunConfig) -> list[str]:
     return problems
 
 
+def _search_problems(config: RunConfig) -> list[str]:
+    """Why there is no merge line θ + αΔ to search, or nothing to search it with."""
+    merge, method, problems = config.merge, config.merging_method, list[str]()
+    if not config.rehearses:
+        problems.append(
+            "merge.coefficient: search measures the earlier tasks on their written rows; set strategy.replay: "
+            "generated, or give a number"
+        )
+    if method.kernel is not None or (merge.train_from or method.train_from) != "merged":
+        problems.append(
+            f"merge.coefficient: search needs steps from the running merge, which merge.method {method.name} with "
+            f"train_from {merge.train_from or method.train_from} does not take; use average or {PM.name}"
+        )
+    return problems
+
+
+def _rehearsal_problems(config: RunConfig) -> list[str]:
+    """What strategy.replay: generated cannot be combined with."""
+    strategy, training = config.strategy, config.training
+    checks = [
+        (config.kind.has_head, f"language models write rows, {config.stream.kind} cannot; use replay_per_class"),
+        (strategy.joint or strategy.individual, "with joint or individual no task has a past; leave it out"),
+        (strategy.replay_per_class > 0, "replay_per_class keeps training rows instead; choose one of the two"),
+        (config.trains is False, "trains: false trains nothing on the written rows"),
+        (
+            bool(training.get("fsdp") or training.get("deepspeed")),
+            "the writer is trained whole in every process; leave out training.fsdp and training.deepspeed",
+        ),
+    ]
+    return [f"strategy.replay: generated: {problem}" for applies, problem in checks if applies]
+
+
 def _strategy_problems(config: RunConfig) -> list[str]:
     strategy, merge = config.strategy, config.merge
     held = ("ewc_weight", "olora_weight", "replay_per_class", "averaging_period")  # what holds on to earlier tasks
     weights = (*held, "base_kl_weight")
     problems = [f"strategy.{name}: must be at least 0" for name in weights if getattr(strategy, name) < 0]
+    if config.rehearses:
+        problems += _rehearsal_problems(config)
+    if strategy.pool_rows < 1:
+        problems.append("strategy.pool_rows: must be at least 1")
     if strategy.averaging_period > 1:
         problems.append("strategy.averaging_period: must be in [0, 1], a share of a task's steps")
     if not 0 < strategy.averaging_weight <= 1:

@@ -121,7 +121,8 @@ class MergeSettings:
     train_from: Literal["merged", "last", "base"] | None = None  # where a task's training starts; default: the method's
     options: dict[str, Any] = field(default_factory=dict)  # settings of the merging method, see pm-hf methods
     freedom: Literal["global", "module", "free"] | None = None  # one coefficient, one a module, the whole matrix
-    coefficient: float | None = None  # a coefficient of one's own instead of the computed one
+    # a coefficient of one's own instead of the computed one; search: the best on held-out rows and the pool (replay)
+    coefficient: float | Literal["search"] | None = None
     max_rank: int | None = 64  # rank kept; null: exact, the rank grows with every task
     on_zero_curvature: Literal["error", "average"] = "average"  # pm: refuse, or 1/t; the same as in `options`
 
@@ -142,6 +143,9 @@ class HeadSettings:
 class StrategySettings:
     """What else holds on to earlier tasks while a new one is trained; everything is off by default."""
 
+    # generated: rows of earlier tasks, written by a throw-away adapter and labelled by the merge (language models)
+    replay: Literal["none", "generated"] = "none"
+    pool_rows: int = 512  # written rows that are kept, of all tasks together; at least 64 a task are advised
     replay_per_class: int = 0  # training rows kept of each class (language models: answer) of every earlier task
     ewc_weight: float = 0.0  # λ of λ(½θᵀSθ − θᵀM), elastic weight consolidation with the running Fisher
     olora_weight: float = 0.0  # λ of Σ|A_old A_tᵀ|, O-LoRA
@@ -195,6 +199,16 @@ class RunConfig:
     def shared_head(self) -> bool:
         """Whether all tasks have one head, that of the same classes."""
         return self.kind.has_head and self.stream.scenario == "domain_incremental"
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether tasks train on written rows of the earlier ones too."""
+        return self.strategy.replay == "generated"
+
+    @property
+    def searches(self) -> bool:
+        """Whether the coefficient is searched for on held-out rows and the pool."""
+        return self.merge.coefficient == "search"
 
     @property
     def merges(self) -> bool:

@@ -1,7 +1,7 @@
 """Prompts and completions: reading them from a data set, and making token batches of them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from string import Formatter
 from typing import Any
 
@@ -52,10 +52,18 @@ def language_rows(
 
 
 class _PromptEncoder(ABC):
-    """What the encoders of prompts and completions share: an example of each row, and how many were `cut`."""
+    """What the encoders of prompts and completions share: an example of each row, how many were `cut`, and batches."""
 
     tokenizer: Any
+    pad: int
     cut: int
+
+    def collate(self, examples: list[dict]) -> dict[str, Tensor]:
+        """input_ids and attention_mask (N, T), labels (N, T), of an encoder-decoder (N, U), padded on the right."""
+        ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))
+        mask = [[1] * len(row) for row in ids]
+        columns = {"input_ids": (ids, self.pad), "attention_mask": (mask, 0), "labels": (labels, IGNORED)}
+        return {name: pad_rows(rows, value) for name, (rows, value) in columns.items()}
 
     def training(self, rows: Rows, labels: Sequence[str] = ()) -> list[dict]:
         """Same as `examples`."""
@@ -65,6 +73,20 @@ class _PromptEncoder(ABC):
         """{"input_ids", "labels" (not shifted), "bytes": UTF-8 bytes of the completion that is kept} of each row."""
         self.cut = 0
         return [self._example(prompt, text) for prompt, text in zip(rows.inputs, rows.labels, strict=True)]
+
+    def ends(self, rows: Rows) -> set[int]:
+        """Token ids that end a completion: eos, and the special token that ends a turn of the chat template."""
+        added = self.tokenizer.added_tokens_decoder
+        last = {ids[-1] for ids in self.completions(rows) if ids}
+        return {self.tokenizer.eos_token_id} | {token for token in last if token in added and added[token].special}
+
+    def completions(self, rows: Rows) -> Iterator[list[int]]:
+        """Token ids of each row's completion, its end included."""
+        return (self.completion(prompt, text) for prompt, text in zip(rows.inputs, rows.labels, strict=True))
+
+    @abstractmethod
+    def completion(self, prompt: Prompt, text: str) -> list[int]:
+        """Token ids of a completion, its end included."""
 
     @abstractmethod
     def texts(self, prompt: Prompt, text: str) -> tuple[str, str]:
@@ -93,16 +115,6 @@ class CausalEncoder(_PromptEncoder):
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no end-of-text token (eos_token); set one")
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-    def collate(self, examples: list[dict]) -> dict[str, Tensor]:
-        """input_ids, attention_mask, labels, (N, T), padded on the right."""
-        return self.padded([e["input_ids"] for e in examples], [e["labels"] for e in examples])
-
-    def padded(self, ids: list[list[int]], labels: list[list[int]], *, left: bool = False) -> dict[str, Tensor]:
-        """Sequences of token ids and of labels as one batch."""
-        mask = [[1] * len(row) for row in ids]
-        columns = {"input_ids": (ids, self.pad), "attention_mask": (mask, 0), "labels": (labels, IGNORED)}
-        return {name: pad_rows(rows, value, left=left) for name, (rows, value) in columns.items()}
 
     def prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt as it stands before its completion."""
@@ -178,14 +190,6 @@ class Seq2SeqEncoder(_PromptEncoder):
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer, self.max_length, self.cut = tokenizer, _two_tokens(max_length), 0
         self.pad = tokenizer.pad_token_id or 0
-
-    def collate(self, examples: list[dict]) -> dict[str, Tensor]:
-        """input_ids and attention_mask (N, T) of the encoder, labels (N, U) of the decoder, padded on the right."""
-        ids = [example["input_ids"] for example in examples]
-        mask = [[1] * len(row) for row in ids]
-        columns = {"input_ids": (ids, self.pad), "attention_mask": (mask, 0)}
-        columns["labels"] = ([example["labels"] for example in examples], IGNORED)
-        return {name: pad_rows(rows, value) for name, (rows, value) in columns.items()}
 
     def prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of the encoder's input."""

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import BaseModelOutput
 
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder, pad_rows
+from pm_hf.data.pool import SOFT_TOKENS, SOFT_WEIGHTS, hard_targets, soft_collate, without_soft_targets
 from pm_hf.data.rows import Rows
 from pm_hf.models.contexts import autocast, evaluating, logits_only_at
 from pm_hf.models.language_model import IGNORED, target_logits
@@ -102,6 +103,46 @@ class LanguageScorer:
                 result[part] = likelihoods.reshape(len(part), len(answers)).float().cpu()
         return result
 
+    def answer_probabilities(self, rows: Rows, answers: Sequence[str]) -> Tensor:
+        """Probability of each answer after each prompt, given that it is one of them, (rows, answers) float32: the
+        softmax of the log-probabilities, which are sums over the answers' tokens."""
+        sizes = [[float(len(ids)) for ids in of_prompt] for of_prompt in self._answer_tokens(rows, answers)]
+        return (self.answer_likelihoods(rows, answers) * torch.tensor(sizes)).softmax(1)
+
+    @torch.no_grad()
+    def row_losses(self, examples: Sequence[dict]) -> Tensor:
+        """Mean over the target tokens of each example's cross-entropy, (n,) float64, in nats; that of the soft targets
+        where an example has `soft` (see `pm_hf.data.pool`)."""
+        losses = torch.empty(len(examples), dtype=torch.float64)
+        for part, batch, logits, of_example in self._targets(examples):
+            tokens, weights = batch[SOFT_TOKENS], batch[SOFT_WEIGHTS]
+            values = logits.logsumexp(1) - (logits.gather(1, tokens) * weights).sum(1)
+            sums = torch.zeros(2, len(part), dtype=torch.float64, device=values.device)
+            sums.index_add_(1, of_example, torch.stack([values, torch.ones_like(values)]).double())
+            losses[part] = (sums[0] / sums[1]).cpu()
+        return losses
+
+    @torch.no_grad()
+    def likeliest_tokens(self, examples: Sequence[dict], count: int) -> list[list[dict[int, float]]]:
+        """Of each target token of each example: {token id: probability} of the `count` likeliest in its place."""
+        tokens: list[list[dict[int, float]]] = [[] for _ in examples]
+        for part, _, logits, of_example in self._targets(examples):
+            best = logits.softmax(1).topk(min(count, logits.shape[1]))
+            for row, ids, values in zip(of_example.tolist(), best.indices.tolist(), best.values.tolist(), strict=True):
+                tokens[part[row]].append(dict(zip(ids, values, strict=True)))
+        return tokens
+
+    def _targets(self, examples: Sequence[dict]) -> Iterator[tuple[list[int], dict[str, Tensor], Tensor, Tensor]]:
+        """(examples of a batch, the batch, logits (n, V) float32 at its target tokens, example of each (n,))."""
+        collate = soft_collate(self.encoder.collate)
+        with evaluating(self.model):
+            for part in self._parts([len(example["input_ids"]) for example in examples], self.batch_size):
+                batch = collate([{"soft": hard_targets(examples[i]), **examples[i]} for i in part])
+                batch = {name: value.to(self.device) for name, value in batch.items()}
+                with autocast(self.device, self.precision):
+                    logits, _, of_example = target_logits(self.model, without_soft_targets(batch))
+                yield part, batch, logits.float(), of_example
+
     @torch.no_grad()
     def exact_match(self, rows: Rows) -> float:
         """Share of the rows whose greedy generation equals the completion, both stripped of white space at the ends.
@@ -109,16 +150,23 @@ class LanguageScorer:
         Plain argmax: the checkpoint's generation settings (sampling, penalties) are not used. A generation ends with
         eos, or as the completions of a chat end, or when it is as long as the longest completion.
         """
-        longest, ends = _longest(self.encoder, rows), _ends(self.encoder, rows)
-        prompts, right = _prompts(self.encoder, rows, [longest] * len(rows)), 0
+        said = self.completions(rows, _longest(self.encoder, rows), self.encoder.ends(rows))
+        wanted = [self.encoder.compared(prompt, label) for prompt, label in zip(rows.inputs, rows.labels, strict=True)]
+        return sum(text.strip() == whole.strip() for text, whole in zip(said, wanted, strict=True)) / len(rows)
+
+    @torch.no_grad()
+    def completions(self, prompts: Rows, longest: int, ends: set[int]) -> list[str]:
+        """The greedy generation after each prompt, up to one of `ends` or `longest` tokens."""
+        ids = _prompts(self.encoder, prompts, [longest] * len(prompts))
+        texts = [""] * len(prompts)
         with evaluating(self.model):
-            for part in self._parts([len(prompt) for prompt in prompts], self.batch_size):
+            for part in self._parts([len(prompt) for prompt in ids], self.batch_size):
                 with autocast(self.device, self.precision):
-                    made = _greedy(self.model, self.encoder, [prompts[i] for i in part], longest, ends)
+                    made = _greedy(self.model, self.encoder, [ids[i] for i in part], longest, ends)
                 said = self.encoder.tokenizer.batch_decode(made, skip_special_tokens=True)
-                wanted = [self.encoder.compared(rows.inputs[i], rows.labels[i]) for i in part]
-                right += sum(text.strip() == whole.strip() for text, whole in zip(said, wanted, strict=True))
-        return right / len(rows)
+                for i, text in zip(part, said, strict=True):
+                    texts[i] = text
+        return texts
 
     def _parts(self, lengths: Sequence[int], size: int) -> Iterator[list[int]]:
         """Indices of the rows of each batch, in the order of their lengths."""
@@ -144,20 +192,9 @@ def _prompts(encoder: LanguageEncoder, rows: Rows, room: Sequence[int]) -> list[
     return [encoder.fitted(ids, most) for ids, most in zip(prompts, room, strict=True)]
 
 
-def _completions(encoder: LanguageEncoder, rows: Rows) -> Iterator[list[int]]:
-    return (encoder.completion(prompt, text) for prompt, text in zip(rows.inputs, rows.labels, strict=True))
-
-
 def _longest(encoder: LanguageEncoder, rows: Rows) -> int:
     """Tokens of the longest completion, its end included, as far as it fits."""
-    return min(max(len(ids) for ids in _completions(encoder, rows)), encoder.max_length - 1)
-
-
-def _ends(encoder: LanguageEncoder, rows: Rows) -> set[int]:
-    """Token ids that end a completion: eos, and the special token that ends a turn of the chat template."""
-    added = encoder.tokenizer.added_tokens_decoder
-    last = {ids[-1] for ids in _completions(encoder, rows) if ids}
-    return {encoder.tokenizer.eos_token_id} | {token for token in last if token in added and added[token].special}
+    return min(max(len(ids) for ids in encoder.completions(rows)), encoder.max_length - 1)
 
 
 def _greedy(

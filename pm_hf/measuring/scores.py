@@ -60,19 +60,19 @@ class Scorer:
     device: torch.device = torch.device("cpu")
     cut: dict[str, int] = field(default_factory=dict)  # {task: test rows longer than max_length}
 
-    def load(self, merged: Path, head: str | None) -> nn.Module:
-        """The merged adapter on its base, as every user loads it."""
-        labels = () if head is None else open_adapter(merged).labels[head]
+    def load(self, merged: Path, head: str | None) -> tuple[nn.Module, list[str]]:
+        """The merged adapter on its base, as every user loads it, and the labels of its head's rows."""
+        labels = [] if head is None else open_adapter(merged).labels[head]
         model = load_merged(self.config.model, merged, labels, self.config.stream.kind)
         check_length(self.config, model.get_base_model())
         match_padding(model, self.encoder)
         if has_tokenizer(merged):
             check_tokens(self.encoder, model.get_base_model())
-        return model.to(self.device)
+        return model.to(self.device), labels
 
     def features(self, merged: Path, rows: Rows, labels: Sequence[str], head: str) -> Tensor:
         """Input of the head's Linear under a merged adapter, (n, d)."""
-        return self.features_of(self.load(merged, head), rows, labels, head)
+        return self.features_of(self.load(merged, head)[0], rows, labels, head)
 
     def features_of(self, model: nn.Module, rows: Rows, labels: Sequence[str], head: str) -> Tensor:
         """Input of the model's head, (n, d), in eval mode."""
@@ -107,10 +107,10 @@ class Scorer:
         loss: of a classifier also the mean cross-entropy inside the task's own classes, in nats. generate: whether a
         language model generates, for its exact_match.
         """
-        model = self.load(merged, head)
+        model, labels = self.load(merged, head)
         if head is None:
             return self._score_language(model, tasks, generate)
-        labels, metric = open_adapter(merged).labels[head], IncrementalAccuracy(keep_in_memory=True)
+        metric = IncrementalAccuracy(keep_in_memory=True)
         classes = list(dict.fromkeys(labels))
         scores = []
         for task in tasks:

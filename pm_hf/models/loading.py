@@ -19,7 +19,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.utils import logging
 
 from pm_hf.adapters.folder import open_adapter
 from pm_hf.adapters.layout import PEFT_PREFIX
@@ -276,10 +275,5 @@ def load_gguf(auto: Any, path: str, file: str, **settings: Any) -> tuple[PreTrai
 
 def load_image_processor(settings: ModelSettings) -> Any:
     """The checkpoint's image processor, with Pillow's resizing, so that results do not depend on torchvision."""
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # it warns of processors that only torchvision has
-    try:
-        with _clear_error(_named(settings), "has no image processor"):
-            return AutoImageProcessor.from_pretrained(resolve_base(settings.base), backend="pil", **_source(settings))
-    finally:
-        logging.set_verbosity(level)
+    with quiet(), _clear_error(_named(settings), "has no image processor"):  # it warns of those that torchvision has
+        return AutoImageProcessor.from_pretrained(resolve_base(settings.base), backend="pil", **_source(settings))

@@ -189,7 +189,23 @@ def _making(run: ReleasedRun) -> str:
         f"## How it was made\n\n"
         f"Method {_code(report.method)}, seed {report.seed}, {_cell(report.scenario.replace('_', '-'))}, "
         f"{report.seconds or 0:.0f} s. Versions: {versions}.\n\n"
+        f"{_synthetic_rows(run)}"
         f"<details><summary>All settings</summary>\n\n{_fenced('yaml', settings)}\n\n</details>"
+    )
+
+
+def _synthetic_rows(run: ReleasedRun) -> str:
+    """What was kept of the earlier tasks in place of their rows."""
+    records = [record for record in run.report.records if record is not None and record.replay]
+    if not records:
+        return ""
+    kept, longest = (max(record.replay[key] for record in records) for key in ("pool_rows", "longest_common_run"))
+    copies = sum(record.replay["copies"] for record in records)
+    return (
+        f"No training row of an earlier task was kept. The adapter was also trained on synthetic rows, at most {kept} "
+        "at a time, which an adapter of the base wrote after the task's rows. They were compared with training rows: "
+        f"{copies} exact or near copies were dropped, the longest run of tokens that a kept row shares with a training "
+        f"row is {longest}. Of the rows only the few on the report page are published.\n\n"
     )
 
 

@@ -160,9 +160,14 @@ def _marks(chart: Chart) -> list[str]:
     return parts
 
 
+def _look(series: Series, place: int) -> tuple[int, int]:
+    """Numbers of a series' colour and shape."""
+    colour, shape = (place if own is None else own for own in (series.colour, series.shape))
+    return colour % len(LIGHT), shape % len(SHAPES)
+
+
 def _drawn(chart: Chart, series: Series, place: int) -> list[str]:
-    colour = (place if series.colour is None else series.colour) % len(LIGHT)
-    shape = (place if series.shape is None else series.shape) % len(SHAPES)
+    colour, shape = _look(series, place)
     markers, path, pen = [], [], "M"
     for x, y in zip(series.x, series.y, strict=True):
         if y is None:
@@ -198,16 +203,15 @@ def _legend(chart: Chart, columns: int) -> list[str]:
     parts, width = [], (WIDTH - LEFT) / columns
     for place, series in enumerate(chart.series):
         x, y = LEFT + width * (place % columns), HEIGHT + 22 * (place // columns) + 6
-        colour = (place if series.colour is None else series.colour) % len(LIGHT)
-        shape = SHAPES[(place if series.shape is None else series.shape) % len(SHAPES)]
+        colour, shape = _look(series, place)
         dash = f' stroke-dasharray="{DASHES[series.dash]}"' if series.dash else ""
         line = f'<path class="c{colour}"{dash} d="M{x} {y}L{x + 28} {y}"/>' if series.line else ""
-        parts.append(line + marker(x + 14, y, shape, colour) * series.dots)
+        parts.append(line + marker(x + 14, y, SHAPES[shape], colour) * series.dots)
         parts.append(f'<text x="{x + 36}" y="{y + 4}">{escape(series.name)}</text>')
     return parts
 
 
-PNG_MARKERS, PNG_LINES = "os^vDX", ("-", "--", ":", "-.")
+PNG_MARKERS, PNG_LINES = "os^vDX", ("-", "--", ":", "-.")  # of SHAPES and DASHES
 
 
 def write_chart(chart: Chart, path: Path) -> None:
@@ -219,14 +223,13 @@ def write_chart(chart: Chart, path: Path) -> None:
     axes = figure.subplots()
     for place, series in enumerate(chart.series):
         values = [float("nan") if y is None else y for y in series.y]
+        colour, shape = _look(series, place)
         axes.plot(
             series.x,
             values,
             label=printable(series.name),
-            color=LIGHT[(place if series.colour is None else series.colour) % len(LIGHT)],
-            marker=PNG_MARKERS[(place if series.shape is None else series.shape) % len(PNG_MARKERS)]
-            if series.dots
-            else "",
+            color=LIGHT[colour],
+            marker=PNG_MARKERS[shape] if series.dots else "",
             linestyle=PNG_LINES[series.dash] if series.line else "none",
             markersize=5 if series.line else 3,
         )

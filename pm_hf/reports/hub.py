@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pm_hf.adapters.download import TOKEN, errors_only, http_reason, log_in
-from pm_hf.adapters.layout import ADAPTER_FILES, ADAPTER_WEIGHTS
+from pm_hf.adapters.layout import ADAPTER_FILES, ADAPTER_WEIGHTS, CARD_FILE
 from pm_hf.errors import InputError, raise_all
 from pm_hf.reports.card import model_card
 from pm_hf.reports.release import ReleasedRun, read_finished_run, valid_id
@@ -17,7 +17,7 @@ from pm_hf.runs.paths import REPORT_FILE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-CARD_FILE, TASK_FOLDERS, PLOTS_INSIDE = "README.md", "tasks/", "plots/"
+TASK_FOLDERS, PLOTS_INSIDE = "tasks/", "plots/"
 UNRELATED = (".gitattributes", CARD_FILE, "LICENSE")  # what a repository may hold before the first push
 
 

@@ -12,7 +12,7 @@ from pm_hf.reports.charts import STYLE, Chart, escape, svg
 from pm_hf.reports.release import redact
 from pm_hf.reports.run_charts import COSTS, charts, line_chart_names, metric_name
 from pm_hf.runs.paths import RunPaths
-from pm_hf.runs.records import LOWER_IS_BETTER, MergeLine, Report, ScoreRows, read_runs
+from pm_hf.runs.records import COMPARED_COEFFICIENTS, LOWER_IS_BETTER, MergeLine, Report, ScoreRows, read_runs
 from pm_hf.text import NO_VALUE, format_number
 
 LONGEST = 300  # characters shown of a setting
@@ -87,7 +87,9 @@ def page(runs: list[Report], drawn_charts: Sequence[Chart]) -> str:
         "Score matrices": _scale(runs) + f'<div class="runs">{"".join(_matrices(run, runs) for run in runs)}</div>\n',
         "Each task at the end": _at_the_end(runs) + drawn.get("forgetting", ""),
         "Coefficients": _coefficients(runs) + drawn.get("coefficients", ""),
+        "Search of the coefficient": "".join(figure for name, figure in drawn.items() if name.startswith("search-")),
         "Loss along the merge line": merge_lines(runs, drawn),
+        "Written rows": "".join(_written_rows(run) for run in runs),
         "Training": "".join(_training(run, drawn.get(f"loss-{place}", "")) for place, run in enumerate(runs, 1)),
         "Time, memory and truncation": "".join(drawn.get(name, "") for name, *_ in COSTS),
         "Texts held out": _held_out(runs),
@@ -254,6 +256,30 @@ def _times(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
+def _written_rows(run: Report) -> str:
+    """Counts of the synthetic rows of each task, and a few of them."""
+    records = [record for record in run.records if record is not None and record.replay]
+    counts = ("written", "kept", "copies", "doubles", "empty", "longest_common_run", "agreement", "pool_rows")
+    header = ["task", *(key.replace("_", " ") for key in counts), "writer, s", "writing, s", "labels, s"]
+    rows, samples = [], []
+    for record in records:
+        replay, seconds = record.replay, record.replay["seconds"]
+        numbers = [cell(replay[key], digits=2 if key == "agreement" else 0) for key in counts]
+        times = [cell(seconds[key], digits=1) for key in ("writer", "write", "label")]
+        rows.append([record.task, *numbers, *times])
+        for sample in replay["samples"]:
+            text = sample["prompt"] if isinstance(sample["prompt"], str) else sample["prompt"][-1]["content"]
+            samples.append([record.task, *(cell(part[:LONGEST]) for part in (sample["asked"], text, sample["says"]))])
+    if not records:
+        return ""
+    caption = (
+        f"{run.label}: rows that a throw-away adapter wrote to be rehearsed; copies of training rows are dropped, the "
+        "longest common run is in tokens, agreement the share whose answer is the one it was written for"
+    )
+    shown = table("Some of them", ["task", "written for", "prompt", "the merge says"], samples, "text")
+    return table(caption, header, rows) + (shown if samples else "")
+
+
 def _held_out(runs: list[Report]) -> str:
     tables = ""
     for run in (run for run in runs if run.held_out):
@@ -302,9 +328,6 @@ def _versions(runs: list[Report]) -> str:
     keys = list(dict.fromkeys(key for of_run in made_with for key in of_run))
     rows = [[key, *(cell(of_run.get(key, NO_VALUE)) for of_run in made_with)] for key in keys]
     return table("What the runs were made with", ["", *(run.label for run in runs)], rows, "text") if keys else ""
-
-
-COMPARED_COEFFICIENTS = {"chosen": "chosen", "one_over_t": "1/t", "best_loss": "best loss"}
 
 
 def merge_lines(runs: Sequence[Report], drawn: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from pm_hf.reports.charts import Chart, Series, write_chart
-from pm_hf.runs.records import CLASS_INCREMENTAL, TASK_INCREMENTAL, Report, TaskRecord
+from pm_hf.runs.records import CLASS_INCREMENTAL, COMPARED_COEFFICIENTS, TASK_INCREMENTAL, Report, TaskRecord
 from pm_hf.text import format_metric
 
 DOTS = 600  # loss points drawn of a run
@@ -50,6 +50,7 @@ def charts(runs: list[Report]) -> list[Chart]:
     for file, cost, title, unit in COSTS:
         values = [[None if record is None else cost(record) for record in run.records] for run in runs]
         drawn.append(Chart(file, title, "task", unit, _of_runs(runs, values)))
+    drawn += [chart for place, run in enumerate(runs, start=1) for chart in search_charts(run, place, len(runs))]
     drawn += [chart for place, run in enumerate(runs, start=1) for chart in line_charts(run, place, len(runs))]
     return [chart for chart in drawn if chart.points]
 
@@ -113,6 +114,26 @@ def _loss_chart(run: Report, place: int) -> Chart:
     return Chart(f"loss-{place}", title, "optimizer step", "training loss", series, about, ends)
 
 
+def search_charts(run: Report, place: int, runs: int) -> list[Chart]:
+    """What the coefficient of each task was searched with: losses of held-out new rows and of the pool."""
+    drawn = []
+    for t, record in enumerate(run.records, start=1):
+        if record is None or not record.search or record.coefficient is None:
+            continue
+        x, chosen = [point["coefficient"] for point in record.search], record.coefficient.used
+        sums = dict(zip(x, [point["objective"] for point in record.search], strict=True))
+        series = [Series("objective", x, list(sums.values()), colour=0, shape=0)]
+        series.append(Series("written rows, a task", x, [p["old"] for p in record.search], colour=1, shape=1))
+        series.append(Series("new rows held out", x, [p["new"] for p in record.search], colour=2, shape=2))
+        series.append(Series(f"chosen {chosen:.1f}", [chosen], [sums[chosen]], line=False, colour=3, shape=3))
+        where = f"task {t}, {record.task}" + (f", {run.label}" if runs > 1 else "")
+        about = "Chosen is the smallest coefficient within one standard error of the smallest objective."
+        name = f"search-{t}" if runs == 1 else f"search-{place}-{t}"
+        title, unit = f"Search of the coefficient of {where}", "cross-entropy, nats a token"
+        drawn.append(Chart(name, title, "coefficient α", unit, series, about, _marks(series)))
+    return drawn
+
+
 def line_charts(run: Report, place: int, runs: int) -> list[Chart]:
     """Of each task in coefficient.json: change of the loss and score along its merge line."""
     tasks = [] if run.line is None else run.line.tasks
@@ -167,10 +188,10 @@ def _predicted(x: list[float], values: list[float | None], measured: Sequence[fl
 
 def _compared(task: Mapping, best: str, values: Mapping[float, float]) -> list[Series]:
     """One point for each of the coefficients that are compared."""
-    named = (("chosen", "chosen", 3), ("one_over_t", "1/t", 4), (best, "best", 5))
+    named = [*((key, COMPARED_COEFFICIENTS[key]) for key in ("chosen", "one_over_t")), (best, "best")]
     return [
         Series(f"{name} {task[key]:.3f}", [task[key]], [values[task[key]]], line=False, colour=look, shape=look)
-        for key, name, look in named
+        for look, (key, name) in enumerate(named, start=3)
     ]
 
 

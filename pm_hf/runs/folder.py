@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,12 @@ class RunFolder:
             last.curvature if last.curvature.is_file() else None,
             last.statistics if last.statistics.is_file() else None,
             last.optimum if last.optimum.is_dir() else last.adapter,
+            last.pool if last.pool.is_file() else None,
         )
+
+    def count_finished(self) -> int:
+        """Number of finished tasks before the first that is not, whatever they hold."""
+        return sum(1 for _ in takewhile(lambda index: self.task(index).finished, range(len(self.stream.tasks))))
 
     def finished(self) -> int:
         """Number of finished tasks in the folder; InputError when they contradict the config, or where the training
@@ -139,9 +144,7 @@ class RunFolder:
                     f"output_dir {self.path} is not empty and holds no {CONFIG_FILE}; choose another folder"
                 )
             return 0
-        done = 0
-        while done < len(self.stream.tasks) and self.task(done).finished:
-            done += 1
+        done = self.count_finished()
         tasks = self.paths.tasks()
         started = any(task.finished or task.has_checkpoints for task in tasks)
         saved = load_config(path)
@@ -203,6 +206,8 @@ class RunFolder:
             needed.append(last.curvature)
         if config.analytic_head:
             needed.append(last.statistics)
+        if config.rehearses:
+            needed.append(last.pool)
         begun_from_another = index > 1 or self.start is not None
         if record.train_from == "last" and begun_from_another and not config.merging_method.factors:
             needed.append(last.optimum)
@@ -245,11 +250,13 @@ class RunFolder:
         """
         finished = self.task(index)
         remove_checkpoints(finished.checkpoints)
+        remove_checkpoints(finished.writer)
         finished.rows.unlink(missing_ok=True)
         # with a gate the promoted adapter may be the previous one, and its curvature goes with it
         kept = 2 if self.config.max_forgetting is None else 3
         for older in map(self.task, range(index + 1 - kept)):
             older.curvature.unlink(missing_ok=True)
+            older.pool.unlink(missing_ok=True)
             remove_adapter(older.optimum)
             remove_adapter(older.change)
 
@@ -350,6 +357,8 @@ def log_finished_task(index: int, total: int, record: TaskRecord, metric: str) -
     line = f"task {index + 1}/{total} {record.task}: {name} {scores[-1]:.3f}, mean of {len(scores)} {mean:.3f}"
     if alpha is not None and record.freedom != "free":
         line += f", coefficient {alpha.used:.3f} (1/t {alpha.one_over_t:.3f})"
+    if record.replay:
+        line += f", {record.replay['kept']} of {record.replay['written']} written rows kept"
     log_line(f"{line}, {record.seconds:.1f} s")
 
 
@@ -369,6 +378,7 @@ def _note_conditions(paths: TaskPaths, task: Task, inputs: Inputs, before: Mappi
             begun = read_json(paths.rows)
     if begun is None:
         remove_checkpoints(paths.checkpoints)
+        remove_checkpoints(paths.writer)
     notes = [] if begun is None else list(begun.get("notes", []))
     changes = [f"continued with {change}" for change in changed_conditions(now, begun or before)]
     for change in changes:

@@ -62,6 +62,7 @@ class AnalyticHead(HeadPolicy):
 
     def __init__(self, settings: HeadSettings, scorer: Scorer) -> None:
         self.settings, self.scorer = settings, scorer
+        self._kept: tuple[tuple[Path, str], Tensor] | None = None  # of `_features_before`
 
     def check(self, built: TaskModel) -> None:
         """The discriminants need a bias."""
@@ -78,6 +79,7 @@ class AnalyticHead(HeadPolicy):
         curvature is measured without them: H is of the cross-entropy
         among the task's own classes, as P&M is published.
         """
+        self._kept = None  # of a task that is finished
         if self.settings.training != "seen":
             return nullcontext()
         head, own_mean = str(built.head), self.settings.means == "task"
@@ -106,7 +108,7 @@ class AnalyticHead(HeadPolicy):
         statistics = _load_statistics(start.statistics)
         features = self.scorer.features(paths.merged, task.train, task.own, module)
         if statistics.labels and settings.drift == "ridge" and trained and start.running is not None:
-            before = self.scorer.features(start.running.path, task.train, task.own, module)
+            before = self._features_before(start.running.path, task, module)
             statistics = statistics.moved(ridge_drift(before, features, settings.ridge))
         own_mean = settings.means == "task"
         statistics = statistics.added(features, _class_indices(task), list(task.own), one_mean_per_task=own_mean)
@@ -116,6 +118,14 @@ class AnalyticHead(HeadPolicy):
         statistics.save(paths.statistics)
         weight, bias = (value if statistics.temperature else value / temperature for value in statistics.solve())
         replace_head(paths.merged, module, weight, bias, statistics.labels)
+
+    def _features_before(self, running: Path, task: Task, head: str) -> Tensor:
+        """The task's features under the running merge, (n, d); the last ones are kept: a merge line has several merges
+        of one task into one running merge."""
+        key = running, task.name
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self.scorer.features(running, task.train, task.own, head)
+        return self._kept[1]
 
 
 def head_policy(config: RunConfig, scorer: Scorer) -> HeadPolicy:

@@ -17,7 +17,7 @@ from pm_hf.config.schema import RunConfig
 from pm_hf.data.stream import TaskStream
 from pm_hf.files import digest
 from pm_hf.models.loading import resolve_base
-from pm_hf.runs.paths import CURVATURE_FILE, STATISTICS_FILE
+from pm_hf.runs.paths import CURVATURE_FILE, POOL_FILE, STATISTICS_FILE
 
 Inputs = dict[str, dict[str, str]]  # {setting: {file, or name of a held-out text: digest}}
 WHOLE, BLOCK, BLOCKS = 64 * 2**20, 64 * 2**10, 64  # bytes of a file that is read whole, of a block; blocks of another
@@ -93,5 +93,5 @@ def _commit(base: str, revision: str | None) -> dict[str, str]:
 
 
 def _start(adapter: Path) -> dict[str, str]:
-    names = (*ADAPTER_FILES, CURVATURE_FILE, STATISTICS_FILE)
+    names = (*ADAPTER_FILES, CURVATURE_FILE, STATISTICS_FILE, POOL_FILE)
     return {name: file_digest(adapter / name) for name in names if (adapter / name).is_file()}

@@ -12,12 +12,13 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from pm_hf.adapters.folder import base_name, open_adapter, save_adapter
+from pm_hf.adapters.folder import base_name, merge_record, open_adapter, save_adapter
 from pm_hf.adapters.merge import MergeReport, merge_adapters
 from pm_hf.adapters.naming import check_loads
 from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.data.encoders import check_encoding, check_length, check_tokens, make_encoder, match_padding
+from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.data.stream import Task, TaskStream, batches, load_stream, sample
 from pm_hf.distributed import (
     OtherProcessError,
@@ -31,6 +32,7 @@ from pm_hf.environment import conditions, release_memory
 from pm_hf.errors import InputError
 from pm_hf.files import locked, make_folder
 from pm_hf.measuring.curvature import estimate_curvature
+from pm_hf.measuring.line_search import Point, smallest_within_error
 from pm_hf.measuring.scores import Scorer, cut_note
 from pm_hf.merging.curvature import Curvature
 from pm_hf.models.loading import NeedsWeightsError, resolve_base
@@ -47,6 +49,7 @@ from pm_hf.runs.folder import ForgettingError, RunFolder, finished_labels, log_f
 from pm_hf.runs.head import head_policy
 from pm_hf.runs.paths import TaskPaths
 from pm_hf.runs.records import Report, TaskRecord, primary_metric
+from pm_hf.runs.rehearsal import Rehearsal, replay_note
 from pm_hf.runs.start import TaskStart, adapter_to_fold, check_fold, load_start, start_task
 from pm_hf.runs.tracking import Tracking
 from pm_hf.training.callbacks import EarlyStopping, SequentialAveraging, Stop, stop_on_sigterm
@@ -138,11 +141,13 @@ def _lacking(task: Task, labels: Sequence[str]) -> str | None:
 
 @dataclass(frozen=True)
 class TrainedTask:
-    """A task as its training left it. head: module name of its head; record: None where only the head is computed."""
+    """A task as its training left it. head: module name of its head; record: None where only the head is computed;
+    search: points of the coefficient's search, [] where there is none."""
 
     head: str | None
     record: TrainingRecord | None
     curvature: Curvature | None
+    search: list[Point]
 
 
 @contextmanager
@@ -182,6 +187,9 @@ class Run:
         check_encoding(self.encoder, [rows for task in stream.all for rows in (task.train, task.eval, task.test)])
         self.scorer = Scorer(config, self.encoder, args.per_device_eval_batch_size, precision(args), args.device)
         self.head = head_policy(config, self.scorer)
+        self.rehearsal = None
+        if config.rehearses and isinstance(self.encoder, CausalEncoder | Seq2SeqEncoder):
+            self.rehearsal = Rehearsal(config, stream, self.encoder, self.scorer)
         self._check_rows_suffice(args.train_batch_size if args.dataloader_drop_last else 0)
 
     def learn_task(self, index: int, stop: Stop) -> None:
@@ -191,11 +199,19 @@ class Run:
         start = on_all_processes(lambda: start_task(self.config, self.folder.state(index), index))
         trained = self._train_and_measure(task, start, stop)
         release_memory()  # the scores load the model again, and two of them may be too many
+        written = None
+        if self.rehearsal is not None:
+            written = self.rehearsal.write(task, index, start.pool, paths, stop)
+            stop.check()
 
         def finish() -> None:
             """What process 0 does with the trained task."""
-            merge = self._merge(paths, start, trained.curvature)
+            merge = self._merge(paths, start, trained)
             self.head.after_merge(paths, task, start, trained.head, trained=self._trains(index))
+            replay = {}
+            if self.rehearsal is not None and written is not None:
+                replay = self.rehearsal.finish(written, task, index, start.pool, paths)
+                release_memory()
             scores, held_out = self._scores(paths, trained.head, index)
             record = TaskRecord(
                 task=task.name,
@@ -212,6 +228,8 @@ class Run:
                 training=trained.record,
                 scores=scores,
                 held_out=held_out,
+                replay=replay,
+                search=trained.search,
                 seconds=time.perf_counter() - began,
                 process_peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                 conditions=conditions(),
@@ -219,6 +237,7 @@ class Run:
                     *notes,
                     *self._learning_notes(task, trained, index),
                     *self._truncation_notes(task, trained, index),
+                    *([replay_note(replay)] if replay else []),
                 ],
             )
             self.folder.finish_task(index, record)
@@ -241,8 +260,10 @@ class Run:
         stop.check()
         curvature = self._measure(built, task, start)
         stop.check()
+        search = on_main_process(lambda: self._search(built, task, start))
+        stop.check()
         on_main_process(lambda: self._save(built, task, self.folder.task(start.index).adapter))
-        return TrainedTask(built.head, record, curvature)
+        return TrainedTask(built.head, record, curvature, search)
 
     def _trains(self, index: int) -> bool:
         """Whether a task trains the backbone."""
@@ -345,7 +366,7 @@ class Run:
     def _train(self, built: TaskModel, task: Task, start: TaskStart, stop: Stop) -> TrainingRecord:
         args = training_arguments(self.config, self.folder.task(start.index).checkpoints, start.index)
         examples = on_all_processes(lambda: self.encoder.training(task.train.with_rows(task.replayed), task.labels))
-        cut = getattr(self.encoder, "cut", 0)
+        cut, rehearsal = getattr(self.encoder, "cut", 0), self.rehearsal
         patience = self.config.early_stopping_patience
         record = train(
             built,
@@ -360,6 +381,7 @@ class Run:
             ],
             penalties=make_penalties(self.config, built, start),
             evaluated=self.encoder.examples(task.eval, task.labels) if len(task.eval) else None,
+            rehearsed=() if rehearsal is None else on_all_processes(lambda: rehearsal.examples(start.pool)),
         )
         return replace(record, cut_rows=cut)
 
@@ -407,14 +429,25 @@ class Run:
         on_main_process(lambda: curvature.save(path))
         return Curvature.load(path)  # from here on it is read a chunk at a time
 
+    def _search(self, built: TaskModel, task: Task, start: TaskStart) -> list[Point]:
+        """What the coefficient is chosen by where it is searched for; the first task is taken as it is."""
+        if self.rehearsal is None or not self.config.searches or start.running is None:
+            return []
+        return self.rehearsal.search(built, task, start.pool)
+
     def _save(self, built: TaskModel, task: Task, path: Path) -> None:
         factors, saved, peft_config = task_tensors(built.model, self.config.stream.kind)
         labels = {} if built.head is None else {built.head: list(task.labels)}
         save_adapter(path, peft_config, factors, saved, labels)
 
-    def _merge(self, paths: TaskPaths, start: TaskStart, curvature: Curvature | None) -> MergeReport:
-        settings, method = self.config.merge, self.config.merging_method
-        coefficient = None if start.running is None else settings.coefficient  # the first task is taken as it is
+    def _merge(self, paths: TaskPaths, start: TaskStart, trained: TrainedTask) -> MergeReport:
+        settings, method, curvature = self.config.merge, self.config.merging_method, trained.curvature
+        coefficient: float | None = None  # the first task is taken as it is
+        if start.running is not None and settings.coefficient == "search":
+            tasks = merge_record(start.running)["tasks"] + 1
+            coefficient = smallest_within_error(trained.search) if trained.search else 1 / tasks
+        elif start.running is not None:
+            coefficient = settings.coefficient  # type: ignore[assignment]
         if not self._trains(start.index):
             coefficient = 0.0  # nothing was trained: the running merge stays as it is
         options, curvatures = dict(settings.options), list[Curvature]()
@@ -427,7 +460,7 @@ class Run:
             unmeasured = start.index == 0 and start.running is not None and start.curvature is None
             options["on_zero_curvature"] = settings.on_zero_curvature
             options.setdefault("unmeasured_past", "ignore" if unmeasured else "error")
-        return merge_adapters(
+        report = merge_adapters(
             adapter_to_fold(self.config, start, paths),
             paths.merged,
             into=None if start.running is None else start.running.path,
@@ -438,6 +471,10 @@ class Run:
             options=options,
             max_rank=settings.max_rank,
         )
+        if not self.config.searches or start.running is None or report.coefficient is None:
+            return report
+        note = None if trained.search else "no written row of an earlier task to search with: 1/t"
+        return replace(report, coefficient=replace(report.coefficient, source="line_search", note=note))
 
     def _scores(
         self, paths: TaskPaths, head: str | None, index: int

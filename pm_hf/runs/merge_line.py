@@ -21,17 +21,23 @@ from pm_hf.distributed import log_line
 from pm_hf.environment import release_memory
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import write_json
-from pm_hf.measuring.line_search import best_coefficient, predicted_change, scan
+from pm_hf.measuring.line_search import COEFFICIENT_GRID, best_coefficient, predicted_change, scan
 from pm_hf.merging.coefficient import Coefficient
 from pm_hf.runs.folder import finished_labels
 from pm_hf.runs.learner import Run
 from pm_hf.runs.paths import RunPaths, TaskPaths
-from pm_hf.runs.records import CLASS_INCREMENTAL, LOWER_IS_BETTER, TASK_INCREMENTAL, MergeLine, Report, TaskRecord
-from pm_hf.runs.start import start_task
+from pm_hf.runs.records import (
+    CLASS_INCREMENTAL,
+    COMPARED_COEFFICIENTS,
+    LOWER_IS_BETTER,
+    TASK_INCREMENTAL,
+    MergeLine,
+    Report,
+    TaskRecord,
+)
+from pm_hf.runs.start import TaskStart, start_task
 from pm_hf.text import NO_VALUE, format_metric, format_number, printable, text_table
 
-COEFFICIENT_GRID = tuple(tenth / 10 for tenth in range(11))
-COMPARED = ("chosen", "one_over_t", "best_loss")  # coefficients whose regret is reported
 SAME_SCORE = 1e-4  # difference of two scores of one adapter that is not worth a note
 
 
@@ -101,9 +107,7 @@ def _line_problems(config: RunConfig) -> list[str]:
 def _folded(work: Run) -> list[int]:
     """Finished tasks that were folded into a merge before them; InputError where there is none, or for other data."""
     folder, tasks = work.folder, work.stream.tasks
-    done = 0
-    while done < len(tasks) and folder.task(done).finished:
-        done += 1
+    done = folder.count_finished()
     other = [task.name for i, task in enumerate(tasks[:done]) if folder.data_problem(i)]
     raise_all(
         [f"labels or rows of {', '.join(other)} are not those that it was trained on; use data_dir=FOLDER"]
@@ -139,6 +143,8 @@ def _key(work: Run, index: int, record: TaskRecord) -> str:
         place = settings[parents[0]] if parents else settings
         place[last] = None
     del settings["stream"]["order"]  # lines are kept since before it existed
+    if not work.config.rehearses:
+        del settings["strategy"]["replay"], settings["strategy"]["pool_rows"]  # as for the order
     kept = {key: value for key, value in asdict(alpha).items() if key != "source"}  # as for the order
     adapters = [work.folder.task(index).adapter, work.folder.state(index).merged]
     parts: list = [
@@ -163,7 +169,8 @@ def _grid(alpha: Coefficient) -> set[float]:
 def _task(work: Run, index: int, record: TaskRecord, metric: str) -> dict[str, Any]:
     """One task's line, scored."""
     began, alpha = time.perf_counter(), _coefficient(record)
-    points = scan(_grid(alpha), lambda value: _point(work, index, record, value, metric))
+    start = start_task(work.config, work.folder.state(index), index)
+    points = scan(_grid(alpha), lambda value: _point(work, start, record, value, metric))
     sign = -1 if metric in LOWER_IS_BETTER else 1
     best = {
         "best_loss": best_coefficient(points, lambda point: -point["loss_mean"], alpha.used),
@@ -183,9 +190,9 @@ def _task(work: Run, index: int, record: TaskRecord, metric: str) -> dict[str, A
     }
 
 
-def _point(work: Run, index: int, record: TaskRecord, alpha: float, metric: str) -> dict[str, Any]:
+def _point(work: Run, start: TaskStart, record: TaskRecord, alpha: float, metric: str) -> dict[str, Any]:
     """The merge with one coefficient, loaded as users load it."""
-    start, seen = start_task(work.config, work.folder.state(index), index), work.stream.seen(index)
+    index, seen = start.index, work.stream.seen(start.index)
     with TemporaryDirectory(prefix="pm-hf-") as folder:
         paths = TaskPaths(Path(folder))
         merge_adapters(
@@ -226,7 +233,7 @@ def _regrets(points: Sequence[Mapping], alphas: Mapping[str, float], metric: str
             "score": _scale(metric) * abs(best_score - at[alphas[name]]["score"]),
             "loss": at[alphas[name]]["loss_mean"] - best_loss,
         }
-        for name in COMPARED
+        for name in COMPARED_COEFFICIENTS
     }
 
 
@@ -253,7 +260,7 @@ def _merge_line(config: RunConfig, metric: str, tasks: list[dict], skipped: list
     """The content of coefficient.json."""
     mean = {
         name: {kind: fmean(task["regret"][name][kind] for task in tasks) for kind in ("score", "loss")}
-        for name in COMPARED
+        for name in COMPARED_COEFFICIENTS
         if tasks
     }
     predicts = any(task["points"][0]["predicted"] is not None for task in tasks)
@@ -293,7 +300,7 @@ def merge_line_table(line: Mapping[str, Any]) -> str:
 
 def _task_lines(line: Mapping, task: Mapping) -> list[str]:
     name = format_metric(line["metric"])
-    marks = {"chosen": "chosen", "one_over_t": "1/t", "best_loss": "best loss", "best_score": f"best {name}"}
+    marks = COMPARED_COEFFICIENTS | {"best_score": f"best {name}"}
     rows = [["α", "predicted", "change", "loss", "earlier", "own", name, "earlier", "own", ""]]
     start = next(point for point in task["points"] if point["coefficient"] == 0)
     for point in task["points"]:
@@ -320,6 +327,6 @@ def _parts(values: Sequence[float]) -> tuple[float, float | None, float]:
 def _regret_text(line: Mapping, regret: Mapping) -> str:
     listed = [
         f"{name} {regret[key]['score']:.2f} {line['regret_unit']} and {regret[key]['loss']:.4f} nats"
-        for key, name in (("chosen", "chosen"), ("one_over_t", "1/t"), ("best_loss", "best loss"))
+        for key, name in COMPARED_COEFFICIENTS.items()
     ]
     return "regret: " + ", ".join(listed)

@@ -8,6 +8,8 @@ CONFIG_FILE, REPORT_FILE, STEP_FILE = "config.yaml", "report.json", "step.json"
 MERGE_LINE_FILE = "coefficient.json"  # what `pm_hf.merge_line` has measured
 ROWS_FILE = "rows.json"  # rows of the task that is being trained, and under which conditions
 CURVATURE_FILE, STATISTICS_FILE = "curvature.safetensors", "head_statistics.safetensors"
+POOL_FILE = "pool.jsonl"  # written rows of all tasks so far
+WRITER_FOLDER = "writer"  # checkpoints of the writer's training, if it was stopped
 PAGE_FILE, PLOTS_FOLDER = "report.html", "plots"
 LOGS_FOLDER, TRACKERS_FILE = "logs", "trackers.json"
 TASK_PREFIX = "task-"
@@ -27,6 +29,7 @@ class TaskPaths:
         self.curvature, self.statistics = folder / CURVATURE_FILE, folder / STATISTICS_FILE
         self.optimum, self.change = folder / OPTIMUM_FOLDER, folder / CHANGE_FOLDER
         self.checkpoints = folder / CHECKPOINTS_FOLDER
+        self.pool, self.writer = folder / POOL_FILE, folder / WRITER_FOLDER
 
     @property
     def adapters(self) -> tuple[Path, Path]:
@@ -36,7 +39,7 @@ class TaskPaths:
     @property
     def results(self) -> tuple[Path, ...]:
         """All that a finished task may leave to the next one."""
-        return *self.adapters, self.optimum, self.curvature, self.statistics
+        return *self.adapters, self.optimum, self.curvature, self.statistics, self.pool
 
     @property
     def finished(self) -> bool:

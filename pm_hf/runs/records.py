@@ -39,9 +39,11 @@ class TaskRecord:
     labels: of its head, in row order. fingerprint, test_fingerprint: digests of its rows. coefficient: None where
     several coefficients, or none, decided the merge. merge_error: largest relative Frobenius error of a module.
     curvature_bytes: size of the sums. training: None where only the head was computed. scores: {metric: one score for
-    each task seen}. held_out: {text: {metric: score}}. conditions: threads, processes, device, versions. files: {name
-    in the task's folder: size and SHA-256} of what it left; inputs: what it depends on besides, see
-    `pm_hf.runs.inputs`; {} where an older version wrote it.
+    each task seen}. held_out: {text: {metric: score}}. replay: counts and seconds of the written rows, see
+    `pm_hf.runs.rehearsal`; search: the points of the coefficient's search, see `search_points`; both are left out where
+    there is none. conditions: threads, processes, device, versions. files: {name in the task's folder: size and
+    SHA-256} of what it left; inputs: what it depends on besides, see `pm_hf.runs.inputs`; {} where an older version
+    wrote it.
     """
 
     task: str
@@ -58,6 +60,8 @@ class TaskRecord:
     training: TrainingRecord | None = None
     scores: dict[str, list[float | None]] = field(default_factory=dict)
     held_out: dict[str, dict[str, float]] = field(default_factory=dict)
+    replay: dict[str, Any] = field(default_factory=dict)
+    search: list[dict[str, float]] = field(default_factory=list)
     seconds: float | None = None
     process_peak_memory_mb: float | None = None
     conditions: dict[str, Any] = field(default_factory=dict)
@@ -77,6 +81,8 @@ class TaskRecord:
             value = getattr(self, part.name)
             if part.name == "training":
                 content |= {} if value is None else value.to_dict()
+            elif part.name in ("replay", "search") and not value:
+                continue
             elif part.name == "conditions":
                 content |= value
             else:
@@ -114,6 +120,10 @@ def read_coefficient(content: Mapping[str, Any] | None) -> Coefficient | None:
     numbers = {key: values.pop(key, None) for key in ("raw", "used", "numerator", "past", "current", "one_over_t")}
     filled = {key: float("nan") if number is None else number for key, number in numbers.items()}
     return Coefficient(**filled, **values, modules=parts)  # type: ignore[arg-type]
+
+
+# keys of the coefficients whose regret a merge line has, and what they are called
+COMPARED_COEFFICIENTS = {"chosen": "chosen", "one_over_t": "1/t", "best_loss": "best loss"}
 
 
 @dataclass(frozen=True)

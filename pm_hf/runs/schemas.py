@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pm_hf.files import FileMark, Number
 from pm_hf.merging.coefficient import Freedom, Source
+from pm_hf.merging.methods.base import Start
 
 Score = Number | None
 Scores = dict[str, list[Score]]  # {metric: one score for each task seen}
@@ -39,7 +40,7 @@ class StepFile:
     fingerprint: str = ""
     test_fingerprint: str | None = None
     head: str | None = None
-    train_from: Literal["merged", "last", "base"] = "merged"
+    train_from: Start = "merged"
     freedom: Freedom = "global"
     coefficient: CoefficientFile | None = None
     merge_error: Score = None
@@ -116,7 +117,7 @@ class ReportFile:
     test_rows: list[int] | None = None
     seconds: Score = None
     freedom: Freedom = "global"
-    train_from: Literal["merged", "last", "base"] = "merged"
+    train_from: Start = "merged"
     merge_errors: list[Score] | None = None
     held_out: list[Texts] | None = None
     notes: list[str] | None = None

@@ -2,31 +2,34 @@
 
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Literal
 
 from pm_hf.adapters.folder import Adapter, Update, base_name, measured_tasks, open_adapter, write_adapter
 from pm_hf.adapters.merge import merge_adapters
 from pm_hf.adapters.naming import check_loads
 from pm_hf.config.schema import RunConfig
+from pm_hf.data.pool import Pool
 from pm_hf.data.stream import TaskStream
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import expand, same_files
 from pm_hf.measuring.analytic_head import HeadStatistics
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank, balanced, compact_svd, weighted_sum
+from pm_hf.merging.methods.base import Start
 from pm_hf.merging.methods.linear import SEQUENTIAL
 from pm_hf.models.loading import resolve_base
-from pm_hf.runs.paths import CURVATURE_FILE, MERGED_FOLDER, STATISTICS_FILE, RunPaths, TaskPaths
+from pm_hf.runs.paths import CURVATURE_FILE, MERGED_FOLDER, POOL_FILE, STATISTICS_FILE, RunPaths, TaskPaths
 
 
 @dataclass(frozen=True)
 class StreamState:
-    """What one task leaves to the next: running merge, sums of curvature, the head's statistics, its own optimum."""
+    """What one task leaves to the next: running merge, sums of curvature, the head's statistics, its own optimum, the
+    pool of written rows."""
 
     merged: Path | None = None
     curvature: Path | None = None
     statistics: Path | None = None
     optimum: Path | None = None
+    pool: Path | None = None
 
 
 def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
@@ -48,11 +51,15 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
     def first(name: str) -> Path | None:
         return next((folder / name for folder in beside if (folder / name).is_file()), None)
 
-    state = StreamState(adapter.path, first(CURVATURE_FILE), first(STATISTICS_FILE), adapter.path)
+    state = StreamState(adapter.path, first(CURVATURE_FILE), first(STATISTICS_FILE), adapter.path, first(POOL_FILE))
     problems = _adapter_misfits(config, stream, adapter)
     elastic = config.strategy.ewc_weight > 0
     if elastic and state.curvature is None:
         problems.append(f"strategy.ewc_weight needs {CURVATURE_FILE} beside it")
+    if config.rehearses and state.pool is None:
+        problems.append(f"strategy.replay generated needs {POOL_FILE} beside it, the rows of its tasks")
+    if config.rehearses and state.pool is not None:
+        Pool.load(state.pool)
     must_be_measured = config.merge.options.get("unmeasured_past") == "error" and config.merge.coefficient is None
     if must_be_measured and state.curvature is None:
         problems.append(f"merge.options.unmeasured_past is error, and it has no {CURVATURE_FILE} beside it")
@@ -137,17 +144,18 @@ class TaskStart:
 
     index: its place in the stream. train_from: merged, last or base. running: the merge that it is folded into, None
     before there is one, or where nothing is merged. frozen: the adapter in place while the task trains, None: the base
-    alone. factors: the last task's adapter, whose factors the new one starts with. curvature, statistics: files of the
-    sums and of the analytic head that the tasks before it left.
+    alone. factors: the last task's adapter, whose factors the new one starts with. curvature, statistics, pool: files
+    of the sums, of the analytic head and of the written rows that the tasks before it left.
     """
 
     index: int
-    train_from: Literal["merged", "last", "base"]
+    train_from: Start
     running: Adapter | None = None
     frozen: Adapter | None = None
     factors: Adapter | None = None
     curvature: Path | None = None
     statistics: Path | None = None
+    pool: Path | None = None
 
     @property
     def saved(self) -> Adapter | None:
@@ -172,6 +180,7 @@ def start_task(config: RunConfig, state: StreamState, index: int) -> TaskStart:
         factors=last if method.factors else None,
         curvature=state.curvature,
         statistics=state.statistics,
+        pool=state.pool,
     )
 
 

@@ -143,6 +143,10 @@ class StepTimes(TrainerCallback):
         self.seconds: list[float] = []
         self._began = 0.0
 
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Forget the steps of a training that was broken off."""
+        self.seconds.clear()
+
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """The clock starts."""
         self._began = time.perf_counter()

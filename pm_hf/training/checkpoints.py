@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import count
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from pm_hf.distributed import gather, log_line, on_all_processes, on_main_process
 from pm_hf.errors import InputError
@@ -32,6 +32,7 @@ from pm_hf.files import (
     damaged_file,
     errno_of,
     file_marks,
+    free_bytes,
     read_json,
     read_record,
     sync,
@@ -81,6 +82,16 @@ class SavedState:
     stateful_callbacks: dict[str, Any] = field(default_factory=dict)
 
 
+class _TrainingBegins(TrainerCallback):
+    """Calls `begin` where a training begins; a retry, `auto_find_batch_size`'s too, is one."""
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self._begin = begin
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._begin()
+
+
 class AtomicCheckpoints(BeforeTrainer):
     """The only change to PMTrainer is in how a checkpoint is written: whole or not at all.
 
@@ -92,12 +103,20 @@ class AtomicCheckpoints(BeforeTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._before = Progress()
-        self._loss_sum, self._losses = 0.0, list[Tensor]()
-        self._log, self._drawn_at = LossLog(), list[tuple[int, float]]()  # (step, factor) of each of `_losses`
+        self._losses = list[Tensor]()
+        self._drawn_at = list[tuple[int, float]]()  # (step, factor) of each of `_losses`
+        self._begin_counting()
+        self.add_callback(_TrainingBegins(self._begin_counting))
 
     def continue_from(self, checkpoint: str | None) -> None:
         """Count on from what `checkpoint` says; call it before `train(resume_from_checkpoint=checkpoint)`."""
         self._before = Progress() if checkpoint is None else _read_whole(Path(checkpoint))
+        self._begin_counting()
+
+    def _begin_counting(self) -> None:
+        """Count on from `_before`; what was counted since is forgotten."""
+        self._losses.clear()
+        self._drawn_at.clear()
         self._log = LossLog(self._before.log)
         losses, index = self._before.losses, self.args.process_index
         same = len(losses) == self.args.world_size
@@ -309,7 +328,7 @@ def _write_error(path: Path, error: Exception) -> Exception:
     of_torch = isinstance(error, RuntimeError)
     if of_torch and not TORCH_WRITER.search(str(error)):
         return error
-    free = shutil.disk_usage(next(above for above in (path, *path.parents) if above.is_dir())).free
+    free = free_bytes(path)
     shutil.rmtree(path, ignore_errors=True)
     reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
     reason = "torch.save failed, as it does when the disk is full" if of_torch else reason
@@ -336,9 +355,7 @@ class LossLog:
         self._micro = 1  # micro-steps in the newest point
 
     def add(self, step: int, loss: float, factor: float) -> None:
-        """Count in one micro-step; a step before the newest point starts the log anew (a training that is retried)."""
-        if self.points and step < self.points[-1][0]:
-            self.points, self._stride = [], 1
+        """Count in one micro-step; steps come in their order."""
         if (step - 1) % self._stride:
             return
         if self.points and step == self.points[-1][0]:

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     EvalPrediction,
     PrinterCallback,
@@ -27,6 +27,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import ParallelMode
 
 from pm_hf.config.schema import RunConfig
+from pm_hf.data.pool import soft_collate, without_soft_targets
 from pm_hf.data.rows import Examples
 from pm_hf.distributed import on_main_process
 from pm_hf.errors import InputError, raise_all
@@ -37,6 +38,7 @@ from pm_hf.training.callbacks import StepTimes
 from pm_hf.training.checkpoints import AtomicCheckpoints, last_checkpoint
 from pm_hf.training.penalties import Penalty
 from pm_hf.training.record import TrainingRecord
+from pm_hf.training.rehearsal import HalfNew, SoftTargets
 from pm_hf.training.trainer import PMConfig, PMTrainer
 
 
@@ -70,9 +72,11 @@ class TaskTrainer(AtomicCheckpoints, PMTrainer):
     itself, and a training that a callback stops before its first step makes none.
     """
 
-    def __init__(self, *args: Any, penalties: Sequence[Penalty] = (), **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, penalties: Sequence[Penalty] = (), sampler: Sampler[int] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.penalties = list(penalties)
+        self.penalties, self.sampler = list(penalties), sampler
         self._finite = FiniteLoss(self)
         self.add_callback(self._finite)
 
@@ -88,9 +92,10 @@ class TaskTrainer(AtomicCheckpoints, PMTrainer):
     ) -> Any:
         """Trainer's loss plus the penalties."""
         batch = dict(inputs)  # Trainer takes the labels away where it computes the loss itself
+        inputs = without_soft_targets(inputs)
         inner = transformer_of(model)
         if has_token_targets(batch) and inner.config.is_encoder_decoder:  # its decoder's input is made of them
-            inputs = batch | {"decoder_input_ids": inner.prepare_decoder_input_ids_from_labels(batch["labels"])}
+            inputs |= {"decoder_input_ids": inner.prepare_decoder_input_ids_from_labels(batch["labels"])}
         if not self.penalties or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -98,6 +103,12 @@ class TaskTrainer(AtomicCheckpoints, PMTrainer):
         for penalty in self.penalties:
             loss = loss + self._share(penalty, batch, num_items_in_batch) * penalty(self.model, batch, logits)
         return (loss, outputs) if return_outputs else loss
+
+    def _ask_for_the_loss(self, inputs: dict[str, Any], items: Any) -> None:
+        super()._ask_for_the_loss(without_soft_targets(inputs), items)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int] | None:
+        return self.sampler or super()._get_train_sampler(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self.control.should_training_stop:
@@ -172,9 +183,11 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     penalties: Sequence[Penalty] = (),
     evaluated: Examples | None = None,
+    rehearsed: Examples = (),
 ) -> TrainingRecord:
     """Train one task in place, from its newest checkpoint if there is one; what step.json says about it.
 
+    rehearsed: examples of the pool (`Pool.examples`), which are half of every batch.
     evaluated: rows for `eval_strategy`, with eval_loss and, of classifiers, eval_accuracy among the classes that the
     task is trained against: its own head's, or with `head.training: seen` all that were seen.
     Raises DivergedError at the step whose loss or gradient is not finite; the checkpoint before it stays.
@@ -183,11 +196,12 @@ def train(
     trainer = TaskTrainer(
         model=built.model,
         args=args,
-        train_dataset=examples,
+        train_dataset=[*examples, *rehearsed] if rehearsed else examples,  # type: ignore[misc]
         eval_dataset=evaluated,
         compute_metrics=None if built.head is None else accuracy,
-        data_collator=collate,
-        penalties=penalties,
+        data_collator=soft_collate(collate) if rehearsed else collate,
+        penalties=[*penalties, SoftTargets()] if rehearsed else penalties,
+        sampler=HalfNew(len(examples), len(rehearsed), args.seed + args.task_index) if rehearsed else None,
         compute_loss_func=None if causal else step_loss(args.label_smoothing_factor),
     )
     times = StepTimes()

@@ -196,6 +196,13 @@ def test_labels_that_do_not_fit_the_head(pair, tmp_path, labels, message):
     refused(tmp_path, message, task, pair[2], into=pair[0], coefficient=0.3)
 
 
+def test_labels_of_no_form_are_named_with_what_else_is_wrong(pair, tmp_path):
+    task = write_folder(tmp_path / "labelled", seed=3, saved=head(2, 3), labels=["x", "y"])
+    tensors(layers__0__q__weight=torch.ones(12, 16))(task)
+    message = r"2 problems: labels.json must hold .*; null for a .*; tensor layers.0.q.weight is neither LoRA nor"
+    refused(tmp_path, message, task, pair[2], into=pair[0], coefficient=0.3)
+
+
 def test_head_with_nan(pair, tmp_path):
     saved = head(2, 3) | {f"{HEAD}.bias": torch.tensor([0.0, torch.nan])}
     task = write_folder(tmp_path / "labelled", seed=3, saved=saved, labels={HEAD: ["x", "y"]})

@@ -2,7 +2,7 @@
 
 import pytest
 from helpers import refusal
-from helpers.streams import settings
+from helpers.streams import language_settings, settings
 
 from pm_hf.config.loading import load_config
 
@@ -40,3 +40,54 @@ def test_impossible_strategies_are_refused(tmp_path, method, changes, message):
 def test_strategies_combine_where_that_makes_sense(tmp_path, method, changes):
     config = load_config(settings(tmp_path / "base", tmp_path, tmp_path / "run", method=method, strategy=changes))
     assert {key: getattr(config.strategy, key) for key in changes} == changes
+
+
+WRITTEN = {"strategy__replay": "generated"}
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("joint", WRITTEN, "strategy.replay: generated: with joint or individual no task has a past"),
+        ("individual", WRITTEN, "strategy.replay: generated: with joint or individual no task has a past"),
+        ("replay", WRITTEN, "replay_per_class keeps training rows instead; choose one of the two"),
+        ("average", WRITTEN | {"trains": False}, "trains: false trains nothing on the written rows"),
+        ("average", WRITTEN | {"training__fsdp": "full_shard"}, "leave out training.fsdp and training.deepspeed"),
+        ("average", WRITTEN | {"strategy__pool_rows": 0}, "strategy.pool_rows: must be at least 1"),
+        ("average", {"strategy__replay": "real"}, "strategy.replay: expected none or generated, found 'real'"),
+        ("average", {"merge__coefficient": "search"}, "set strategy.replay: generated, or give a number"),
+        (
+            "average",
+            {"merge__coefficient": "find"},
+            "merge.coefficient: expected float or search or null, found 'find'",
+        ),
+        ("average", {"merge__coefficient": 1.5}, "merge.coefficient: must be search or in [0, 1]"),
+        ("magmax", WRITTEN | {"merge__coefficient": "search"}, "which merge.method magmax with train_from"),
+        (
+            "average",
+            WRITTEN | {"merge__coefficient": "search", "merge__train_from": "last"},
+            "search needs steps from the running merge, which merge.method average with train_from last",
+        ),
+        (
+            "pm_gram",
+            WRITTEN | {"merge__coefficient": "search"},
+            "merge.coefficient: freedom free has no single coefficient",
+        ),
+    ],
+)
+def test_written_rows_and_the_search_are_refused_where_they_make_no_sense(tmp_path, method, changes, message):
+    assert message in refusal(load_config, language_settings(tmp_path, tmp_path / "run", method=method, **changes))
+
+
+def test_classifiers_write_no_rows(tmp_path):
+    config = settings(tmp_path / "base", tmp_path, tmp_path / "run", method="average", strategy__replay="generated")
+    assert "text-classification cannot; use replay_per_class" in refusal(load_config, config)
+
+
+@pytest.mark.parametrize("method", ["pm", "average", "sequential", "slao", "coma"])
+def test_written_rows_combine_with_the_methods(tmp_path, method):
+    load_config(language_settings(tmp_path, tmp_path / "run", method=method, **WRITTEN))
+    if method in ("pm", "average"):
+        load_config(
+            language_settings(tmp_path, tmp_path / "run", method=method, **WRITTEN, merge__coefficient="search")
+        )

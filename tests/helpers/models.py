@@ -367,6 +367,17 @@ class Watch(TrainerCallback):
         self.before_step(model)
 
 
+class OutOfMemory(TrainerCallback):
+    """Fails like a full GPU in the second micro-step of a step as long as batches are larger than 4."""
+
+    def __init__(self, trainer, step=1):
+        self.trainer, self.step = trainer, step
+
+    def on_substep_end(self, args, state, control, **_):
+        if self.trainer._train_batch_size > 4 and state.global_step + 1 == self.step:
+            raise RuntimeError("CUDA out of memory.")
+
+
 def pin(monkeypatch, *factors: float) -> None:
     """Micro-step k of every step uses the k-th factor, or the only one given."""
     monkeypatch.setattr(

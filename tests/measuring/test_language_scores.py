@@ -5,6 +5,7 @@ import torch
 from helpers.models import LENGTH, WORDS, greedy, log_probabilities, mean_log_probability, tiny_model, tiny_tokenizer
 
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
+from pm_hf.data.pool import targets
 from pm_hf.data.rows import Rows
 from pm_hf.measuring.language_scores import MOST_GENERATED, LanguageScorer
 from pm_hf.measuring.scores import cut_note
@@ -194,3 +195,54 @@ def test_autocast_changes_little_and_the_mode_is_left():
 def test_note_on_cut_rows():
     note = "2 of 5 training rows are longer than stream.max_length and were cut"
     assert cut_note(2, 5, "training rows") == note
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_probabilities_of_answers_are_those_of_their_whole_texts_among_the_answers(kind):
+    model, encoder = setting(kind)
+    found = LanguageScorer(model, encoder, 3).answer_probabilities(ROWS, ANSWERS)
+    for prompt, values in zip(ROWS.inputs, found.tolist(), strict=True):
+        sums = [
+            float(log_probabilities(model, encoder.prompt(prompt), encoder.completion(prompt, answer))[0].sum())
+            for answer in ANSWERS
+        ]
+        total = sum(math.exp(value) for value in sums)
+        assert values == pytest.approx([math.exp(value) / total for value in sums], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_of_rows_are_those_of_single_examples(kind):
+    model, encoder = setting(kind)
+    examples = encoder.examples(ROWS)
+    expected = [
+        -float(log_probabilities(model, encoder.prompt(p), encoder.completion(p, t))[0].mean())
+        for p, t in zip(ROWS.inputs, ROWS.labels, strict=True)
+    ]
+    scorer = LanguageScorer(model, encoder, 3)
+    assert scorer.row_losses(examples).tolist() == pytest.approx(expected, rel=1e-4)
+    mixed = [
+        example | {"soft": [{token: 0.75, 4: 0.25} for token in targets(example)]} if at % 2 else example
+        for at, example in enumerate(examples)
+    ]
+    every = scorer.likeliest_tokens(examples, 10**6)
+    for at, (example, loss) in enumerate(zip(examples, scorer.row_losses(mixed).tolist(), strict=True)):
+        shares = [(0.75, 0.25) if at % 2 else (1.0, 0.0)] * len(targets(example))
+        values = [
+            -math.log(place[token]) * own - math.log(place[4]) * other
+            for place, token, (own, other) in zip(every[at], targets(example), shares, strict=True)
+        ]
+        assert loss == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_likeliest_tokens_are_those_of_single_examples(kind):
+    model, encoder = setting(kind)
+    found = LanguageScorer(model, encoder, 3).likeliest_tokens(encoder.examples(ROWS), 3)
+    for prompt, text, places in zip(ROWS.inputs, ROWS.labels, found, strict=True):
+        answer = encoder.completion(prompt, text)
+        assert len(places) == len(answer)
+        assert all(len(place) == 3 for place in places)
+        values, best = log_probabilities(model, encoder.prompt(prompt), answer)
+        for place, token, value, likeliest in zip(places, answer, values.tolist(), best.tolist(), strict=True):
+            assert max(place, key=place.get) == token or not likeliest
+            assert token not in place or place[token] == pytest.approx(math.exp(value), rel=1e-4)

@@ -6,10 +6,13 @@ import torch
 from helpers.models import OLD_NAME
 from helpers.streams import at, domains, first, language_settings, settings, steps
 
+from pm_hf.measuring.scores import Scorer
 from pm_hf.reports.page import write_report
 from pm_hf.runs import merge_line as module
+from pm_hf.runs.head import AnalyticHead
 from pm_hf.runs.learner import learn
 from pm_hf.runs.merge_line import merge_line, merge_line_table
+from pm_hf.runs.start import start_task
 
 pytestmark = pytest.mark.filterwarnings(OLD_NAME)
 QUICK = {"training__num_train_epochs": 2, "stream__train_per_class": 8}
@@ -51,6 +54,26 @@ def test_the_analytic_head_is_computed_anew_for_every_coefficient(tiny_base, dat
     assert found["notes"] == ["the losses are those of the analytic head, predicted is of the heads that were trained"]
     losses = torch.tensor([point["losses"] for point in line["points"]])
     assert len(losses.unique(dim=0)) == len(losses) == 4
+
+
+def test_what_does_not_depend_on_the_coefficient_is_computed_once_a_task(tiny_base, data, tmp_path, monkeypatch):
+    loaded, opened, load = [], [], Scorer.load
+    config = settings(tiny_base, data, tmp_path / "run", "best", groups=2, **QUICK)
+    learn(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "load", lambda self, merged, head: loaded.append(merged) or load(self, merged, head))
+        patch.setattr(module, "start_task", lambda *args: opened.append(1) or start_task(*args))
+        found = merge_line(tmp_path / "run")
+    (line,), first_task = found["tasks"], min((tmp_path / "run").glob("task-*"))
+    assert len(line["points"]) == 4
+    assert (loaded.count(first_task / "merged"), len(loaded), len(opened)) == (1, 1 + 2 * 4, 1)
+    (tmp_path / "run" / "coefficient.json").unlink()
+    monkeypatch.setattr(
+        AnalyticHead,
+        "_features_before",
+        lambda self, running, task, head: self.scorer.features(running, task.train, task.own, head),
+    )
+    assert merge_line(tmp_path / "run") == found
 
 
 @pytest.mark.slow

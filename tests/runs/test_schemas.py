@@ -213,3 +213,9 @@ def test_an_adapter_that_is_not_as_it_was_written_is_not_published(tmp_path):
     step.write_text(json.dumps({"task": "news", "files": {"merged/labels.json": [file.stat().st_size, "0"]}}))
     with pytest.raises(InputError, match=f"{file} holds other bytes than were written"):
         read_finished_run(folder, "owner/base")
+
+
+def test_a_task_without_its_record_leaves_the_others_in_their_place(tmp_path):
+    folder = write_run(tmp_path / "run", ["a", "b", "c"])
+    (folder / "task-00-x" / "step.json").unlink()
+    assert [record and record.task for record in read_runs([folder])[0].records] == [None, "b", "c"]

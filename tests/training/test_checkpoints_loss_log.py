@@ -39,7 +39,3 @@ def test_micro_steps_add_their_losses_and_average_their_factors():
 def test_a_continued_training_logs_as_one_that_went_through(cut):
     half = json.loads(json.dumps(logged(range(1, cut + 1)).points))
     assert logged(range(cut + 1, 1001), LossLog(half)).points == logged(range(1, 1001)).points
-
-
-def test_a_training_that_is_retried_starts_its_log_anew():
-    assert logged(range(1, 4), logged(range(1, 1000))).points == logged(range(1, 4)).points

@@ -1,6 +1,8 @@
 """The trainer that adds penalties: the same gradient whatever the batching, diverged runs, SFA and SLAO by hand."""
 
 import copy
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from helpers.models import (
     OLD_NAME,
     SIZE,
+    OutOfMemory,
     Watch,
     activate_all,
     assert_equal_states,
@@ -23,9 +26,11 @@ from transformers import TrainerCallback
 
 from pm_hf.adapters.folder import open_adapter
 from pm_hf.errors import InputError
+from pm_hf.files import read_json
 from pm_hf.merging.curvature import Curvature, CurvatureSpec
 from pm_hf.models.lora import adapted_layers, find_head, orthonormal_start
-from pm_hf.training.callbacks import SequentialAveraging
+from pm_hf.training.callbacks import SequentialAveraging, StepTimes
+from pm_hf.training.checkpoints import WHOLE_FILE
 from pm_hf.training.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces
 from pm_hf.training.task_trainer import DivergedError, TaskTrainer, step_loss
 from pm_hf.training.trainer import PMConfig
@@ -239,6 +244,44 @@ def test_a_second_training_of_one_trainer_forgets_the_losses_of_the_first(tmp_pa
         trainer.train()
     trainer.train()
     assert all(value.isfinite().all() for value in trained_state(model).values())
+
+
+@pytest.mark.parametrize("step", [1, 3], ids=["in the first step", "later"])
+def test_a_smaller_batch_found_by_itself_leaves_the_record_of_the_training_that_had_it(tmp_path, step):
+    """What the broken off one has counted is no part of step.json, nor of what is kept beside a checkpoint."""
+    common = {"gradient_accumulation_steps": 2, "max_steps": 4, "perturbation_scale": 0.5}
+    asked = make_trainer(tmp_path, lora_bert("task"), rows(40), per_device_train_batch_size=4, **common)
+    found = make_trainer(
+        *(tmp_path, lora_bert("task"), rows(40)), per_device_train_batch_size=5, auto_find_batch_size=True, **common
+    )
+    times = StepTimes()
+    for callback in (OutOfMemory(found, step), times):
+        found.add_callback(callback)
+    for trainer in (asked, found):
+        trainer.continue_from(None)
+        trainer.train()
+    assert found._train_batch_size == 4
+    record, expected = found.progress(), asked.progress()
+    assert record.factors == expected.factors
+    assert [point[0] for point in record.log] == [1, 2, 3, 4]
+    if step == 1:
+        assert record == expected
+    assert record.losses == pytest.approx([sum(loss for _, loss, _ in record.log)])
+    assert len(times.seconds) == 4
+
+
+def test_a_training_counts_on_from_its_checkpoint_before_and_after_it_begins(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "perturbation_scale": 0.5}
+    whole = make_trainer(tmp_path / "whole", lora_bert("task"), rows(24), **settings)
+    whole.train()
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    kept = read_json(Path(checkpoint) / WHOLE_FILE)
+    continued = make_trainer(tmp_path / "continued", lora_bert("task"), rows(24), **settings)
+    continued.continue_from(checkpoint)
+    before = asdict(continued.progress())
+    assert before == {key: kept[key] for key in before}
+    continued.train(resume_from_checkpoint=checkpoint)
+    assert continued.progress() == whole.progress()
 
 
 # sequential fine-tuning with averaging

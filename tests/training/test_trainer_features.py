@@ -5,6 +5,7 @@ import torch
 from helpers.models import (
     OLD_NAME,
     Gradients,
+    OutOfMemory,
     Watch,
     assert_close,
     assert_equal_states,
@@ -20,7 +21,7 @@ from helpers.models import (
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from pm_hf import PMConfig, PMTrainer
 from pm_hf.training.trainer import perturbation_factor
@@ -238,17 +239,6 @@ def test_worker_processes_change_nothing(tmp_path):
         states.append((trained_state(trainer.model), logged(trainer, "perturbation_factor")))
     assert_equal_states(states[0][0], states[1][0])
     assert states[0][1] == states[1][1]
-
-
-class OutOfMemory(TrainerCallback):
-    """Fails like a full GPU in the second micro-step as long as batches are larger than 4."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_substep_end(self, *_, **__):
-        if self.trainer._train_batch_size > 4:
-            raise RuntimeError("CUDA out of memory.")
 
 
 def test_a_smaller_batch_found_by_itself_trains_as_if_it_had_been_asked_for(tmp_path):

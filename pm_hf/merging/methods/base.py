@@ -110,11 +110,11 @@ class Method:
     merge, the last task's optimum, or the pretrained base. Methods with "last" or "base" take task vectors relative to
     θ0. starts: all models from which a task may be trained. coefficient: α of a fold without a kernel (`Fold` says from
     what); None where it only merges several. kernel: None means Σ wᵢΔᵢ. prepare: what must be known of the whole model
-    first. dense: the kernel returns a dense tensor, which has to be factored. weight: default weight of each of N
-    adapters; None is 1/N. curvature: "sums" is the running file of all tasks, "fisher" and "gram" are one file for each
-    adapter. learned: what of each matrix is learned from unlabelled inputs, a list with an entry for each adapter.
-    factors: works on A and B themselves, not on their product, so the running merge must keep its factors. in_streams:
-    whether a stream of tasks may use it.
+    first. saves: names of the numbers in its state's `to_save`, `tasks` among them. dense: the kernel returns a dense
+    tensor, which has to be factored. weight: default weight of each of N adapters; None is 1/N. curvature: "sums" is
+    the running file of all tasks, "fisher" and "gram" are one file for each adapter. learned: what of each matrix is
+    learned from unlabelled inputs, a list with an entry for each adapter. factors: works on A and B themselves, not on
+    their product, so the running merge must keep its factors. in_streams: whether a stream of tasks may use it.
     """
 
     name: str
@@ -129,6 +129,7 @@ class Method:
     coefficient: Callable[[Fold], Coefficient] | None = None
     kernel: Kernel | None = None
     prepare: Prepare | None = None
+    saves: tuple[str, ...] = ()
     dense: bool = False
     weight: float | None = None
     curvature: Literal["sums", "fisher", "gram"] | None = None

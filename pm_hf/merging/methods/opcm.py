@@ -84,5 +84,6 @@ OPCM = Method(
     starts=("last", "base"),
     kernel=opcm,
     prepare=opcm_scale,
+    saves=("scale", "mean_norm", "tasks"),
     in_streams=True,
 )

@@ -1,0 +1,400 @@
+"""Streams with written rows of earlier tasks: what is in the pool, what α is searched for, and what a kill changes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+from collections import Counter
+from statistics import fmean
+
+import pytest
+import torch
+import transformers
+from helpers import refusal
+from helpers.kills import assert_same, killed_until_done
+from helpers.models import OLD_NAME, log_probabilities
+from helpers.processes import forked, run
+from helpers.streams import (
+    LANGUAGE_TASKS,
+    language_settings,
+    same_tensors,
+    steps,
+    words,
+    write_lines,
+    write_yaml,
+)
+from peft import PeftModel
+
+import pm_hf.data.pool
+import pm_hf.runs.rehearsal
+import pm_hf.training.writer
+from pm_hf.adapters.merge import merge_adapters
+from pm_hf.cli import main
+from pm_hf.config.loading import load_config
+from pm_hf.data.encoders import make_encoder
+from pm_hf.data.pool import Pool, targets
+from pm_hf.data.stream import load_stream
+from pm_hf.reports.card import model_card
+from pm_hf.reports.charts import escape
+from pm_hf.reports.page import write_report
+from pm_hf.reports.release import read_finished_run
+from pm_hf.runs.learner import learn
+
+pytestmark = pytest.mark.filterwarnings(OLD_NAME)
+TASKS = LANGUAGE_TASKS | {"third": ("dark", "pale")}
+REHEARSAL = {
+    "strategy__replay": "generated",
+    "strategy__pool_rows": 12,
+    "merge__coefficient": "search",
+    "training__num_train_epochs": 2,
+}
+
+
+def settings(data, output, model="llama", tasks=TASKS, **changes):
+    listed = [
+        {"name": n, "train": str(data / f"{n}-train.jsonl"), "test": str(data / f"{n}-test.jsonl")} for n in tasks
+    ]
+    return language_settings(data, output, model, "average", **REHEARSAL | {"stream__tasks": listed} | changes)
+
+
+def pool_of(folder):
+    """The newest pool of a finished run."""
+    return Pool.load(max(folder.glob("task-*/pool.jsonl")))
+
+
+@pytest.fixture(scope="module")
+def data(language_data):
+    """The language data and a third task."""
+    rng = random.Random(7)
+    for split, count in (("train", 12), ("test", 4)):
+        rows = [{"text": words(kind, rng), "label": kind} for _ in range(count) for kind in TASKS["third"]]
+        write_lines(language_data / f"third-{split}.jsonl", rows)
+    return language_data
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """(run of three tasks, the folder that it was when two were finished)."""
+    place = tmp_path_factory.mktemp("rehearsal")
+    learn(settings(data, place / "run", tasks=list(TASKS)[:2]))
+    two = shutil.copytree(place / "run", place / "two")
+    learn(settings(data, place / "run"))
+    return place / "run", two
+
+
+def test_the_pool_has_one_size_and_as_many_rows_of_each_task_and_answer(runs):
+    folder, two = runs
+    assert [step["replay"]["pool_rows"] for step in steps(folder)] == [12, 12, 12]
+    kept = sorted(path.parent.name for path in folder.glob("task-*/pool.jsonl"))
+    assert kept == ["task-01-second", "task-02-third"]  # the one before, so that the last task may be removed
+    for path, share in ((two, 6), (folder, 4)):
+        rows = pool_of(path).rows
+        assert Counter(row.task for row in rows) == dict.fromkeys(list(TASKS)[: 12 // share], share)
+        asked = Counter((row.task, row.asked.strip()) for row in rows)
+        assert set(asked.values()) == {share // 2}
+        assert all(answer in TASKS[task] for task, answer in asked)
+
+
+def test_rows_are_stored_once_and_are_no_copies(runs, data):
+    folder, two = runs
+    earlier = {json.dumps(row.prompt): row for row in pool_of(two).rows}
+    kept = [row for row in pool_of(folder).rows if row.task != "third"]
+    assert [earlier[json.dumps(row.prompt)] for row in kept] == kept
+    texts = [tuple(row.prompt.removeprefix("Text: ").removesuffix("\nAnswer:").split()) for row in pool_of(folder).rows]
+    assert len(set(texts)) == len(texts)
+    for name in TASKS:
+        for line in (data / f"{name}-train.jsonl").read_text().splitlines():
+            trained = json.loads(line)["text"].split()
+            for row, text in zip(pool_of(folder).rows, texts, strict=True):
+                shared = (Counter(trained) & Counter(text)).total()
+                assert row.task != name or shared < 0.8 * max(len(trained), len(text))
+
+
+def test_counts_and_seconds_stand_in_step_json_and_in_the_notes(runs, capsys):
+    folder, _ = runs
+    for step, task in zip(steps(folder), TASKS, strict=True):
+        replay = step["replay"]
+        assert replay["written"] == sum(replay[key] for key in ("kept", "copies", "doubles", "empty"))
+        assert set(replay["seconds"]) == {"writer", "write", "label"}
+        assert 0 <= replay["longest_common_run"] <= 8
+        assert 0 <= replay["agreement"] <= 1
+        (note,) = [note for note in step["notes"] if "synthetic" in note]
+        assert f"{replay['kept']} synthetic rows of {replay['written']} written are kept" in note
+        assert "at least 64 a task are advised" in note
+        assert f"task {task}: {note}" in json.loads((folder / "report.json").read_text())["notes"]
+
+
+def loaded(config, adapter):
+    kind = "Seq2SeqLM" if config["stream"]["kind"] == "seq2seq-lm" else "CausalLM"
+    base = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(config["model"]["base"])
+    return PeftModel.from_pretrained(base, str(adapter)).eval()
+
+
+def test_labels_are_the_merge_s_distribution_over_the_answers_seen(runs, data):
+    folder, _ = runs
+    config = settings(data, folder)
+    encoder, seen = make_encoder(load_config(config)), [f" {answer}" for kinds in TASKS.values() for answer in kinds]
+    model, agreeing = loaded(config, folder / "task-02-third" / "merged"), []
+    for row in pool_of(folder).rows:
+        if row.task != "third":
+            assert set(row.answers) <= set(seen)
+            continue
+        prompt = encoder.prompt(row.prompt)
+        sums = [float(log_probabilities(model, prompt, encoder.completion(row.prompt, a))[0].sum()) for a in seen]
+        expected = torch.tensor(sums).softmax(0).tolist()
+        assert [row.answers.get(answer, 0.0) for answer in seen] == pytest.approx(expected, abs=1e-5)
+        assert row.completion == seen[expected.index(max(expected))]
+        agreeing.append(row.completion == row.asked)
+    assert steps(folder)[2]["replay"]["agreement"] == pytest.approx(fmean(agreeing))
+
+
+def test_the_coefficient_is_the_smallest_within_one_error_of_the_best_merge(runs, data, tmp_path):
+    """Every α merged on disk, loaded as users load it, one row at a time."""
+    folder, two = runs
+    config = settings(data, folder)
+    encoder, task = make_encoder(load_config(config)), load_stream(load_config(config)).tasks[2]
+    assert len(task.eval) == 2
+    old, values = pool_of(two).examples(encoder), {}
+
+    def slow(model, example):
+        aims = targets(example)
+        logits = model(input_ids=torch.tensor([example["input_ids"]])).logits[0, -len(aims) - 1 : -1].log_softmax(-1)
+        soft = example.get("soft") or [{token: 1.0} for token in aims]
+        return -fmean(
+            sum(q * float(line[t]) for t, q in target.items()) for line, target in zip(logits, soft, strict=True)
+        )
+
+    for tenth in range(11):
+        merge_adapters(
+            folder / "task-02-third" / "adapter",
+            tmp_path / "merged",
+            into=folder / "task-01-second" / "merged",
+            coefficient=tenth / 10,
+            max_rank=64,
+            overwrite=True,
+        )
+        model = loaded(config, tmp_path / "merged")
+        with torch.no_grad():
+            values[tenth / 10] = [[slow(model, e) for e in examples] for examples in (encoder.examples(task.eval), old)]
+    objective = {alpha: fmean(new) + 2 * fmean(before) for alpha, (new, before) in values.items()}
+    points = steps(folder)[2]["search"]
+    assert {p["coefficient"]: p["objective"] for p in points} == pytest.approx(objective, rel=1e-3)
+    lowest = min(objective, key=objective.get)
+    within = []
+    for alpha, parts in values.items():
+        gaps = [torch.tensor(a) - torch.tensor(b) for a, b in zip(parts, values[lowest], strict=True)]
+        error = float(gaps[0].var() / len(gaps[0]) + 4 * gaps[1].var() / len(gaps[1])) ** 0.5
+        within += [alpha] * (objective[alpha] - objective[lowest] <= error)
+    chosen = steps(folder)[2]["coefficient"]
+    assert chosen["used"] == min(within)
+    assert chosen["source"] == "line_search"
+    assert "search" not in steps(folder)[0]  # the first task is taken as it is
+
+
+def test_a_run_that_was_extended_is_the_run_that_had_all_tasks_at_once(runs, data, tmp_path):
+    folder, _ = runs
+    learn(settings(data, tmp_path / "run"))
+    assert same_tensors(tmp_path / "run" / "merged", folder / "merged")
+    assert pool_of(tmp_path / "run") == pool_of(folder)
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying(monkeypatch, where):
+    """From now on this process dies at a place of the second task's writing."""
+    task = "task-01-second"
+    if where == "writer's training":
+        train, calls = pm_hf.training.writer.train, []
+
+        def second_time(*args, **kwargs):
+            calls.append(1)
+            return die() if len(calls) == 2 else train(*args, **kwargs)
+
+        monkeypatch.setattr(pm_hf.training.writer, "train", second_time)
+        return
+    write = pm_hf.data.pool.write_text
+
+    def write_and_die(path, text):
+        if where == "before the pool" and task in str(path):
+            die()
+        write(path, text)
+        if where == "after the pool" and task in str(path):
+            die()
+
+    monkeypatch.setattr(pm_hf.data.pool, "write_text", write_and_die)
+
+
+def test_a_run_that_is_killed_while_it_writes_ends_with_the_same_pool_and_adapters(runs, data, tmp_path, monkeypatch):
+    config, (_, whole) = settings(data, tmp_path / "run", tasks=list(TASKS)[:2]), runs
+    for where in ("writer's training", "before the pool", "after the pool"):
+
+        def work(where=where):
+            with monkeypatch.context() as patch:
+                dying(patch, where)
+                learn(config)
+
+        status, said = forked(work)
+        assert status == -signal.SIGKILL, said
+        assert len(steps(tmp_path / "run")) == 1
+        assert (tmp_path / "run" / "task-01-second" / "pool.jsonl").is_file() == (where == "after the pool")
+    learn(config)
+    assert_same(tmp_path / "run", whole)
+    assert pool_of(tmp_path / "run") == pool_of(whole)
+
+
+def test_a_run_that_is_stopped_in_the_writers_training_goes_on(runs, data, tmp_path, monkeypatch):
+    config, (_, whole) = settings(data, tmp_path / "run", tasks=list(TASKS)[:2]), runs
+    path = write_yaml(tmp_path / "c.yaml", config)
+
+    class AskToStop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def work():
+        train = pm_hf.training.writer.train
+
+        def stopped(*args, callbacks=(), **kwargs):
+            return train(*args, callbacks=[AskToStop(), *callbacks], **kwargs)
+
+        monkeypatch.setattr(pm_hf.training.writer, "train", stopped)
+        return main(["train", "--config", str(path)])
+
+    status, said = forked(work)
+    assert status == 1, said
+    assert "stopped by SIGTERM" in said
+    assert (tmp_path / "run" / "task-00-first" / "writer" / "checkpoint-2").is_dir()
+    learn(config)
+    assert_same(tmp_path / "run", whole)
+    assert pool_of(tmp_path / "run") == pool_of(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_a_run_that_is_killed_at_random_ends_with_the_same_pool_and_adapters(seed, runs, data, tmp_path):
+    _, whole = runs
+    path = write_yaml(tmp_path / "c.yaml", settings(data, tmp_path / "run", tasks=list(TASKS)[:2]))
+    rng = random.Random(seed)
+    kills = killed_until_done(path, tmp_path / "run", lambda done: rng.randrange(400))
+    assert kills
+    assert_same(tmp_path / "run", whole)
+    assert pool_of(tmp_path / "run") == pool_of(whole)
+
+
+def test_two_processes_write_one_pool(data, tmp_path):
+    config = settings(data, tmp_path / "run", tasks=list(TASKS)[:2], training__per_device_train_batch_size=4)
+
+    def work(rank):
+        return learn(config).scores
+
+    ends = run(work, tmp_path / "ends")
+    assert [end.error for end in ends] == [None, None]
+    assert Counter(row.task for row in pool_of(tmp_path / "run").rows) == {"first": 6, "second": 6}
+
+
+def chat_tasks(data):
+    return [
+        {"name": n, "train": str(data / f"{n}-chat-train.jsonl"), "test": str(data / f"{n}-chat-test.jsonl")}
+        for n in LANGUAGE_TASKS
+    ]
+
+
+def free_tasks(data):
+    """The label is asked, the text is the completion: more texts than answers to choose among."""
+    return [
+        {"name": n, "train": str(data / f"{n}-train.jsonl"), "test": str(data / f"{n}-test.jsonl")}
+        | {"text_column": "label", "label_column": "text"}
+        for n in LANGUAGE_TASKS
+    ]
+
+
+def plain_tasks(data):
+    named = {"train": str(data / "domains-train.jsonl"), "test": str(data / "domains-test.jsonl")}
+    return [{"name": name, "prompt_template": "", **named} for name in ("one", "two")]
+
+
+OTHERS = {
+    "chat": ("qwen2", chat_tasks, {"stream__prompt_template": None, "stream__max_length": 64}),
+    "free": ("llama", free_tasks, {}),
+    "plain": ("llama", plain_tasks, {"stream__prompt_template": None}),
+    "t5": ("t5", lambda data: settings(data, "")["stream"]["tasks"][:2], {}),
+    "gpt2": ("gpt2", lambda data: settings(data, "")["stream"]["tasks"][:2], {}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_rows_of_every_kind_are_written_and_rehearsed(kind, data, tmp_path):
+    model, tasks, changes = OTHERS[kind]
+    config = settings(data, tmp_path / "run", model, **changes, training__max_steps=2)
+    config["stream"]["tasks"] = tasks(data)
+    learn(config)
+    encoder, pool = make_encoder(load_config(config)), pool_of(tmp_path / "run")
+    assert len(pool.tasks) == 2
+    assert len(pool.rows) <= 12
+    for row, example in zip(pool.rows, pool.examples(encoder), strict=True):
+        assert isinstance(row.prompt, str) == (kind != "chat")
+        assert bool(row.answers) == (kind not in ("free", "plain"))
+        assert (row.prompt == "") == (kind == "plain")
+        assert len(example["soft"]) == len(targets(example))
+        if row.tokens:
+            assert len(row.tokens) == len(targets(example))
+        for target in example["soft"]:
+            assert sum(target.values()) == pytest.approx(1, abs=1e-4)
+    assert len(steps(tmp_path / "run")[1]["search"]) == 11
+
+
+def test_perturbation_and_curvature_are_as_without_rehearsal(data, tmp_path):
+    config = settings(data, tmp_path / "run", tasks=list(TASKS)[:2], merge__coefficient=None, training__max_steps=4)
+    learn(config | {"method": "pm"})
+    second = steps(tmp_path / "run")[1]
+    assert second["coefficient"]["source"] == "closed_form"
+    assert set(second["factors"]) > {"1"}
+    assert second["curvature_bytes"] > 0
+    assert len(pool_of(tmp_path / "run").rows) == 12
+
+
+def test_a_released_adapter_goes_on_with_its_pool(runs, data, tmp_path):
+    folder, two = runs
+    third = settings(data, tmp_path / "run", tasks=["third"], start_from=str(two / "merged"), training__max_steps=2)
+    learn(third)
+    assert pool_of(tmp_path / "run").tasks == list(TASKS)
+    shutil.copytree(two / "merged", tmp_path / "alone" / "merged")
+    message = refusal(
+        learn, third | {"start_from": str(tmp_path / "alone" / "merged"), "output_dir": str(tmp_path / "b")}
+    )
+    assert "strategy.replay generated needs pool.jsonl beside it" in message
+
+
+def test_where_nothing_could_be_written_the_coefficient_is_the_average(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(pm_hf.training.writer.Writer, "write", lambda self, prompts, key: [" "] * len(prompts))
+    learn(settings(data, tmp_path / "run", tasks=list(TASKS)[:2], training__max_steps=2))
+    second = steps(tmp_path / "run")[1]
+    assert second["coefficient"]["used"] == 0.5
+    assert "no written row of an earlier task" in second["coefficient"]["note"]
+    assert second["replay"]["kept"] == 0
+    assert second["replay"]["empty"] == second["replay"]["written"] > 0
+
+
+def test_report_and_card_say_what_was_written_and_searched(runs, tmp_path):
+    folder = shutil.copytree(runs[0], tmp_path / "run")
+    page = write_report([folder], tmp_path / "page")[0].read_text()
+    assert "Search of the coefficient of task 3, third" in page
+    assert "Written rows" in page
+    sample = steps(folder)[2]["replay"]["samples"][0]
+    assert escape(sample["prompt"]) in page
+    replays = [step["replay"] for step in steps(folder)]
+    card = model_card(read_finished_run(folder, "owner/base"), "me/kept")
+    assert "also trained on synthetic rows, at most 12 at a time" in card
+    assert f"{sum(replay['copies'] for replay in replays)} exact or near copies were dropped" in card
+    assert f"shares with a training row is {max(replay['longest_common_run'] for replay in replays)}." in card
+
+
+def test_the_line_of_a_finished_task_says_what_was_written(data, tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps(settings(data, tmp_path / "run", tasks=["first"], training__max_steps=2)))
+    assert main(["train", "--config", str(path)]) == 0
+    replay = steps(tmp_path / "run")[0]["replay"]
+    assert f", {replay['kept']} of {replay['written']} written rows kept, " in capsys.readouterr().err

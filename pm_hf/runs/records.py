@@ -370,8 +370,8 @@ def read_runs(paths: Sequence[str | Path]) -> list[Report]:
 
 def _read_records(paths: RunPaths, count: int) -> list[TaskRecord | None]:
     """The record of each learned task, in its own place; None where its step.json is not there."""
-    found = {number: TaskRecord.load(task.step) for number, task in paths.numbered_tasks() if task.finished}
-    return [found.get(number) for number in range(count)]
+    records = {number: TaskRecord.load(task.step) for number, task in paths.numbered_tasks() if task.finished}
+    return [records.get(number) for number in range(count)]
 
 
 def _numbered_classes(config: Mapping[str, Any], records: Sequence[TaskRecord | None]) -> dict[str, list[str]]:

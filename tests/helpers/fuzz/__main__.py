@@ -91,13 +91,7 @@ def fuzz(reader: str, start: int, count: int) -> Counter:
             FAILURES.mkdir(exist_ok=True)
             path = FAILURES / f"{reader}-{start}-{number}.txt"
             path.write_text(repr(case), encoding="utf-8", errors="surrogatepass")
-<<<<<<< HEAD
             print(f"\n{reader} case {number} of seed {start}: {found}; again: --repeat {path}\n{what}", flush=True)
-=======
-            print(
-                f"\n{reader} case {number} of seed {start}: {found}; make fuzz-repeat FILE={path}\n{what}", flush=True
-            )
->>>>>>> int15
 
     each()
     return counts

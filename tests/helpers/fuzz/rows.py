@@ -37,7 +37,6 @@ ODD = [
     "a,b",
     "a\r\nb",
 ]
-<<<<<<< HEAD
 ODD += [
     "\u200b",
     "\r",
@@ -57,9 +56,6 @@ ODD += [
     "\ta",
     "a\n",
 ]
-=======
-ODD += ["\u200b", "\r", "1_000", "\ufeffa", "é", "e\u0301", "None", "nan", "-0", "{x}", "\x1c", "\x85", "\u2028"]
->>>>>>> int15
 TEXTS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=8)
 CELLS = TEXTS | st.sampled_from(ODD)
 LABELS = CELLS.filter(lambda text: any(c.isalnum() for c in text))

@@ -37,7 +37,7 @@ def floats(kind=RunConfig, path=""):
 
 
 def test_the_float_settings_are_found():
-    assert {"strategy.ewc_weight", "merge.coefficient", "head.ridge", "max_forgetting"} <= set(floats())
+    assert {"strategy.ewc_weight", "head.ridge", "max_forgetting"} <= set(floats())
     assert len(list(floats())) >= 14
 
 

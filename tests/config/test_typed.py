@@ -1,5 +1,8 @@
 """Numbers, texts and paths that no setting can have are told by the setting's name."""
 
+from types import UnionType
+from typing import Union, get_args, get_origin
+
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as budget
@@ -25,7 +28,7 @@ def floats(kind=RunConfig, path=""):
     for name, hint in kind.__annotations__.items():
         if isinstance(hint, type) and hasattr(hint, "__annotations__"):
             yield from floats(hint, f"{path}{name}.")
-        elif hint in (float, float | None):
+        elif hint is float or (get_origin(hint) in (Union, UnionType) and float in get_args(hint)):
             yield path + name
 
 

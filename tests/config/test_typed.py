@@ -1,6 +1,7 @@
 """Numbers, texts and paths that no setting can have are told by the setting's name."""
 
-from typing import get_type_hints
+from types import UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -32,12 +33,12 @@ def floats(kind=RunConfig, path=""):
     for name, hint in kind.__annotations__.items():
         if isinstance(hint, type) and hasattr(hint, "__annotations__"):
             yield from floats(hint, f"{path}{name}.")
-        elif hint in (float, float | None):
+        elif hint is float or (get_origin(hint) in (Union, UnionType) and float in get_args(hint)):
             yield path + name
 
 
 def test_the_float_settings_are_found():
-    assert {"strategy.ewc_weight", "head.ridge", "max_forgetting"} <= set(floats())
+    assert {"strategy.ewc_weight", "merge.coefficient", "head.ridge", "max_forgetting"} <= set(floats())
     assert len(list(floats())) >= 14
 
 

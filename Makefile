@@ -4,7 +4,7 @@ BIN := .venv/bin
 # a process for each core of a small machine; a file's tests stay in one, as they share their runs
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all check docs install clean
+.PHONY: demo test test-all fuzz check docs install clean
 
 demo: .venv/demo
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/demo.py
@@ -14,6 +14,10 @@ test: .venv/dev
 
 test-all: .venv/smollm2
 	$(PYTEST)
+
+# 2,000 cases for each reader, about ten minutes; make fuzz FUZZ="rows --seed 1", FUZZ="--repeat FILE" for one case
+fuzz: .venv/dev
+	PYTHONPATH=tests $(BIN)/python -m helpers.fuzz $(FUZZ)
 
 check: .venv/dev
 	$(BIN)/ruff check .
@@ -46,4 +50,4 @@ install: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv runs build site *.egg-info
+	rm -rf .venv runs build site fuzz-failures *.egg-info

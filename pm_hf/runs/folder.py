@@ -370,7 +370,7 @@ def _note_conditions(paths: TaskPaths, task: Task, inputs: Inputs, before: Mappi
     now, fingerprint = conditions(), task.fingerprint()
     begun: Mapping[str, Any] | None = None
     if paths.has_checkpoints:
-        if not paths.rows.is_file():
+        if not paths.rows.exists():
             log_line(f"task {task.name}: {paths.rows} is not there, which says what its checkpoints are of; begun anew")
         elif changes := _changes(read_record(paths.rows, RowsFile, ROWS_WAY_OUT), fingerprint, inputs):
             log_line(f"task {task.name}: {'; '.join(changes)} since its checkpoints were written; begun anew")

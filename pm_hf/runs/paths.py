@@ -44,7 +44,7 @@ class TaskPaths:
     @property
     def finished(self) -> bool:
         """Whether the task is finished: its step.json is written last."""
-        return self.step.is_file()
+        return self.step.exists()
 
     @property
     def has_checkpoints(self) -> bool:
@@ -69,10 +69,14 @@ class RunPaths:
         return TaskPaths(self.folder / f"{TASK_PREFIX}{index:02d}-{safe}")
 
     def tasks(self) -> list[TaskPaths]:
-        """The task folders that exist, by their numbers."""
+        """The task folders that exist, in the order of their numbers."""
+        return [task for _, task in self.numbered_tasks()]
+
+    def numbered_tasks(self) -> list[tuple[int, TaskPaths]]:
+        """(number, task folder) of those that exist, in order."""
         numbered = []
         for folder in self.folder.glob(f"{TASK_PREFIX}*"):
             number = folder.name.removeprefix(TASK_PREFIX).partition("-")[0]
             if number.isdecimal() and folder.is_dir():
                 numbered.append((int(number), folder))
-        return [TaskPaths(folder) for _, folder in sorted(numbered)]
+        return [(number, TaskPaths(folder)) for number, folder in sorted(numbered)]

@@ -142,7 +142,7 @@ class MergeLine:
     @classmethod
     def load(cls, path: Path) -> "MergeLine | None":
         """The file's content, None where there is none; InputError for a file of another kind."""
-        if not path.is_file() or not (content := read_json(path)):
+        if not path.exists() or not (content := read_json(path)):
             return None
         as_record(content, MergeLineFile, str(path), "move it away, pm-hf inspect --coefficient writes a new one")
         return cls(**{part.name: content[part.name] for part in fields(cls) if part.name in content})
@@ -369,9 +369,9 @@ def read_runs(paths: Sequence[str | Path]) -> list[Report]:
 
 
 def _read_records(paths: RunPaths, count: int) -> list[TaskRecord | None]:
-    finished = [task for task in paths.tasks() if task.finished][:count]
-    records = [TaskRecord.load(task.step) for task in finished]
-    return [*records, *([None] * (count - len(records)))]
+    """The record of each learned task, in its own place; None where its step.json is not there."""
+    records = {number: TaskRecord.load(task.step) for number, task in paths.numbered_tasks() if task.finished}
+    return [records.get(number) for number in range(count)]
 
 
 def _numbered_classes(config: Mapping[str, Any], records: Sequence[TaskRecord | None]) -> dict[str, list[str]]:

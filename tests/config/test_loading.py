@@ -458,3 +458,27 @@ def test_a_saved_run_whose_option_had_no_effect_is_read_as_what_it_did():
 def test_a_wrong_merging_method_is_told_those_of_a_stream():
     valid = "pm or average or coma or sequential or cofima or magmax or opcm or slao or null"
     assert f"merge.method: expected {valid}, found 'tias'" in refusal(load_config, small(merge__method="tias"))
+
+
+@pytest.mark.parametrize("rank", [4, 4.0, "4"])
+def test_alpha_is_twice_the_rank_however_that_is_written(rank):
+    config = load_config(small(lora={"r": rank}))
+    assert (config.lora.r, config.lora.alpha) == (4, 8)
+
+
+def test_a_run_by_steps_comes_back_without_epochs(tmp_path):
+    config = load_config(small(training={"max_steps": 3}))
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert "num_train_epochs" not in config.training
+
+
+def test_a_character_that_yaml_writes_and_does_not_read_comes_back(tmp_path):
+    config = load_config(small(stream__text_column="a\x85b"))
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_column_of_domains_without_a_name_is_one_of_domains():
+    config = load_config(small(stream__class_groups=None, stream__domain_column=""))
+    assert config.stream.scenario == "domain_incremental"

@@ -4,9 +4,6 @@ import datetime
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given
-from hypothesis import settings as budget
-from hypothesis import strategies as st
 
 from pm_hf.config.loading import load_config
 from pm_hf.config.yaml_text import parse_value, read_yaml
@@ -176,66 +173,3 @@ def test_a_mapping_that_contains_itself_is_refused():
 def test_objects_of_python_are_no_settings():
     with pytest.raises(InputError, match="expected int, found datetime.date"):
         load_config({"seed": datetime.date(2026, 1, 2), "output_dir": "x"})
-
-
-LINES = [
-    *SETTINGS.splitlines(),
-    "seed: 3",
-    "lora: {r: 2}",
-    "training: &t",
-    "  max_steps: 2",
-    "merge: *t",
-    "head: {<<: *t}",
-]
-PIECES = [
-    "&a ",
-    "*a",
-    "[",
-    "]",
-    "{",
-    "}",
-    ": ",
-    "- ",
-    "\n",
-    "  ",
-    "\t",
-    "'",
-    '"',
-    "!!int ",
-    "!!timestamp ",
-    "!!set ",
-    "? ",
-    "|",
-]
-PIECES += [
-    "!!omap ",
-    "!!binary ",
-    "---\n",
-    "%",
-    "9" * 5000,
-    "0x" + "f" * 300,
-    ".nan",
-    "2026-13-45",
-    "1:30",
-    "~",
-    "\0",
-    "[" * 200,
-]
-PLACES = st.tuples(st.integers(0, 200), st.sampled_from(PIECES))
-
-
-@budget(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.permutations(LINES), st.lists(PLACES, max_size=3))
-def test_any_text_ends_in_settings_or_in_one_line(tmp_path_factory, lines, pieces):
-    text = "\n".join(lines)
-    for place, piece in pieces:
-        text = text[:place] + piece + text[place:]
-    path = tmp_path_factory.getbasetemp() / "any.yaml"
-    path.write_text(text)
-    try:
-        config = load_config(path)
-    except InputError as error:
-        said = str(error)
-    else:
-        said = "read back as another" * (load_config(config) != config)
-    assert said == "" or (said.startswith(f"config {path}") and len(said.splitlines()) == 1)

@@ -4,8 +4,6 @@ import json
 
 import pytest
 from datasets import config
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from pm_hf.config.schema import Source
 from pm_hf.data.sources import read_rows
@@ -136,56 +134,3 @@ def test_domain_of_a_conversation_is_that_of_each_of_its_answers(tmp_path):
     rows, domains = read(tmp_path, PROMPTS, train="t.jsonl", extra="from")
     assert [len(prompt) for prompt in rows.inputs] == [1, 3, 1]
     assert domains == ["web", "web", "mail"]
-
-
-LEAF = (
-    st.none()
-    | st.booleans()
-    | st.integers(-3, 3)
-    | st.floats(width=16)
-    | st.sampled_from(["", " ", "a", "user", "text"])
-)
-MESSAGE = st.dictionaries(
-    st.sampled_from(["role", "content", "tool_calls", "type", "text"]), LEAF | st.lists(LEAF), max_size=4
-)
-MESSAGES = st.lists(
-    MESSAGE
-    | st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": LEAF | st.lists(MESSAGE)}),
-    max_size=3,
-)
-ANY_CELL = LEAF | st.lists(LEAF, max_size=2) | MESSAGE | MESSAGES
-COLUMNS = st.sampled_from(["text", "label", "messages", "prompt", "completion", "tools", "from"])
-SETTINGS = st.fixed_dictionaries(
-    {},
-    optional={
-        "text_column": st.sampled_from(["text", "prompt"]),
-        "label_column": st.sampled_from(["label", "completion"]),
-        "prompt_template": st.sampled_from(
-            ["{text}:", "{text} {label!r:>5}", "{text.x}", "{text[0]}", "{text:d}", "{", "{0}"]
-        ),
-        "answers": st.just({True: "yes", 2: "two", "a": "b"}),
-    },
-)
-
-
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.lists(st.dictionaries(COLUMNS, ANY_CELL, min_size=2), min_size=1, max_size=3),
-    st.sampled_from([TEXTS, PROMPTS]),
-    SETTINGS,
-    st.sampled_from([None, "from"]),
-)
-def test_any_rows_of_json_are_rows_or_one_clear_error(tmp_path_factory, rows, kind, source, extra):
-    path = tmp_path_factory.getbasetemp() / "any.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    try:
-        made, values = read(path.parent, kind, train=path.name, extra=extra, **source)
-    except InputError as error:
-        message = str(error)
-    else:
-        message = made.places.name(0)
-        assert len(made) == len(made.inputs) == (len(values) if extra else len(made))
-        assert all(type(label) is str for label in [*made.labels, *values])
-        assert made.content()
-    assert "any.jsonl" in message or "prompt_template" in message
-    assert "\n" not in message

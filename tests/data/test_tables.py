@@ -2,25 +2,15 @@
 
 import csv
 import gzip
-import io
-import json
 import math
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pm_hf.data.columns import cells
-from pm_hf.data.tables import TextTable, Written, kind_of, read_table
+from pm_hf.data.tables import Written, kind_of, read_table
 from pm_hf.errors import InputError
-
-TEXTS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=8)
-ODD = st.sampled_from(
-    ["007", "1.50", "1e5", "true", "+47", "12345678901234567890", "NA", "null", "2024-01-01", " ", '"', "a,b", "a\r\nb"]
-)
-CELLS = TEXTS | ODD
 
 
 @pytest.fixture(scope="module")
@@ -50,66 +40,6 @@ def refused(path):
     assert str(path) in message
     assert "\n" not in message
     return message
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=6), st.sampled_from(["\n", "\r\n"]), st.booleans())
-def test_csv_holds_what_the_csv_module_wrote(file, rows, end, marked):
-    buffer = io.StringIO()
-    bare = any("\r" in cell for row in rows for cell in row)  # which the writer leaves unquoted before Python 3.13
-    quoting = csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL
-    csv.writer(buffer, lineterminator=end, quoting=quoting).writerows([("text", "label"), *rows])
-    table = read_table(file("t.csv", ("\ufeff" if marked else "") + buffer.getvalue()), "csv")
-    assert [tuple(row) for row in zip(table.columns["text"], table.columns["label"], strict=True)] == rows
-
-
-VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | CELLS
-NESTED = VALUES | st.lists(VALUES, max_size=3) | st.dictionaries(TEXTS, VALUES, max_size=3)
-
-
-def as_the_json_module_says(value):
-    """A cell from the json module's own value: numbers, true and false as json writes them."""
-    return Written(json.dumps(value)) if isinstance(value, bool | int | float) else value
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.dictionaries(st.sampled_from("abc"), NESTED), min_size=1, max_size=5), st.booleans())
-def test_json_holds_what_the_json_module_wrote(file, rows, lines):
-    text = "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows, ensure_ascii=False, indent=1)
-    table = read_table(file("t.json", text), "json") if any(rows) else TextTable({})
-    assert set(table.columns) == {name for row in rows for name in row}
-    for name, column in table.columns.items():
-        wanted = [as_the_json_module_says(row.get(name)) for row in rows]
-        assert column == wanted
-        assert [type(cell) for cell in column] == [type(cell) for cell in wanted]
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.binary(max_size=40) | st.text('{}[]",:\\n\r\n01e.-ax\0 ué', max_size=40).map(str.encode),
-    st.sampled_from(["csv", "json"]),
-)
-def test_any_bytes_are_a_table_or_one_clear_error(file, content, kind):
-    outcome = read_or_refused(file(f"any.{kind}", content))
-    assert len(outcome) > 0
-    assert not isinstance(outcome, str) or (f"any.{kind} " in outcome and "\n" not in outcome)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2000), st.binary(max_size=4))
-def test_a_damaged_parquet_is_a_table_or_one_clear_error(file, at, damage):
-    buffer = io.BytesIO()
-    pq.write_table(pa.table({"text": ["a", "b"], "label": [1, 2]}), buffer)
-    whole = buffer.getvalue()
-    at = at % len(whole)
-    path = file("any.parquet", whole[:at] + damage + whole[at + len(damage) :] if damage else whole[:at])
-    try:
-        table = read_table(path, "parquet")
-        message, sizes = "", {len(cells(table, name, "t")) - len(table) for name in table.column_names}
-    except InputError as error:
-        message, sizes = str(error), {0}
-    assert sizes == {0}
-    assert "\n" not in message
 
 
 def test_numbers_of_json_stand_as_they_are_written(file):

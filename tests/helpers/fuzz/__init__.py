@@ -6,12 +6,24 @@ REFUSED. SilentError is a result that a slow, obvious reference does not have, o
 other exception is a traceback that a user would see. The default tests and `make fuzz` use the same two.
 """
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from hypothesis import HealthCheck
+from hypothesis import settings as budget
 
 from pm_hf.errors import InputError
 
 RIGHT, REFUSED = "right", "refused"
+
+
+def few(count: int) -> budget:
+    """So many cases, the same ones every time, for the default tests."""
+    return budget(
+        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
 
 
 class SilentError(AssertionError):
@@ -33,3 +45,9 @@ def read(call: Callable[[], Any]) -> tuple[Any, str | None]:
     check(said != "" and len(said.splitlines()) == 1, "not one line:", repr(said))
     check("\x1b" not in said, "a terminal's command:", repr(said))
     return None, said
+
+
+def judged(reader: Any, case: Any) -> str:
+    """What a reader's `judge` says of a case, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        return reader.judge(case, Path(folder))

@@ -3,7 +3,7 @@
     python -m helpers.fuzz [--seed N] [--cases 2000] [READER …]
     python -m helpers.fuzz --repeat FILE
 
-Cases follow from the seed. One that fails is printed and its input written to fuzz-failures/, from where it is repeated.
+Cases follow from the seed. One that fails is printed and its input written to fuzz-failures/, for --repeat.
 """
 
 import argparse
@@ -69,6 +69,7 @@ def outcome(reader: str, case: Any) -> tuple[str, str]:
 def fuzz(reader: str, start: int, count: int) -> Counter:
     """Outcomes of `count` cases; each that fails is printed and written."""
     counts, number = Counter[str](), 0
+    getattr(READERS[reader], "prepared", dict)()  # what its cases have in common takes longer than a case may
 
     @seed(start)
     @settings(
@@ -90,9 +91,7 @@ def fuzz(reader: str, start: int, count: int) -> Counter:
             FAILURES.mkdir(exist_ok=True)
             path = FAILURES / f"{reader}-{start}-{number}.txt"
             path.write_text(repr(case), encoding="utf-8", errors="surrogatepass")
-            print(
-                f"\n{reader} case {number} of seed {start}: {found}; make fuzz-repeat FILE={path}\n{what}", flush=True
-            )
+            print(f"\n{reader} case {number} of seed {start}: {found}; again: --repeat {path}\n{what}", flush=True)
 
     each()
     return counts

@@ -131,7 +131,12 @@ TENSORS = st.dictionaries(
     st.tuples(st.lists(st.integers(0, 3), max_size=3), st.sampled_from(DTYPES)),
     max_size=2,
 )
-FILES = [WEIGHTS, CONFIG, "labels.json"]
+DAMAGE = st.tuples(
+    st.sampled_from([WEIGHTS, CONFIG, "labels.json"]),
+    st.integers(0, 5000),
+    st.sampled_from(["put", "set", "cut", "gone"]),
+    st.binary(max_size=2),
+)
 ODD = st.fixed_dictionaries(
     {
         "config": st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=2) | LIKELY,
@@ -139,13 +144,9 @@ ODD = st.fixed_dictionaries(
         "labels": st.none() | VALUES,
         "report": st.none() | VALUES,
         "prefix": st.sampled_from([PREFIX, "", "module." + PREFIX]),
-        "damage": st.just([])
-        | st.lists(
-            st.tuples(st.sampled_from(FILES), st.integers(0, 5000), st.sampled_from(["put", "set", "cut", "gone"]), st.binary(max_size=2)),
-            max_size=2,
-        ),
+        "damage": st.just([]) | st.lists(DAMAGE, max_size=2),
     }
-)  # fmt: skip
+)
 CASES = st.one_of(_sound(), _sound(), ODD, ODD, RENAMED)
 
 
@@ -235,7 +236,7 @@ def _judge_renamed(case: Mapping, folder: Path) -> str:
     places = [Site(layer, "linear", 6, 4) for layer in layers]
     updates, odd = [], []
     for i, old in enumerate(case["old"]):
-        sizes = {layer: (case["ranks"][i], 3 + i) for layer in layers}
+        sizes = dict.fromkeys(layers, (case["ranks"][i], 3 + i))
         path = write(folder / f"a{i}", places, Drawn(sizes, rslora=i > 1, bias=False, dtype=torch.float32, seed=i))
         updates.append(dense(path, places))
         config = json.loads((path / CONFIG).read_text())

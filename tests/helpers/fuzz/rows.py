@@ -20,7 +20,6 @@ from helpers.fuzz import REFUSED, RIGHT, check, read
 from pm_hf.config.schema import Source
 from pm_hf.data.chat import answer_of, messages_of
 from pm_hf.data.sources import read_rows
-from pm_hf.errors import InputError
 
 CLASSES, PROMPTS = "text-classification", "causal-lm"
 ODD = [
@@ -38,7 +37,25 @@ ODD = [
     "a,b",
     "a\r\nb",
 ]
-ODD += ["\u200b", "\r", "1_000", "\ufeffa", "é", "e\u0301", "None", "nan", "-0", "{x}", "\x1c", "\x85", "\u2028"]
+ODD += [
+    "\u200b",
+    "\r",
+    "1_000",
+    "\ufeffa",
+    "é",
+    "e\u0301",
+    "None",
+    "nan",
+    "-0",
+    "{x}",
+    "\x1c",
+    "\x85",
+    "\u2028",
+    " a",
+    "a ",
+    "\ta",
+    "a\n",
+]
 TEXTS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=8)
 CELLS = TEXTS | st.sampled_from(ODD)
 LABELS = CELLS.filter(lambda text: any(c.isalnum() for c in text))
@@ -57,25 +74,28 @@ SETTINGS = st.fixed_dictionaries(
     },
 )
 COLUMN_NAMES = ["text", "label", "from", "prompt", "completion", "tools", "messages", "", "Text", "text "]
-DAMAGE = st.lists(st.tuples(st.integers(0, 3000), st.sampled_from(["put", "set", "cut"]), st.binary(max_size=3)))
-DAMAGES = st.just([]) | st.just([]) | DAMAGE.filter(lambda changes: len(changes) < 3)
+DAMAGE = st.lists(
+    st.tuples(st.integers(0, 3000), st.sampled_from(["put", "set", "cut"]), st.binary(max_size=3)), max_size=2
+)
+DAMAGES = st.sampled_from([False] * 4 + [True]).flatmap(lambda some: DAMAGE if some else st.just([]))
 
 
 @st.composite
 def _csv_cases(draw: Any) -> dict:
     names = draw(st.permutations(["text", "label"] + draw(st.lists(st.sampled_from(COLUMN_NAMES), max_size=2))))
     likely = draw(st.sampled_from([LABELS, LABELS, CELLS]))
-    rows = draw(st.lists(st.tuples(*(likely for _ in names)), min_size=0, max_size=5))
+    rows = draw(st.lists(st.tuples(*(likely for _ in names)), min_size=draw(st.sampled_from([0, 1, 1, 1])), max_size=5))
     ends = draw(st.sampled_from(["\n", "\r\n", "\r"]))
     return {"format": "csv", "names": names, "rows": rows, "end": ends, "quoted": draw(st.booleans())}
 
 
 JSON_ROW = st.fixed_dictionaries(
-    {"text": CELLS, "label": LABELS | st.integers() | st.booleans()},
+    {"text": CELLS, "label": LABELS | st.integers() | st.booleans() | st.just(0.5)},
     optional={"from": LABELS | st.integers(), "prompt": LEAVES, "tools": st.none()},
 )
 ODD_ROW = st.dictionaries(st.sampled_from(COLUMN_NAMES), NESTED, max_size=5)
-JSON_ROWS = st.lists(JSON_ROW, max_size=4) | st.lists(JSON_ROW | ODD_ROW, max_size=3)
+JSON_ROWS = st.lists(JSON_ROW, min_size=1, max_size=4)
+ODD_ROWS = JSON_ROWS | st.lists(JSON_ROW | ODD_ROW, max_size=3)
 KEYS = st.sampled_from(["name", "tool_calls", "weight", "x y"])
 MORE = st.dictionaries(KEYS, st.lists(st.dictionaries(TEXTS, LEAVES, max_size=2), max_size=2) | LEAVES, max_size=2)
 ROLES = st.sampled_from(["user", "assistant", "system", "tool"])
@@ -92,9 +112,9 @@ PAIRS = st.lists(st.fixed_dictionaries({"prompt": CELLS, "completion": LABELS | 
 JSON_STYLES = st.sampled_from(["lines", "array", "indented", "ascii", "run on"])
 
 COLUMNS = {  # {type of Arrow: values}
-    "string": CELLS,
+    "string": LABELS,
     "large_string": CELLS,
-    "category": CELLS,
+    "category": LABELS,
     "int64": st.integers(-(2**63), 2**63 - 1),
     "uint64": st.integers(0, 2**64 - 1),
     "int8": st.integers(-128, 127),
@@ -119,11 +139,11 @@ ARROW |= {"decimal": pa.decimal128(12, 2), "float16": pa.float16(), "null": pa.n
 @st.composite
 def _parquet_cases(draw: Any) -> dict:
     extra = draw(st.lists(st.sampled_from(COLUMN_NAMES), max_size=1))
-    length, columns = draw(st.integers(0, 4)), []
+    length, columns = draw(st.sampled_from([0, 1, 1, 2, 3, 4])), []
     for name in draw(st.permutations(["text", "label", *extra])):
-        likely = ["string"] if name == "text" else ["string", "int64", "category"]
-        kind = draw(st.sampled_from(likely) | st.sampled_from(list(COLUMNS)))
-        values = st.none() | COLUMNS[kind] if draw(st.booleans()) else COLUMNS[kind]
+        likely = ["string"] if name == "text" else [kind for kind in COLUMNS if kind not in ("null", "binary")]
+        kind = draw(st.sampled_from(list(COLUMNS) if draw(st.integers(0, 4)) == 0 else likely))
+        values = st.none() | COLUMNS[kind] if draw(st.integers(0, 3)) == 0 else COLUMNS[kind]
         columns.append((name, kind, draw(st.lists(values, min_size=length, max_size=length))))
     return {"format": "parquet", "columns": columns}
 
@@ -135,7 +155,7 @@ def _json_cases(rows: st.SearchStrategy) -> st.SearchStrategy:
 BYTES = st.binary(max_size=40) | st.text('{}[]",:\\n\r\n01e.-ax\0 ué', max_size=40).map(str.encode)
 FILES = st.one_of(
     _csv_cases(),
-    _json_cases(JSON_ROWS),
+    _json_cases(ODD_ROWS),
     _json_cases(PAIRS | TALKS | TOOLS),
     _parquet_cases(),
     st.fixed_dictionaries({"format": st.sampled_from(["csv", "json", "parquet"]), "bytes": BYTES}),
@@ -148,7 +168,7 @@ def _cases(files: st.SearchStrategy, kinds: list[str], settings: st.SearchStrate
             "file": files,
             "kind": st.sampled_from(kinds),
             "settings": settings,
-            "extra": st.sampled_from([None, None, None, "from"]),
+            "extra": st.sampled_from([None] * 7 + ["from"]),
             "marked": st.booleans(),
             "packed": st.booleans(),
             "damage": DAMAGES,
@@ -158,7 +178,10 @@ def _cases(files: st.SearchStrategy, kinds: list[str], settings: st.SearchStrate
 
 NO_SETTINGS: st.SearchStrategy[dict] = st.just({})
 CASES = st.one_of(
-    _cases(_csv_cases() | _json_cases(JSON_ROWS) | _parquet_cases(), [CLASSES, PROMPTS], NO_SETTINGS),
+    *(
+        _cases(files, [CLASSES, CLASSES, PROMPTS], NO_SETTINGS)
+        for files in (_csv_cases(), _json_cases(JSON_ROWS), _parquet_cases())
+    ),
     _cases(_json_cases(PLAIN_TALKS | PAIRS), [PROMPTS], NO_SETTINGS),
     _cases(FILES, [CLASSES, PROMPTS], SETTINGS),
 )
@@ -368,9 +391,9 @@ def _name(value: Any) -> str:
 
 def _class(row: dict, name: str) -> str:
     value, said = _get(row, name), _name(_get(row, name))
-    if isinstance(value, _Number | float | decimal.Decimal) and said not in ("true", "false"):
-        if not float(said).is_integer():
-            raise _NoneError(f"a score: {said}")
+    number = isinstance(value, _Number | float | decimal.Decimal) and said not in ("true", "false")
+    if number and not float(said).is_integer():
+        raise _NoneError(f"a score: {said}")
     return said
 
 
@@ -401,11 +424,12 @@ def _talks(table: list[dict]) -> list[tuple[Any, str]] | None:
     made: list[tuple[Any, str]] = []
     for row in table:
         talk = row["messages"]
-        plain = isinstance(talk, list) and all(
-            isinstance(m, dict) and m.get("role") in ("user", "assistant", "system", "tool") and type(m.get("content")) is str
-            and m["content"] for m in talk
-        )  # fmt: skip
-        if not plain or row.get("tools") or any(not _serial(m) for m in talk):
+        if (
+            not isinstance(talk, list)
+            or not all(map(_is_plain, talk))
+            or row.get("tools")
+            or any(not _serial(m) for m in talk)
+        ):
             return None
         talk = [{key: value for key, value in _value(m).items() if value is not None} for m in talk]
         turns = [at for at, m in enumerate(talk) if at and m["role"] == "assistant"]
@@ -415,6 +439,12 @@ def _talks(table: list[dict]) -> list[tuple[Any, str]] | None:
             rest = {key: value for key, value in talk[at].items() if key not in ("role", "content")}
             made.append(((talk[:at], rest), talk[at]["content"]))
     return made
+
+
+def _is_plain(message: Any) -> bool:
+    """Whether a message has a role and text."""
+    content = message.get("content") if isinstance(message, dict) else None
+    return type(content) is str and content != "" and message.get("role") in ("user", "assistant", "system", "tool")
 
 
 def _serial(value: Any) -> bool:

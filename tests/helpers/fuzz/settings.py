@@ -105,13 +105,35 @@ TRAINING += ("lr_scheduler_type", "per_device_train_batch_size", "accelerator_co
 ODD_NAMES = st.sampled_from([*names(), *(f"training.{name}" for name in TRAINING), "zebra"])
 METHODS = st.fixed_dictionaries({}, optional={"method": st.sampled_from([*PRESETS, "zebra"])})
 
-LINES = ["output_dir: out", "model: {base: tiny}", "stream: {class_groups: 2}", "seed: 3", "lora: {r: 2}"]
-LINES += ["training: &t", "  max_steps: 2", "merge: *t", "head: {<<: *t}"]
+LINES = ["output_dir: out", "model: {base: tiny}", "stream: {class_groups: 2}", "seed: 3", "lora: &l {r: 2}"]
+LINES += ["training: &t\n  max_steps: 2", "curvature: {<<: {samples: 3}, labels: mc}"]
+TAILS = st.lists(st.sampled_from(["head: {<<: *l}", "merge: *t", "perturbation: &p {scale: 0.5}", "x: *l"]), max_size=1)
 PIECES = ["&a ", "*a", "[", "]", "{", "}", ": ", "- ", "\n", "  ", "\t", "'", '"', "!!int ", "!!timestamp ", "!!set "]
 PIECES += ["? ", "|", "!!omap ", "!!binary ", "!!pairs ", "!!float ", "!!bool ", "!!str ", "!!null ", "---\n", "%", "~"]
 PIECES += ["9" * 5000, "0x" + "f" * 300, ".nan", "2026-13-45", "1:30", "\0", "[" * 200, "<<: ", "é", "\u2028", "0b1"]
-PIECES += ["!!python/name:os.system ", "b0: &b0 [x,x]\nb1: &b1 [*b0,*b0]\n", ".inf", "-0o7", "\x85", "\ufeff"]
-PLACES = st.tuples(st.integers(0, 200), st.sampled_from(PIECES))
+PIECES += [
+    "!!python/name:os.system ",
+    "b0: &b0 [x,x]\nb1: &b1 [*b0,*b0]\n",
+    ".inf",
+    "-0o7",
+    "\x85",
+    "\ufeff",
+]
+WHOLE = ["x: {a: 1, b: [2, ~], c: 1e3, d: 0x10, e: 1_0, f: 1:30, g: .5, h: 1., i: yes}", "z: 2026-01-02", "007: 08"]
+WHOLE += ["y: 2026-01-02 10:00:00", "seed: 2026-01-02", "u: 'it''s'", "v: |\n  a\n\n  b", "w: >-\n a\n b", "t: !!str 1"]
+WHOLE += [
+    "s: &s [1, {a: *s}]",
+    "r: !!binary YQ==",
+    "q: !!set {a, b}",
+    "p: {<<: [{a: 1}, {b: 2}], a: 3}",
+    'o: "\\u00e9"',
+    "? a\n: b",
+]
+PLACES = st.tuples(st.integers(0, 200), st.just(False), st.sampled_from(PIECES)) | st.tuples(
+    st.integers(0, 200),
+    st.just(True),  # at a line's begin
+    st.sampled_from([f"{line}\n" for line in WHOLE]),
+)
 
 CASES = st.one_of(
     st.fixed_dictionaries(
@@ -128,6 +150,7 @@ CASES = st.one_of(
     st.fixed_dictionaries(
         {
             "lines": st.permutations(LINES),
+            "tail": st.just([]) | TAILS,
             "pieces": st.lists(PLACES, max_size=3),
             "bytes": st.lists(st.tuples(st.integers(0, 200), st.binary(max_size=2)), max_size=1),
         }
@@ -177,8 +200,9 @@ def _judge_odd(case: Mapping, folder: Path) -> str:
 
 
 def _judge_text(case: Mapping, folder: Path) -> str:
-    text = "\n".join(case["lines"])
-    for place, piece in case["pieces"]:
+    text = "\n".join([*case["lines"], *case["tail"]])
+    for place, begin, piece in case["pieces"]:
+        place = text.rfind("\n", 0, place) + 1 if begin else place
         text = text[:place] + piece + text[place:]
     content = text.encode()
     for place, piece in case["bytes"]:

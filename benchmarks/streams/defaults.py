@@ -45,7 +45,6 @@ CHOICE = {  # stream: (file, classes from, to, classes a task, rows a class)
 CONFIRMATION = {
     "banking77-other": ("banking77", 30, 42, 4, 80),
     "clinc150": ("clinc150", 0, 40, 10, 40),
-    "news20": ("news20", 0, 20, 5, 60),
 }
 
 

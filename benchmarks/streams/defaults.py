@@ -45,7 +45,6 @@ CHOICE = {  # stream: (file, classes from, to, classes a task, rows a class)
 CONFIRMATION = {
     "banking77-other": ("banking77", 30, 42, 4, 80),
     "clinc150": ("clinc150", 0, 40, 10, 40),
-    "news20": ("news20", 0, 20, 5, 60),
 }
 
 
@@ -148,10 +147,15 @@ def save(name: str, rows: list[dict]) -> None:
     path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["choose", "confirm"])
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     {"choose": choose, "confirm": confirm}[arguments.what](arguments)
+
+
+if __name__ == "__main__":
+    main()

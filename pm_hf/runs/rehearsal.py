@@ -104,7 +104,7 @@ class Rehearsal:
         began, before = time.perf_counter(), _load(pool)
         seen = [*(row.asked for row in before.rows if row.asked)]
         seen += [answer for learned in self.stream.tasks[: index + 1] for answer in learned.own]
-        model = self.scorer.load(paths.merged, None)
+        model, _ = self.scorer.load(paths.merged, None)
         rows = self._labelled(self._language_scorer(model), written, task, list(dict.fromkeys(seen)))
         share = self._share(before)
         after = Pool((*before.shrunk(share).rows, *rows))

@@ -87,12 +87,23 @@ def test_numbers_of_the_text_are_in_the_tables(text):
     assert [number for number in told if number not in tables] == []
 
 
+def test_what_is_said_of_the_defaults_is_what_was_measured():
+    runs = load("defaults/confirm.json")["rows"]
+    for line in rows_of(section(MEASURED, "Defaults"))[2:]:
+        name, seeds, *told = (cell.strip() for cell in line.strip("|").split("|"))
+        scores = [
+            [r["ACC"] for r in runs if (r["stream"], r["settings"]) == (name, kind)] for kind in ("default", "by hand")
+        ]
+        assert [f"{sum(of_kind) / int(seeds):.3f}" for of_kind in scores] == told
+
+
 def test_what_is_said_of_running_is_what_was_measured():
     text = " ".join(section(MEASURED, "Running").split())
-    kills, tasks, cost = (load(f"running/{name}.json") for name in ("kill-20", "long-stream-50", "overhead"))
+    kills, tasks, cost = (load(f"running/{name}.json") for name in ("kill-60", "long-stream-50", "overhead"))
     assert kills["different"] == {}
-    assert f"{kills['kills']} SIGKILLs aimed at eight phases" in text
-    assert len(kills["landed"]) == 8
+    assert f"{kills['kills']} SIGKILLs aimed at ten phases" in text
+    assert f"{sum(kills['damaged'].values())} of them followed by damage" in text
+    assert len(kills["landed"]) == 10
     ratios = tasks["ratios"]
     assert tasks["tasks"] == 50
     assert f"takes {ratios['step_seconds']:.2f} times" in text

@@ -119,6 +119,7 @@ def type_problems(config: Mapping) -> list[str]:
         checks["rank_pattern"] = (lambda value: _is_pattern(value, _is_rank), "{expression: positive integer}")
     checks |= dict.fromkeys(("target_modules", "exclude_modules"), (_is_targets, "a list of names or an expression"))
     checks |= dict.fromkeys(("target_parameters", "modules_to_save"), (_is_names, "a list of names"))
+    checks |= dict.fromkeys(("use_rslora", "lora_bias"), (_is_flag, "true or false"))
     checks["layers_to_transform"] = (_are_layers, "a layer's number or a list of numbers")
     checks["layers_pattern"] = (_are_expressions, "an expression or a list of them")
     checks |= dict.fromkeys(("base_model_name_or_path", "revision", "task_type"), (_is_text, "a text"))
@@ -144,6 +145,10 @@ def _is_number(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer of hundreds of digits
         return False
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 def _is_rank(value: Any) -> bool:

@@ -142,7 +142,7 @@ class MergeLine:
     @classmethod
     def load(cls, path: Path) -> "MergeLine | None":
         """The file's content, None where there is none; InputError for a file of another kind."""
-        if not path.exists() or not (content := read_json(path)):
+        if not path.exists() or (content := read_json(path)) == {}:
             return None
         as_record(content, MergeLineFile, str(path), "move it away, pm-hf inspect --coefficient writes a new one")
         return cls(**{part.name: content[part.name] for part in fields(cls) if part.name in content})

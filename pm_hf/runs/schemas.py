@@ -172,6 +172,7 @@ class PointFile:
     score: float
     losses: list[float]
     scores: list[float]
+    task_incremental: list[Score] | None = None
 
 
 @dataclass

@@ -20,6 +20,8 @@ def test_any_folder_is_merged_as_the_sum_or_refused(case):
         ({"config": {"lora_alpha": 10**400}}, REFUSED),
         ({"config": {"layers_to_transform": "0"}}, REFUSED),
         ({"config": {"base_model_name_or_path": "a\0b"}}, REFUSED),
+        ({"config": {"use_rslora": [True]}}, REFUSED),
+        ({"config": {"lora_bias": "false"}}, REFUSED),
         ({"report": {"tasks": 10**400}}, RIGHT),
     ],
     ids=lambda value: str(value)[:60],

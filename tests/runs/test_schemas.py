@@ -149,6 +149,7 @@ BAD_LINE = {
     "tasks": [3, [3], "x", ..., [{}]],
     "tasks.0.points": [[], [POINT], "x", [POINT, POINT | {"coefficient": 0.4}]],
     "tasks.0.points.0.losses": [[0.5], "x", ["a", "b"], None],
+    "tasks.0.points.0.task_incremental": ["x", [{}], [True]],
     "tasks.0.points.1.coefficient": ["0.5", None, float("nan")],
     "tasks.0.regret": [{}, {"chosen": {"score": 0, "loss": 0}}, [1]],
     "tasks.0.seen": [["a"], [], [1, 2]],
@@ -168,6 +169,14 @@ def test_a_merge_line_of_another_kind_is_one_line(tmp_path, path, value, capsys)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"{folder / 'coefficient.json'}: " in said
+
+
+@pytest.mark.parametrize("content", ["[]", "0", "null", ""])
+def test_a_merge_line_of_nothing_is_one_line(tmp_path, content, capsys):
+    folder = write_run(tmp_path / "run", ["a", "b"])
+    (folder / "coefficient.json").write_text(content)
+    assert main(["report", str(folder)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_no_merge_line_is_none(tmp_path):

@@ -155,12 +155,17 @@ def judge(case: Mapping, folder: Path) -> str:
     whole, broken = {}, set()
     for name, damage in case["damages"]:
         whole.setdefault(name, (run / name).read_bytes() if (run / name).is_file() else b"")
-        broken |= {name} if _damage(run / name, *damage) and not _may_change(command, run / name) else set()
+        broken |= {name} if _damage(run / name, *damage) else set()
+    broken -= {name for name in broken if _may_change(command, run / name)}
     changed = [name for name, content in whole.items() if not _is(run / name, content)]
     code, said, found = _outcome(command, run)
     lines = [line for line in said.splitlines() if line.startswith("pm-hf: ")]
     check("Traceback" not in said and "\x1b" not in said, said)
-    if command == "evaluate" and code == FAILED and "is left out" in said:
+    left_out = command == "evaluate" and "is left out" in said
+    in_the_way = (
+        command in ("train", "go on") and "report.json could not be written: Is a directory" in said
+    )  # it is only written
+    if code == FAILED and (left_out or in_the_way):
         return REFUSED
     if code not in (DONE, None):
         check(code == BAD_INPUT and len(lines) == 1, "code", code, "and said:", said)

@@ -15,7 +15,7 @@ test: .venv/dev
 test-all: .venv/smollm2
 	$(PYTEST)
 
-# 2,000 cases for each reader, about ten minutes; make fuzz FUZZ="rows --seed 1", FUZZ="--repeat FILE" for one case
+# 2,000 cases for each reader, about four minutes; make fuzz FUZZ="rows --seed 1", FUZZ="--repeat FILE" for one case
 fuzz: .venv/dev
 	PYTHONPATH=tests $(BIN)/python -m helpers.fuzz $(FUZZ)
 

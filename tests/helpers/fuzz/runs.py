@@ -162,9 +162,8 @@ def judge(case: Mapping, folder: Path) -> str:
     lines = [line for line in said.splitlines() if line.startswith("pm-hf: ")]
     check("Traceback" not in said and "\x1b" not in said, said)
     left_out = command == "evaluate" and "is left out" in said
-    in_the_way = (
-        command in ("train", "go on") and "report.json could not be written: Is a directory" in said
-    )  # it is only written
+    # a report is written only, so what is in its way is found then
+    in_the_way = command in ("train", "go on") and "report.json could not be written: Is a directory" in said
     if code == FAILED and (left_out or in_the_way):
         return REFUSED
     if code not in (DONE, None):

@@ -121,9 +121,9 @@ def _twins(adapters: Sequence[Adapter]) -> Iterator[Twins]:
         for module, layout in left.layouts.items():
             place, layer = _split(module)
             for other in others.get(layer, []) if module not in right.layouts else ():
-                there = _split(other)[0]
-                apart = place not in places[1] and there not in places[0]
-                if right.layouts[other].site == layout.site and (apart or _changed(place, there) <= ROOTS):
+                beside = _split(other)[0]
+                apart = place not in places[1] and beside not in places[0]
+                if right.layouts[other].site == layout.site and (apart or _changed(place, beside) <= ROOTS):
                     yield left, module, right, other
 
 

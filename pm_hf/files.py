@@ -163,13 +163,21 @@ def free_space_problem(path: Path, needed: int) -> str | None:
 def read_json(path: Path) -> Any:
     """Read a JSON file; InputError when it is missing, cannot be read (its cause is the OSError) or is no JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
     except FileNotFoundError as error:
         raise InputError(f"{path} cannot be read as JSON: it does not exist") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; make it readable") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(key for key in content if sum(name == key for name, _ in pairs) > 1)
+        raise ValueError(f"key {twice!r} stands twice in one object")
+    return content
 
 
 def read_record(path: Path, kind: type[Record], way_out: str) -> Record:

@@ -478,3 +478,10 @@ def test_a_record_that_is_not_as_expected_is_one_short_line(tmp_path, content, p
 def test_a_record_takes_whole_numbers_for_shares_and_leaves_unknown_keys(tmp_path):
     (tmp_path / "x.json").write_text('{"name": "a", "share": 1, "of a newer version": {}}')
     assert read_record(tmp_path / "x.json", Example, "") == Example("a", 0, 1.0)
+
+
+def test_a_json_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "labels.json"
+    path.write_text('{"a": {"fc": ["x"], "fc": ["y"]}}')
+    with pytest.raises(InputError, match="cannot be read as JSON: key 'fc' stands twice in one object"):
+        files.read_json(path)

@@ -4,6 +4,7 @@ transformers is imported only inside `model_names`, which builds the class witho
 """
 
 import contextlib
+import difflib
 import importlib.util
 import json
 import re
@@ -56,10 +57,12 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class ModelNames:
-    """Names of one model class. layers: its modules, numbers as #. whole: from the base's own configuration, else from
-    the default one of its class, in which parts may be of another architecture than the base's."""
+    """Names of one model class. modules: all of them; layers: the same, numbers as #. whole: from the base's own
+    configuration, else from the default one of its class, in which parts may be of another architecture than the
+    base's."""
 
     title: str
+    modules: frozenset[str]
     layers: frozenset[str]
     whole: bool
     model: Any
@@ -67,6 +70,18 @@ class ModelNames:
     def has(self, module: str) -> bool:
         """Whether the class has a module of this name."""
         return _numberless(module) in self.layers
+
+    def foreign(self, modules: Iterable[str]) -> list[str]:
+        """Those of the modules that the model does not have, by number too, and that PEFT does not convert."""
+        plain = {re.sub(r"\.base_layer(?=\.|$)", "", module) for module in modules}
+        converted = {old for old, new in self.renamed(m for m in plain if not self.has(m)).items() if old == new}
+        return sorted(plain - self.modules - converted)
+
+    def nearest(self, module: str) -> str | None:
+        """The model's own module whose name is most like this one, where one is."""
+        last = module.rpartition(".")[2]
+        same = sorted(name for name in self.modules if name.rpartition(".")[2] == last)
+        return next(iter(difflib.get_close_matches(module, same or sorted(self.modules), 1, 0.7)), None)
 
     def renamed(self, modules: Iterable[str]) -> dict[str, str]:
         """{module that the class lacks: the one that it became in a later transformers}, by transformers' own table for
@@ -157,7 +172,7 @@ def _build(source: ModelSource, text: str | None) -> list[ModelNames]:
             model_class = getattr(transformers, source.class_name)
             own = isinstance(config, model_class.config_class)
             model = model_class(config if own else model_class.config_class())
-            return [ModelNames(source.class_name, _layers(model), own, model)]
+            return [_names(source.class_name, model, own)]
         built = {}
         for name in AUTO_CLASSES.get(str(source.task), ()):
             with contextlib.suppress(ValueError):  # the configuration is of no class for this task
@@ -167,7 +182,7 @@ def _build(source: ModelSource, text: str | None) -> list[ModelNames]:
         for name in own_classes:
             if name not in built and hasattr(transformers, name):
                 built[name] = getattr(transformers, name)(config)
-        return [ModelNames(name, _layers(model), True, model) for name, model in built.items()]
+        return [_names(name, model, True) for name, model in built.items()]
 
 
 def _architectures(text: str | None) -> list[str]:
@@ -175,8 +190,9 @@ def _architectures(text: str | None) -> list[str]:
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
-def _layers(model: torch.nn.Module) -> frozenset[str]:
-    return frozenset(_numberless(name) for name, _ in model.named_modules())
+def _names(title: str, model: torch.nn.Module, whole: bool) -> ModelNames:
+    modules = frozenset(name for name, _ in model.named_modules(remove_duplicate=False))
+    return ModelNames(title, modules, frozenset(_numberless(name) for name, _ in model.named_modules()), whole, model)
 
 
 def _numberless(module: str) -> str:

@@ -2,7 +2,8 @@
 
 Names that the model's class lacks are replaced by those that transformers' own table gives for them. Where the class is
 not known (no `auto_mapping`, and the base's config.json is not on this machine), names stay as they are, and adapters
-whose names look like two names of the same layers are refused.
+whose names look like two names of the same layers are refused. Where the base's config.json is known too and the
+adapters do not all adapt the same modules, each module has to be one of the model's.
 """
 
 import re
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from pm_hf.adapters.architecture import ROOTS, ModelNames, may_be_renamed, model_names, model_source
+from pm_hf.adapters.architecture import ROOTS, ModelNames, ModelSource, may_be_renamed, model_names, model_source
 from pm_hf.adapters.folder import Adapter, base_name, is_under
 from pm_hf.adapters.layout import PEFT_PREFIX
 from pm_hf.adapters.names import is_own_class
@@ -39,13 +40,16 @@ def one_naming(adapters: Sequence[Adapter]) -> list[Adapter]:
         _refuse([pair for pair in (*_twins(opened), *_strangers(opened)) if _look_renamed(pair[1], pair[3])], [])
         return opened
     apart = next(_twins(opened), None) is not None
-    if not apart and not any(_strangers(opened)) and not any(map(may_be_renamed, sources)):
+    agree = len({frozenset(adapter.layouts) for adapter in opened}) == 1
+    strange = (source.config is not None and not agree) or any(_strangers(opened))
+    if not apart and not strange and not any(map(may_be_renamed, sources)):
         return opened
     models = _likeliest_first(model_names(source), opened)
     named = [_renamed(adapter, models, apart) for adapter in opened]
     pairs = [*_twins(named), *_strangers(named)]
     layers = [_known_layers(model, {name for pair in pairs for name in (pair[1], pair[3])}) for model in models]
     _refuse([pair for pair in pairs if not _both_known(pair[1], pair[3], layers)], models)
+    _refuse_foreign(named, models, source)
     return named
 
 
@@ -105,20 +109,22 @@ def _with_names(adapter: Adapter, new: Mapping[str, str]) -> Adapter:
 
 def _twins(adapters: Sequence[Adapter]) -> Iterator[Twins]:
     """Layers that may be one: equal behind what names their place in the model, of one shape, each of its own adapter,
-    whose other layers are not in the other's place."""
+    whose other layers are not in the other's place, unless the two places differ in `ROOTS` alone: half renamed."""
     distinct = {frozenset(adapter.layouts): adapter for adapter in adapters}
     for left, right in combinations(distinct.values(), 2):
         places = [{_split(module)[0] for module in adapter.layouts} for adapter in (left, right)]
         others: dict[str, list[str]] = {}
         for module in right.layouts:
-            place, layer = _split(module)
-            if module not in left.layouts and place not in places[0]:
+            layer = _split(module)[1]
+            if module not in left.layouts:
                 others.setdefault(layer, []).append(module)
         for module, layout in left.layouts.items():
             place, layer = _split(module)
-            if module not in right.layouts and place not in places[1]:
-                same = [other for other in others.get(layer, []) if right.layouts[other].site == layout.site]
-                yield from ((left, module, right, other) for other in same)
+            for other in others.get(layer, []) if module not in right.layouts else ():
+                beside = _split(other)[0]
+                apart = place not in places[1] and beside not in places[0]
+                if right.layouts[other].site == layout.site and (apart or _changed(place, beside) <= ROOTS):
+                    yield left, module, right, other
 
 
 def _strangers(adapters: Sequence[Adapter]) -> Iterator[Twins]:
@@ -145,11 +151,16 @@ def _split(module: str) -> tuple[str, str]:
 def _look_renamed(module: str, other: str) -> bool:
     """Whether the places of two layers look like names of one rather than like two parts of a model."""
     places = [_list_of(name) or name.rpartition(".")[0] for name in (module, other)]
-    parts, more = (Counter(place.split(".")) for place in places)
-    changed = set((parts - more) + (more - parts)) - {""}
+    changed = _changed(*places)
     if changed <= ROOTS:
         return True
     return bool(_list_of(module)) and not any(map(PARTS.search, changed))
+
+
+def _changed(place: str, other: str) -> set[str]:
+    """The parts that only one of two places has."""
+    parts, more = Counter(place.split(".")), Counter(other.split("."))
+    return set((parts - more) + (more - parts)) - {""}
 
 
 def _known_layers(model: ModelNames, names: set[str]) -> set[str]:
@@ -189,3 +200,23 @@ def _refuse(pairs: Sequence[Twins], models: Sequence[ModelNames]) -> None:
         f"{both}: {why}, and its table of renamed layers does not say that the two are one; load the adapter into "
         "the same class as the other and save it again with PEFT"
     )
+
+
+def _refuse_foreign(adapters: Sequence[Adapter], models: Sequence[ModelNames], source: ModelSource) -> None:
+    """InputError where a module is none of the model's, whose configuration is known. A class that is only guessed,
+    from the task or the base's config.json, and that has no layer of any adapter is not the one they had."""
+    names = {module for adapter in adapters for module in adapter.layouts}
+    whole = [m for m in models if m.whole and (source.class_name is not None or any(map(m.has, names)))]
+    if not whole:
+        return
+    foreign, model = min(((m.foreign(names), m) for m in whole), key=lambda pair: len(pair[0]))
+    for adapter in adapters:
+        for module in foreign:
+            if any(is_under(f"{name}.", module) for name in adapter.layouts):
+                near = model.nearest(module)
+                raise InputError(
+                    f"adapter {adapter.path}: {model.title} of the installed transformers, built from {source.config}, "
+                    f"has no module {module}{f' (nearest: {near})' if near else ''}; load the adapter into the class "
+                    "and base that it was trained on and save it again with PEFT, or write that base into "
+                    "base_model_name_or_path"
+                )

@@ -191,9 +191,14 @@ def _evaluation_problems(config: RunConfig) -> list[str]:
         (share is None or 0 < share < 1, "stream.eval_share: must be in (0, 1)"),
         (patience is None or patience >= 1, "early_stopping_patience: must be at least 1"),
         (
-            share is not None or not (_evaluates(training) or best or patience),
+            share is not None
+            or not (_evaluates(training) or best or patience or training.get("save_strategy") == "best"),
             "training: eval_strategy and load_best_model_at_end need rows to evaluate on; set stream.eval_share, "
             "the share of a task's training rows that is held out for it",
+        ),
+        (
+            training.get("save_strategy") != "best" or metric is not None,
+            "training.save_strategy: best needs training.metric_for_best_model, and evaluations to judge by",
         ),
         (patience is None or best, "early_stopping_patience: needs training.load_best_model_at_end: true"),
         (

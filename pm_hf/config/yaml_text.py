@@ -4,6 +4,7 @@ A key that stands twice, an alias that contains itself or expands without end, n
 cannot be read are refused. Dates stay text, as no setting is a date.
 """
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from pm_hf.errors import InputError
 
 MOST_VALUES = 1_000_000  # of a file, each alias counted as what it stands for
 MOST_LEVELS = 100  # of nesting
-_DATE, _MERGE = "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:merge"
+_DATE, _MERGE, _INT = (f"tag:yaml.org,2002:{name}" for name in ("timestamp", "merge", "int"))
+_OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+)")  # 010 would be 8, 1:30 would be 90
 
 
 class _RefusedError(yaml.MarkedYAMLError):
@@ -39,6 +41,8 @@ class _Loader(yaml.SafeLoader):
         """SafeLoader's; a scalar that its type cannot hold (an int of 5000 digits, an explicit date) is refused."""
         if not isinstance(node, ScalarNode):
             return super().construct_object(node, deep)
+        if node.tag == _INT and _OTHER_BASE.fullmatch(node.value):
+            raise _refuse(f"{node.value} is a number of another base in YAML; put it in quotes, or write it out", node)
         try:
             return super().construct_object(node, deep)
         except (ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:

@@ -98,34 +98,34 @@ def answer_of(prompt: Prompt) -> dict[str, Any]:
 def rendered(tokenizer: Any, prompt: Messages | Chat, answer: dict[str, Any] | None = None) -> str:
     """A chat as the tokenizer's template writes it: up to the turn that follows, or with `answer` to its end.
 
-    InputError with the template's own words where it refuses, and where it leaves tools, tool calls or parts of a
-    content out.
+    InputError with the template's own words where it refuses, and where it leaves out tools, parts of a content or
+    anything else that a message holds.
     """
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template; use prompt and completion columns with text")
     messages = [dict(message) for message in [*messages_of(prompt), *([] if answer is None else [answer])]]
     tools = prompt.get("tools") if isinstance(prompt, dict) else None
-    template = str(tokenizer.chat_template)
-    unknown = [
-        name
-        for name, used in (("tools", tools), ("tool_calls", any(message.get("tool_calls") for message in messages)))
-        if used and name not in template
-    ]
-    if unknown:
-        raise InputError(
-            f"the chat template has no place for {unknown[0]}; write them into the content, or leave it out"
-        )
-    more = {"tools": tools} if tools else {}
+
+    def written(messages: Messages, tools: Any) -> str:
+        more = {"tools": tools} if tools else {}
+        how = {"tokenize": False, "add_generation_prompt": answer is None}
+        return str(tokenizer.apply_chat_template(messages, **how, **more))
+
     try:
-        text = str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None, **more)
-        )
+        text = written(messages, tools)
     except Exception as error:  # a template may raise anything
         words = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(
             f"the chat template refuses the conversation: {words}; change the row (what a system message says can "
             "stand in the first user message), or the tokenizer's chat template"
         ) from error
+    held = {key for message in messages for key, value in message.items() if value not in (None, "", [], {})}
+    template = str(tokenizer.chat_template)
+    for name in sorted((held | ({"tools"} if tools else set())) - {"role", "content"}):
+        bare = [{key: value for key, value in message.items() if key != name} for message in messages]
+        # one that is not named may still be written, by a template that writes whatever there is
+        if name not in template and written(bare, None if name == "tools" else tools) == text:
+            raise InputError(f"the chat template has no place for {name}; write it into the content, or leave it out")
     for message in messages:
         content = message.get("content")
         lost = isinstance(content, list) and not all(part["text"].strip() in text for part in content)

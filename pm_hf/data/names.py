@@ -1,10 +1,13 @@
 """Names of labels and tasks: what is seen of them, which look alike, which no folder can have."""
 
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 
 from pm_hf.errors import InputError
 
+_NUMBER = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]{1,20})?", re.ASCII)
 LONGEST_NAME = 240  # bytes of a task's name; a folder task-NN-NAME has at most 255
 
 
@@ -22,11 +25,13 @@ def visible(text: str) -> bool:
 
 
 def look_alikes(names: Iterable[str]) -> list[list[str]]:
-    """Names that differ only in blanks, case, characters that are not seen or Unicode form, in groups."""
+    """Names that differ only in blanks, case, characters that are not seen or Unicode form, or in how a number is
+    written, in groups."""
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
         folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
-        groups.setdefault("".join(filter(_is_seen, folded)), []).append(name)
+        key = "".join(filter(_is_seen, folded))
+        groups.setdefault(str(Decimal(key).normalize()) if _NUMBER.fullmatch(key) else key, []).append(name)
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -42,7 +47,7 @@ def meant(strange: Sequence[str], known: Iterable[str]) -> str:
     pairs = look_alikes_in_words(
         name for group in look_alikes([*strange, *sorted(known)]) if set(group) & set(strange) for name in group
     )
-    return f" (they differ only in blanks, case or Unicode form: {pairs})" if pairs else ""
+    return f" (they differ only in blanks, case or form: {pairs})" if pairs else ""
 
 
 def name_problems(name: str) -> list[str]:

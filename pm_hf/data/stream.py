@@ -156,7 +156,7 @@ def make_stream(
 def _look_alike_notes(what: str, names: Iterable[str]) -> tuple[str, ...]:
     """One note that names those which a reader takes for the same."""
     pairs = look_alikes_in_words(names)
-    return (f"{what} that differ only in blanks, case or Unicode form are kept apart: {pairs}",) if pairs else ()
+    return (f"{what} that differ only in blanks, case or form are kept apart: {pairs}",) if pairs else ()
 
 
 def _almost_answers(parts: Sequence[tuple[str, Rows, Rows]]) -> set[str]:

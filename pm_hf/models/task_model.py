@@ -90,6 +90,8 @@ def build_task_model(
     odd = [n for n, m in model.named_modules() if isinstance(m, LoraLayer) and not m.lora_A]
     if odd:
         raise InputError(f"lora.target_modules: {odd[0]} is not a linear layer; only linear layers are supported")
+    if isinstance(targets, list) and (idle := _idle_targets(model, targets)):
+        raise InputError(f"lora.target_modules: {', '.join(idle)} names no layer of {type(base).__name__}")
     if saved_from is not None:
         _check_targets(model, saved_from)
     if merged is not None:
@@ -101,6 +103,12 @@ def build_task_model(
     if trainable != expected:
         raise RuntimeError(f"unexpected set of trainable parameters: {sorted(trainable ^ expected)}")
     return TaskModel(model, head)
+
+
+def _idle_targets(model: PeftModel, targets: Sequence[str]) -> list[str]:
+    """Names that no module has; PEFT takes a list in which one name of several fits."""
+    names = [f".{name}" for name, _ in model.named_modules()]
+    return [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
 
 
 def task_tensors(model: PeftModel, kind: str = TEXT_KIND) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:

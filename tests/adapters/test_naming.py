@@ -286,6 +286,123 @@ def test_names_that_the_class_does_not_have_are_refused_with_both(tmp_path):
         merge_adapters([first, other], tmp_path / "out", method="average")
 
 
+def mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=50, **sizes, **TEXT))
+
+
+def on_base(tmp_path, make, name, seed, changes=(), told=True, **settings):
+    """An adapter of a base whose config.json is on disk; `told`: its auto_mapping names the class."""
+    base = tmp_path / f"base-{make.__name__}"
+    if not base.exists():
+        built(make).save_pretrained(base)
+    folder = adapter(make, tmp_path / f"{name}-new", seed, base, **settings)
+    task = {"llama": "CAUSAL_LM", "mixtral": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "bert": "SEQ_CLS"}[make.__name__]
+    return older(folder, tmp_path / name, changes, **({} if told else {"auto_mapping": None, "task_type": task}))
+
+
+HALF = [("model.model.layers.1", "model.model.language_model.layers.1")]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_an_adapter_that_is_half_renamed_merges_under_one_name(tmp_path, told):
+    first, half = (
+        on_base(tmp_path, llama, name, seed, changes, told, target_modules=["q_proj"])
+        for seed, (name, changes) in enumerate({"first": (), "half": HALF}.items())
+    )
+    assert set(load_file(half / WEIGHTS)) != set(load_file(first / WEIGHTS))
+    for name, pair in {"new": (first, tmp_path / "half-new"), "mixed": (first, half)}.items():
+        merge_adapters(pair, tmp_path / name, method="average")
+    merge_adapters((half, first), tmp_path / "turned", method="average")
+    assert (tmp_path / "mixed" / WEIGHTS).read_bytes() == (tmp_path / "new" / WEIGHTS).read_bytes()
+    assert_same(dense(tmp_path / "turned"), dense(tmp_path / "new"), 1e-6)
+
+
+def test_an_adapter_that_is_half_renamed_is_refused_where_nothing_tells(tmp_path):
+    first = write_folder(tmp_path / "first", {"model.layers.0.q": (6, 8), "model.layers.1.q": (6, 8)})
+    half = {"model.layers.0.q": (6, 8), "model.language_model.layers.1.q": (6, 8)}
+    other = write_folder(tmp_path / "other", half, seed=1)
+    message = r"first calls a layer model\.layers\.1\.q, adapter .*other model\.language_model\.layers\.1\.q"
+    with pytest.raises(InputError, match=message):
+        merge_adapters([first, other], tmp_path / "out", method="average")
+
+
+def test_one_layer_under_both_names_in_one_adapter_is_refused(tmp_path):
+    first, second = (on_base(tmp_path, llama, name, 1, target_modules=["q_proj"]) for name in ("first", "second"))
+    tensors = load_file(second / WEIGHTS)
+    twice = {name.replace(*HALF[0]): value.clone() for name, value in tensors.items()}
+    save_file(tensors | twice, second / WEIGHTS, {"format": "pt"})
+    with pytest.raises(InputError, match=r"has no .*model\.language_model\.layers\.1\.self_attn\.q_proj"):
+        merge_adapters([first, second], tmp_path / "out", method="average")
+
+
+STRANGE = {
+    "a layer too many": ("layers.1", "layers.7", r"layers\.7\.self_attn\.q_proj", r"layers\.[01]\.self_attn\.q_proj"),
+    "a wrapper": (
+        *("layers.1.self_attn", "layers.1.self_attn._flat_param"),
+        *(r"layers\.1\.self_attn\._flat_param\.q_proj", r"layers\.1\.self_attn\.q_proj"),
+    ),
+    "like none": ("model.layers.1.self_attn", "xyz", r"xyz\.q_proj", None),
+}
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(("new", "old", "name", "near"), STRANGE.values(), ids=STRANGE)
+def test_a_module_that_the_model_does_not_have_is_refused(tmp_path, told, new, old, name, near):
+    first = on_base(tmp_path, llama, "first", 1, (), told, target_modules=["q_proj"])
+    other = on_base(tmp_path, llama, "other", 2, [(new, old)], told, target_modules=["q_proj"])
+    nearest = rf" \(nearest: model\.{near}\)" if near else ""
+    message = rf"other: LlamaForCausalLM of .*base-llama/config.json, has no module \S*{name}{nearest}; load .* save it"
+    for pair in ((first, other), (other, first)):
+        with pytest.raises(InputError, match=message):
+            merge_adapters(pair, tmp_path / "out", method="average")
+    assert not (tmp_path / "out").exists()
+    assert [text for text in relate(first, other)["warnings"] if "has no module" in text]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_modules_of_the_model_stay_valid(tmp_path, told):
+    targets = {
+        "llama": (llama, ["q_proj"], ["v_proj", "lm_head", "embed_tokens"]),
+        "t5": (t5, r".*encoder.*(q|v)", r".*decoder.*(q|v)|shared"),
+        "bert": (bert, ["query"], ["value"]),
+    }
+    for name, (make, *pair) in targets.items():
+        saved = {"modules_to_save": ["classifier"]} if make is bert else {}
+        parts = [
+            on_base(tmp_path, make, f"{name}{i}", i, (), told, target_modules=target, **saved)
+            for i, target in enumerate(pair)
+        ]
+        rows = {"rows_from": parts[0]} if saved else {}
+        merge_adapters(parts, tmp_path / f"out-{name}", method="task_arithmetic", weights=[1, 1], **rows)
+        assert_same(dense(tmp_path / f"out-{name}"), dense(parts[0]) | dense(parts[1]))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_fused_experts_of_the_model_stay_valid(tmp_path, told):
+    fused = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    parts = [
+        on_base(tmp_path, mixtral, name, i, (), told, target_modules=[name], **fused)
+        for i, name in enumerate(("q_proj", "v_proj"))
+    ]
+    merge_adapters(parts, tmp_path / "out", method="average")
+    written = {name for part in parts for name in load_file(part / WEIGHTS)}
+    assert set(load_file(tmp_path / "out" / WEIGHTS)) == written
+
+
+def test_a_class_that_only_the_task_names_and_that_has_no_layer_of_any_is_not_the_models(tmp_path):
+    parts = [
+        on_base(
+            tmp_path, llama, f"{name}", 1, [("model.model.layers", "model.tower.blocks")], False, target_modules=[name]
+        )
+        for name in ("q_proj", "v_proj")
+    ]
+    merge_adapters(parts, tmp_path / "out", method="task_arithmetic", weights=[1, 1])
+    assert_same(dense(tmp_path / "out"), dense(parts[0]) | dense(parts[1]))
+
+
 def test_experts_of_an_older_version_are_left_to_peft(tmp_path):
     shapes = {f"model.layers.0.block_sparse_moe.experts.{i}.w1": (24, 16) for i in range(2)}
     mapping = {

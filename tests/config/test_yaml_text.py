@@ -173,3 +173,10 @@ def test_a_mapping_that_contains_itself_is_refused():
 def test_objects_of_python_are_no_settings():
     with pytest.raises(InputError, match="expected int, found datetime.date"):
         load_config({"seed": datetime.date(2026, 1, 2), "output_dir": "x"})
+
+
+@pytest.mark.parametrize("value", ["010", "-007", "1:30"])
+def test_numbers_of_another_base_are_refused(tmp_path, value):
+    (tmp_path / "c.yaml").write_text(f"seed: {value}\n")
+    with pytest.raises(InputError, match=f"line 1: {value} is a number of another base in YAML; put it in quotes"):
+        read_yaml(tmp_path / "c.yaml")

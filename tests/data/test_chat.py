@@ -170,7 +170,8 @@ def test_every_row_is_put_through_the_template(template, words):
 
 
 def test_template_that_writes_nothing_for_an_answer_is_refused():
-    encoder = CausalEncoder(tokenizer("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"), 64)
+    users = "{# mood #}{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    encoder = CausalEncoder(tokenizer(users), 64)
     with pytest.raises(
         InputError, match="the file, row 0: the chat template writes nothing for the assistant's message"
     ):
@@ -206,3 +207,14 @@ def test_places_follow_the_rows():
     assert [both.places.name(i) for i in range(3)] == ["one, row 2", "one, row 0", "two, row 0"]
     assert [both.take([2, 1]).places.name(i) for i in range(2)] == ["two, row 0", "one, row 0"]
     assert both.with_rows(Rows(["e"], ["v"])).places.name(1) == "row 1"
+
+
+@pytest.mark.parametrize("key", ["weight", "reasoning_content", "name"])
+def test_what_a_message_holds_besides_is_refused_by_a_template_without_a_place(key):
+    plain = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    messages = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2", key: "w3"}]
+    with pytest.raises(InputError, match=f"the chat template has no place for {key}; write it into the content"):
+        rendered(tokenizer(plain), messages[:1], messages[1])
+    assert "w3" in rendered(
+        tokenizer("{% for m in messages %}{{ m | tojson }} {% endfor %}"), messages[:1], messages[1]
+    )

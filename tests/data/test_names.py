@@ -25,5 +25,10 @@ def test_groups_in_words_can_be_told_apart_and_are_few():
 
 
 def test_what_was_meant_names_strange_ones_alone():
-    assert meant(["b ", "z"], {"a", "A", "b"}) == " (they differ only in blanks, case or Unicode form: 'b ' and 'b')"
+    assert meant(["b ", "z"], {"a", "A", "b"}) == " (they differ only in blanks, case or form: 'b ' and 'b')"
     assert meant(["z"], {"a", "A"}) == ""
+
+
+def test_numbers_written_in_several_ways_look_alike():
+    assert look_alikes(["1", "1.0", "01", "+1", "2", "10"]) == [["1", "1.0", "01", "+1"]]
+    assert look_alikes(["1e3", "1000", "a1", "a01"]) == []

@@ -388,7 +388,7 @@ def test_labels_that_look_alike_are_named_in_one_note(tmp_path):
     ]
     found = stream(tmp_path, **files(tmp_path, rows, rows), class_groups=1)
     assert found.notes == (
-        "labels that differ only in blanks, case or Unicode form are kept apart: 'Apple' and 'apple' and 'apple '; "
+        "labels that differ only in blanks, case or form are kept apart: 'Apple' and 'apple' and 'apple '; "
         "'cafe\\u0301' and 'caf\\xe9'",
     )
     assert len(found.tasks[0].labels) == 6
@@ -399,7 +399,7 @@ def test_labels_that_look_alike_are_named_in_one_note(tmp_path):
 
 def test_label_of_the_test_rows_that_is_written_otherwise_is_named_with_what_was_meant(tmp_path):
     settings = files(tmp_path, [("x", "apple"), ("y", "pear")], [("x", "apple "), ("y", "plum")])
-    message = "labels in test that train lacks: ['apple ', 'plum'] (they differ only in blanks, case or Unicode form: "
+    message = "labels in test that train lacks: ['apple ', 'plum'] (they differ only in blanks, case or form: "
     assert message + "'apple ' and 'apple')" in refusal(stream, tmp_path, **settings, class_groups=1)
     assert "'apple ' and 'apple')" in refusal(stream, tmp_path, tasks=[{"name": "x", **settings}], shared_labels=True)
 
@@ -426,7 +426,7 @@ def test_domains_that_look_alike_are_named_in_one_note(tmp_path):
     (tmp_path / "t.json").write_text(json.dumps(rows))
     settings = {"train": "t.json", "test": "t.json", "scenario": "domain_incremental", "domain_column": "from"}
     (note,) = stream(tmp_path, **settings).notes
-    assert note == "tasks that differ only in blanks, case or Unicode form are kept apart: 'web' and 'Web '"
+    assert note == "tasks that differ only in blanks, case or form are kept apart: 'web' and 'Web '"
 
 
 def test_labels_of_different_listed_tasks_are_told_apart_by_the_task(tmp_path):

@@ -43,7 +43,9 @@ def test_layers_that_are_there_are_found(tiny_base, targets):
     assert [name for name, _ in outline(tiny_base, target_modules=targets).named_parameters() if "lora_A" in name]
 
 
-@pytest.mark.parametrize("targets", [["no_such_layer"], "no_such_layer", r"layer\.9.*", ["key", "word_embeddings"]])
+@pytest.mark.parametrize(
+    "targets", [["no_such_layer"], ["keyy", "value"], "no_such_layer", r"layer\.9.*", ["key", "word_embeddings"]]
+)
 def test_layers_that_are_not_there_or_not_linear_are_refused(tiny_base, targets):
     with pytest.raises(InputError, match="lora.target_modules"):
         outline(tiny_base, target_modules=targets)
@@ -74,6 +76,7 @@ def test_a_wrong_value_in_its_configuration_is_told_with_its_name(tiny_base, tmp
             "training.dataloader_drop_last: the smallest task has 16 training rows, less than one batch of 17",
         ),
         ({"training__learning_rate": float("nan")}, "training.learning_rate: expected a finite number"),
+        ({"training__save_strategy": "best"}, "training.save_strategy: best needs training.metric_for_best_model"),
         ({"training__optim_args": "a"}, "training.optim_args: expected key=value"),
         ({"training__dataloader_persistent_workers": True}, "no data loader can be made"),
         ({"seed": 2**32}, "seed: must be below 2**32"),

@@ -22,8 +22,9 @@ from contextlib import contextmanager
 from enum import Enum
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
+from annotated_types import Interval
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -64,7 +65,8 @@ Record = TypeVar("Record")
 if TYPE_CHECKING:
     Number = float
 else:
-    Number = int | float  # in a record: as it stands in the file; `float` alone turns 3 into 3.0
+    # in a record: as it stands in the file (`float` alone turns 3 into 3.0), and no int that no float can hold
+    Number = Annotated[int, Interval(ge=-(10**300), le=10**300)] | float
 
 
 FileMark = tuple[int, str]  # size in bytes and SHA-256 of a file

@@ -22,9 +22,8 @@ from contextlib import contextmanager
 from enum import Enum
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from annotated_types import Interval
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -59,14 +58,16 @@ LONGEST_COMPONENT = 255  # bytes of one name in a path, on any usual file system
 LONGEST_VALUE, MOST_NAMED = 80, 8  # characters shown of a wrong value, fields named that are missing
 
 
+LARGEST_NUMBER = 10**300  # of JSON content: arithmetic with floats has room for it
+
+
 Record = TypeVar("Record")
 
 
 if TYPE_CHECKING:
     Number = float
 else:
-    # in a record: as it stands in the file (`float` alone turns 3 into 3.0), and no int that no float can hold
-    Number = Annotated[int, Interval(ge=-(10**300), le=10**300)] | float
+    Number = int | float  # in a record: as it stands in the file; `float` alone turns 3 into 3.0
 
 
 FileMark = tuple[int, str]  # size in bytes and SHA-256 of a file
@@ -229,7 +230,9 @@ def _first_problem(error: Any) -> str:
 
 
 def _not_finite(value: Any, field: str) -> str | None:
-    """The first number of JSON content that is NaN or infinite."""
+    """The first number of JSON content that is NaN or infinite, or that no float can hold."""
+    if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+        return f"{field}: expected a number of at most 300 digits, found one of more"
     if isinstance(value, float) and not math.isfinite(value):
         return f"{field}: expected a finite number, found {value}"
     items: Iterable[tuple[Any, Any]] = ()

@@ -485,3 +485,8 @@ def test_a_json_key_that_stands_twice_is_refused(tmp_path):
     path.write_text('{"a": {"fc": ["x"], "fc": ["y"]}}')
     with pytest.raises(InputError, match="cannot be read as JSON: key 'fc' stands twice in one object"):
         files.read_json(path)
+
+
+def test_a_number_that_no_float_can_hold_is_refused():
+    with pytest.raises(InputError, match="s.json: a.0: expected a number of at most 300 digits"):
+        files.as_record({"a": [10**400]}, dict, "s.json", "way out")

@@ -188,6 +188,13 @@ def read_record(path: Path, kind: type[Record], way_out: str) -> Record:
     return as_record(read_json(path), kind, str(path), way_out)
 
 
+def read_checked(path: Path, kind: type, way_out: str) -> Any:
+    """The content of such a file as it stands, after `as_record` has taken it as `kind`."""
+    content = read_json(path)
+    as_record(content, kind, str(path), way_out)
+    return content
+
+
 def as_record(content: Any, kind: type[Record], subject: str, way_out: str) -> Record:
     """JSON content as a dataclass.
 

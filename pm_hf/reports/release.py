@@ -13,7 +13,7 @@ from pm_hf.adapters.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LABELS_FILE, 
 from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import damaged_file, read_json, read_record, same_files
+from pm_hf.files import damaged_file, read_checked, read_json, same_files
 from pm_hf.runs.paths import ADAPTER_FOLDER, MERGED_FOLDER, TASK_PREFIX, RunPaths, TaskPaths
 from pm_hf.runs.records import Report, TaskRecord
 from pm_hf.runs.schemas import MergeReportFile
@@ -69,8 +69,7 @@ class ReleasedRun:
         named = {"base_model_name_or_path": self.base, "revision": self.revision}
         files[ADAPTER_CONFIG] = redact(config, self.local_paths) | named
         if (folder / MERGE_REPORT).is_file():
-            read_record(folder / MERGE_REPORT, MergeReportFile, "merge again, or remove the file")
-            merge = read_json(folder / MERGE_REPORT)
+            merge = read_checked(folder / MERGE_REPORT, MergeReportFile, "merge again, or remove the file")
             files[MERGE_REPORT] = redact(
                 merge
                 | {"inputs": [_place(path) for path in merge["inputs"]]}

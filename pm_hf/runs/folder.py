@@ -21,12 +21,12 @@ from pm_hf.errors import InputError, raise_all
 from pm_hf.files import (
     LOCK,
     FileMark,
+    as_record,
     copy_folder,
     damaged_file,
     file_marks,
     make_folder,
     read_json,
-    read_record,
     remove_leftovers,
     same_files,
     write_json,
@@ -372,10 +372,12 @@ def _note_conditions(paths: TaskPaths, task: Task, inputs: Inputs, before: Mappi
     if paths.has_checkpoints:
         if not paths.rows.exists():
             log_line(f"task {task.name}: {paths.rows} is not there, which says what its checkpoints are of; begun anew")
-        elif changes := _changes(read_record(paths.rows, RowsFile, ROWS_WAY_OUT), fingerprint, inputs):
-            log_line(f"task {task.name}: {'; '.join(changes)} since its checkpoints were written; begun anew")
         else:
             begun = read_json(paths.rows)
+            rows = as_record(begun, RowsFile, str(paths.rows), ROWS_WAY_OUT)
+            if changes := _changes(rows, fingerprint, inputs):
+                log_line(f"task {task.name}: {'; '.join(changes)} since its checkpoints were written; begun anew")
+                begun = None
     if begun is None:
         remove_checkpoints(paths.checkpoints)
         remove_checkpoints(paths.writer)

@@ -12,7 +12,7 @@ from typing import Any
 from pm_hf.config.yaml_text import read_yaml
 from pm_hf.environment import versions
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import FileMark, as_record, expand, read_json, read_record, write_json
+from pm_hf.files import FileMark, as_record, expand, read_checked, read_json, write_json
 from pm_hf.measuring.metrics import is_joint, summary, task_forgetting
 from pm_hf.merging.coefficient import Coefficient
 from pm_hf.runs.paths import MERGE_LINE_FILE, REPORT_FILE, RunPaths
@@ -96,8 +96,7 @@ class TaskRecord:
     @classmethod
     def load(cls, path: Path) -> "TaskRecord":
         """Read step.json; InputError when it is missing, broken or holds something else."""
-        read_record(path, StepFile, WAY_OUT)
-        content = read_json(path)
+        content = read_checked(path, StepFile, WAY_OUT)
         names = {part.name for part in fields(cls)} - {"coefficient", "training", "conditions"}
         return cls(
             **{name: content[name] for name in names & content.keys()},
@@ -259,8 +258,7 @@ class Report:
         file = paths.report if whole else path
         if not file.is_file():
             raise InputError(f"{path} holds no {REPORT_FILE}: expected the output_dir of a run with a finished task")
-        read_record(file, ReportFile, WAY_OUT)
-        content = read_json(file)
+        content = read_checked(file, ReportFile, WAY_OUT)
         metric, inside = content.get("metric") or CLASS_INCREMENTAL, content.get("task_incremental")
         scores: dict[str, ScoreRows] = {metric: content["scores"]}
         rows = len(content["scores"])

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from pm_hf.distributed import on_main_process
-from pm_hf.files import expand, read_json, read_record, write_json
+from pm_hf.files import expand, read_checked, write_json
 from pm_hf.runs.folder import RunFolder
 from pm_hf.runs.records import Report
 from pm_hf.runs.schemas import TrackersFile
@@ -76,10 +76,9 @@ class Tracking:
         if not wanted:
             return
         path = self.folder.paths.trackers
-        begun = path.is_file()
-        if begun:
-            read_record(path, TrackersFile, "remove it and the trackers begin another run")
-        self._state = read_json(path) if begun else {"id": secrets.token_hex(4), "logged": {}}
+        begun, way_out = path.is_file(), "remove it and the trackers begin another run"
+        new: dict[str, Any] = {"id": secrets.token_hex(4), "logged": {}}
+        self._state = read_checked(path, TrackersFile, way_out) if begun else new
         path.parent.mkdir(exist_ok=True)
         write_json(path, self._state)
         for name in wanted:

@@ -190,6 +190,7 @@ class Run:
         self.rehearsal = None
         if config.rehearses and isinstance(self.encoder, CausalEncoder | Seq2SeqEncoder):
             self.rehearsal = Rehearsal(config, stream, self.encoder, self.scorer)
+        self._first_checked = False  # whether the first task's model was checked, without its weights
         self._check_rows_suffice(args.train_batch_size if args.dataloader_drop_last else 0)
 
     def learn_task(self, index: int, stop: Stop) -> None:
@@ -251,7 +252,7 @@ class Run:
     def _train_and_measure(self, task: Task, start: TaskStart, stop: Stop) -> TrainedTask:
         """Train, measure and save one task."""
         built, record = on_all_processes(lambda: self._build(task, start)), None
-        if start.index:  # the first one was checked before the folder was made
+        if start.index or not self._first_checked:  # the first one was before the folder was made, where it could be
             on_all_processes(lambda: self._check_built(built, start))
         if self._trains(start.index):
             with on_all_processes(lambda: self.head.before_training(built, task, start)):
@@ -281,6 +282,7 @@ class Run:
         except NeedsWeightsError:
             return  # it is found when the first task begins
         self._check_built(built, start)
+        self._first_checked = True
         if start.running is not None:
             check_tokens(self.encoder, built.model.get_base_model())
             with tempfile.TemporaryDirectory() as folder:

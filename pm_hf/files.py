@@ -61,6 +61,9 @@ LONGEST_VALUE, MOST_NAMED = 80, 8  # characters shown of a wrong value, fields n
 LARGEST_NUMBER = 10**300  # of JSON content: arithmetic with floats has room for it
 
 
+SAME_BLOCK = 2**20  # bytes that are compared at once
+
+
 Record = TypeVar("Record")
 
 
@@ -458,6 +461,12 @@ def _place() -> str:
     return "m" + hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:8]
 
 
+def set_aside(path: Path, name: str, between: str) -> None:
+    """Give a file or folder the name, or the first of `name` + between + 1, 2, … that is free beside it."""
+    names = (f"{name}{between}{number}" if number else name for number in count())
+    os.replace(path, next(aside for aside in map(path.with_name, names) if not aside.exists()))
+
+
 def same_files(left: Path, right: Path) -> bool:
     """Whether the folder `right` holds every file of `left`, byte for byte; what else it holds does not matter."""
     names = [path.name for path in left.iterdir()]
@@ -467,7 +476,11 @@ def same_files(left: Path, right: Path) -> bool:
 def _same_file(left: Path, right: Path) -> bool:
     if not right.is_file() or left.stat().st_size != right.stat().st_size:
         return False
-    return left.read_bytes() == right.read_bytes()
+    with open(left, "rb") as ours, open(right, "rb") as theirs:
+        while (block := ours.read(SAME_BLOCK)) == theirs.read(SAME_BLOCK):
+            if not block:
+                return True
+    return False
 
 
 @contextmanager

@@ -1,12 +1,11 @@
 """The folder of one run: what is finished, which merge is the newest, what is no longer needed."""
 
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import count, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from pm_hf.files import (
     read_json,
     remove_leftovers,
     same_files,
+    set_aside,
     write_json,
 )
 from pm_hf.runs.inputs import Inputs, changed_inputs, run_inputs
@@ -125,7 +125,10 @@ class RunFolder:
 
     def data_problem(self, index: int) -> str | None:
         """What contradicts a finished task in its data; training rows that are left out are not compared."""
-        task, record = self.stream.tasks[index], self.record(index)
+        return self._data_problem(index, self.record(index))
+
+    def _data_problem(self, index: int, record: TaskRecord) -> str | None:
+        task = self.stream.tasks[index]
         if len(task.train):
             return None if record.fingerprint == task.fingerprint() else "its labels or rows differ"
         if record.test_fingerprint is None:
@@ -152,9 +155,10 @@ class RunFolder:
             raise InputError(f"{path} is a file of yours; choose another output_dir, the run writes its settings there")
         problems = differing_keys(saved.to_dict(), self.config.to_dict()) if started else []
         for index in range(done):
-            if problem := self.data_problem(index):
+            record = self.record(index)
+            if problem := self._data_problem(index, record):
                 problems.append(f"task {index} ({self.stream.tasks[index].name}): {problem}")
-            changes = changed_inputs(self.inputs, self.record(index).inputs)
+            changes = changed_inputs(self.inputs, record.inputs)
             problems += [problem for problem in changes if problem not in problems]
         finished = sum(task.finished for task in tasks)
         if finished > done:
@@ -337,8 +341,7 @@ def remove_adapter(folder: Path) -> None:
     if folder.is_symlink():
         folder.unlink()
     elif folder.is_dir() and not all(ADAPTER_NAMES.match(path.name) for path in folder.iterdir()):
-        names = (f"{folder.name}.kept{number or ''}" for number in count())
-        os.replace(folder, next(path for path in map(folder.with_name, names) if not path.exists()))
+        set_aside(folder, f"{folder.name}.kept", "")
     else:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -14,7 +14,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from pm_hf.files import (
     free_bytes,
     read_json,
     read_record,
+    set_aside,
     sync,
     sync_folder,
     write_json,
@@ -188,7 +188,7 @@ def last_checkpoint(folder: Path) -> str | None:
         if problem is None:
             shutil.rmtree(path)
             continue
-        _set_aside(path)
+        set_aside(path, f"damaged-{path.name}", "-")
         log_line(f"{problem}; the checkpoint is not continued from")
     if any(problem for _, problem in problems):
         log_line(f"the training goes on from {whole}" if whole else f"{folder.parent.name}: the task begins anew")
@@ -280,11 +280,6 @@ def _find_best_beside(path: Path) -> None:
     if best is not None and Path(best).parent != path.parent:
         moved = {"best_model_checkpoint": str(path.parent / Path(best).name)}
         write_json(path / TRAINER_STATE_FILE, content | moved)
-
-
-def _set_aside(path: Path) -> None:
-    names = (f"damaged-{path.name}{f'-{number}' if number else ''}" for number in count())
-    os.replace(path, next(aside for aside in map(path.with_name, names) if not aside.exists()))
 
 
 def _checkpoints(folder: Path) -> list[Path]:

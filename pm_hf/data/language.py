@@ -1,7 +1,7 @@
 """Prompts and completions: reading them from a data set, and making token batches of them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from string import Formatter
 from typing import Any
 
@@ -74,10 +74,10 @@ class _PromptEncoder(ABC):
         self.cut = 0
         return [self._example(prompt, text) for prompt, text in zip(rows.inputs, rows.labels, strict=True)]
 
-    def ends(self, rows: Rows) -> set[int]:
-        """Token ids that end a completion: eos, and the special token that ends a turn of the chat template."""
+    def ends(self, completions: Iterable[list[int]]) -> set[int]:
+        """Token ids that end one of these: eos, and the special token that ends a turn of the chat template."""
         added = self.tokenizer.added_tokens_decoder
-        last = {ids[-1] for ids in self.completions(rows) if ids}
+        last = {ids[-1] for ids in completions if ids}
         return {self.tokenizer.eos_token_id} | {token for token in last if token in added and added[token].special}
 
     def completions(self, rows: Rows) -> Iterator[list[int]]:
@@ -156,7 +156,10 @@ class CausalEncoder(_PromptEncoder):
         """The text; of an answer that holds more, all that the template writes of it."""
         if not chat.answer_of(prompt):
             return text
-        return str(self.tokenizer.decode(self.completion(prompt, text), skip_special_tokens=True))
+        return self._said(self.completion(prompt, text))
+
+    def _said(self, completion: list[int]) -> str:
+        return str(self.tokenizer.decode(completion, skip_special_tokens=True))
 
     def fitted(self, prompt: list[int], room: int) -> list[int]:
         """The right of a prompt that leaves room for a completion, with bos where it began with it."""
@@ -167,8 +170,12 @@ class CausalEncoder(_PromptEncoder):
         return [prompt[0], *prompt[-(most - 1) :]] if begins else prompt[-most:]
 
     def _example(self, prompt: Prompt, text: str) -> dict:
-        before, after = self.prompt(prompt), self.completion(prompt, text)
-        text = self.compared(prompt, text)
+        if isinstance(prompt, str):
+            before, after = self.prompt(prompt), self.completion(prompt, text)
+        else:
+            before, after = map(self._ids, self.texts(prompt, text))
+        if chat.answer_of(prompt):
+            text = self._said(after)
         target, size = after[: self.max_length - 1], len(text.encode())
         if len(target) < len(after):
             size = min(size, _bytes(self.tokenizer, text, target))

@@ -37,17 +37,19 @@ def look_alikes(names: Iterable[str]) -> list[list[str]]:
 
 def look_alikes_in_words(names: Iterable[str]) -> str:
     """The first groups of `look_alikes` as text, "" for none; escaped, so that they can be told apart."""
-    groups = look_alikes(names)
-    more = f" (and {len(groups) - 5} more)" if len(groups) > 5 else ""
-    return "; ".join(" and ".join(map(ascii, group)) for group in groups[:5]) + more
+    return _in_words(look_alikes(names))
 
 
 def meant(strange: Sequence[str], known: Iterable[str]) -> str:
     """What strange names may have been meant for; "" where that is not seen."""
-    pairs = look_alikes_in_words(
-        name for group in look_alikes([*strange, *sorted(known)]) if set(group) & set(strange) for name in group
-    )
+    groups = look_alikes([*strange, *sorted(known)]) if strange else []
+    pairs = _in_words([group for group in groups if set(group) & set(strange)])
     return f" (they differ only in blanks, case or form: {pairs})" if pairs else ""
+
+
+def _in_words(groups: Sequence[Sequence[str]]) -> str:
+    more = f" (and {len(groups) - 5} more)" if len(groups) > 5 else ""
+    return "; ".join(" and ".join(map(ascii, group)) for group in groups[:5]) + more
 
 
 def name_problems(name: str) -> list[str]:

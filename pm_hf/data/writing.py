@@ -35,7 +35,7 @@ class WritingForm:
         """The form of a task's training rows."""
         inputs, known = task.train.inputs, set(task.train.labels)
         chat, plain = not isinstance(inputs[0], str), not any(inputs)
-        texts = task.train.labels if plain else [_last(prompt) for prompt in inputs]
+        texts = _wholes(task.train, plain)
         before, after = ("", "") if plain else _frame(texts)
         openings = Counter(_system(prompt) for prompt in inputs) if chat else Counter[str | None]()
         return cls(
@@ -55,8 +55,7 @@ class WritingForm:
 
     def texts(self, rows: Rows) -> list[str]:
         """The text of each row."""
-        texts = rows.labels if self.plain else [_last(prompt) for prompt in rows.inputs]
-        return [_inner(text, self.before, self.after) for text in texts]
+        return [_inner(text, self.before, self.after) for text in _wholes(rows, self.plain)]
 
     def training(self, rows: Rows) -> Rows:
         """What a writer is trained on: sources, completed by the texts; rows without a text are left out."""
@@ -99,6 +98,11 @@ def check_writable(task: Task) -> None:
 
 def _contents(prompt: str | Messages) -> list[Any]:
     return [prompt] if isinstance(prompt, str) else [message.get("content") for message in prompt]
+
+
+def _wholes(rows: Rows, plain: bool) -> Sequence[str]:
+    """What of each row is written: of plain text the completion, else the prompt."""
+    return rows.labels if plain else [_last(prompt) for prompt in rows.inputs]
 
 
 def _last(prompt: str | Messages) -> str:

@@ -1,7 +1,7 @@
 """Scores of a language model on prompts and completions: loss, exact match, and which of some answers is likeliest."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +48,10 @@ class LanguageScorer:
         included.
         """
         scores = self.token_scores(rows)
-        if generate and any(rows.inputs) and _longest(self.encoder, rows) <= MOST_GENERATED:
-            scores["exact_match"] = self.exact_match(rows)
+        if generate and any(rows.inputs):
+            completions = list(self.encoder.completions(rows))
+            if _longest(self.encoder, completions) <= MOST_GENERATED:
+                scores["exact_match"] = self._exact_match(rows, completions)
         if not seen_labels:
             return scores
         likelihoods = self.answer_likelihoods(rows, seen_labels)
@@ -83,31 +85,35 @@ class LanguageScorer:
         bits = total / math.log(2) / size
         return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits, "token_accuracy": right / tokens}
 
-    @torch.no_grad()
     def answer_likelihoods(self, rows: Rows, answers: Sequence[str]) -> Tensor:
         """Mean log-probability of each answer's tokens after each prompt, (rows, answers) float32.
 
         A prompt's keys and values (or the encoder's output) are computed once and shared by all answers. A prompt that
         is too long beside the longest answer loses its left.
         """
-        tokens = self._answer_tokens(rows, answers)
+        return self._likelihoods_of(rows, self._answer_tokens(rows, answers), len(answers))
+
+    @torch.no_grad()
+    def _likelihoods_of(self, rows: Rows, tokens: list[list[list[int]]], count: int) -> Tensor:
+        """The same of the `count` answers' tokens after each prompt."""
         prompts = _prompts(self.encoder, rows, [max(len(ids) for ids in of_prompt) for of_prompt in tokens])
-        result = torch.empty(len(rows), len(answers))
-        size = max(1, min(self.batch_size, MOST_SEQUENCES // len(answers)))
+        result = torch.empty(len(rows), count)
+        size = max(1, min(self.batch_size, MOST_SEQUENCES // count))
         with evaluating(self.model):
             for part in self._parts([len(prompt) for prompt in prompts], size):
                 flat = [ids for i in part for ids in tokens[i]]
                 targets = pad_rows(flat, IGNORED).to(self.device)  # (prompts · answers, U)
                 with autocast(self.device, self.precision):
                     likelihoods = _likelihoods(self.model, self.encoder, [prompts[i] for i in part], targets)
-                result[part] = likelihoods.reshape(len(part), len(answers)).float().cpu()
+                result[part] = likelihoods.reshape(len(part), count).float().cpu()
         return result
 
     def answer_probabilities(self, rows: Rows, answers: Sequence[str]) -> Tensor:
         """Probability of each answer after each prompt, given that it is one of them, (rows, answers) float32: the
         softmax of the log-probabilities, which are sums over the answers' tokens."""
-        sizes = [[float(len(ids)) for ids in of_prompt] for of_prompt in self._answer_tokens(rows, answers)]
-        return (self.answer_likelihoods(rows, answers) * torch.tensor(sizes)).softmax(1)
+        tokens = self._answer_tokens(rows, answers)
+        sizes = [[float(len(ids)) for ids in of_prompt] for of_prompt in tokens]
+        return (self._likelihoods_of(rows, tokens, len(answers)) * torch.tensor(sizes)).softmax(1)
 
     @torch.no_grad()
     def row_losses(self, examples: Sequence[dict]) -> Tensor:
@@ -143,14 +149,16 @@ class LanguageScorer:
                     logits, _, of_example = target_logits(self.model, without_soft_targets(batch))
                 yield part, batch, logits.float(), of_example
 
-    @torch.no_grad()
     def exact_match(self, rows: Rows) -> float:
         """Share of the rows whose greedy generation equals the completion, both stripped of white space at the ends.
 
         Plain argmax: the checkpoint's generation settings (sampling, penalties) are not used. A generation ends with
         eos, or as the completions of a chat end, or when it is as long as the longest completion.
         """
-        said = self.completions(rows, _longest(self.encoder, rows), self.encoder.ends(rows))
+        return self._exact_match(rows, list(self.encoder.completions(rows)))
+
+    def _exact_match(self, rows: Rows, completions: Sequence[list[int]]) -> float:
+        said = self.completions(rows, _longest(self.encoder, completions), self.encoder.ends(completions))
         wanted = [self.encoder.compared(prompt, label) for prompt, label in zip(rows.inputs, rows.labels, strict=True)]
         return sum(text.strip() == whole.strip() for text, whole in zip(said, wanted, strict=True)) / len(rows)
 
@@ -192,9 +200,9 @@ def _prompts(encoder: LanguageEncoder, rows: Rows, room: Sequence[int]) -> list[
     return [encoder.fitted(ids, most) for ids, most in zip(prompts, room, strict=True)]
 
 
-def _longest(encoder: LanguageEncoder, rows: Rows) -> int:
+def _longest(encoder: LanguageEncoder, completions: Iterable[list[int]]) -> int:
     """Tokens of the longest completion, its end included, as far as it fits."""
-    return min(max(len(ids) for ids in encoder.completions(rows)), encoder.max_length - 1)
+    return min(max(map(len, completions)), encoder.max_length - 1)
 
 
 def _greedy(

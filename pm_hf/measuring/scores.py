@@ -107,7 +107,19 @@ class Scorer:
         loss: of a classifier also the mean cross-entropy inside the task's own classes, in nats. generate: whether a
         language model generates, for its exact_match.
         """
-        model, labels = self.load(merged, head)
+        return self.score_loaded(*self.load(merged, head), head, tasks, loss=loss, generate=generate)
+
+    def score_loaded(
+        self,
+        model: nn.Module,
+        labels: Sequence[str],
+        head: str | None,
+        tasks: Sequence[Task],
+        *,
+        loss: bool = False,
+        generate: bool = True,
+    ) -> list[dict[str, float]]:
+        """The same of what `load` gave."""
         if head is None:
             return self._score_language(model, tasks, generate)
         metric = IncrementalAccuracy(keep_in_memory=True)

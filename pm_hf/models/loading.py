@@ -75,23 +75,17 @@ def load_tokenizer(settings: ModelSettings, beside: Sequence[Path] = ()) -> Any:
         return AutoTokenizer.from_pretrained(resolve_base(settings.base), **_source(settings), **gguf)
 
 
-def load_skeleton(
-    settings: ModelSettings, kind: str = TEXT_KIND, names: Mapping[str, Any] | None = None
-) -> PreTrainedModel | None:
-    """The base model without weights, on the meta device; None where it cannot be known without them: of GGUF
-    checkpoints, and of models with code of their own or that need numbers. names: of a classifier's rows, as its
-    configuration has them; without, there are two."""
-    if settings.gguf_file is not None:
-        return None
-    with quiet(), _clear_error(_named(settings)):
-        auto, path = getattr(transformers, STREAM_KINDS[kind].auto_model), resolve_base(settings.base)
-        config = AutoConfig.from_pretrained(path, **_source(settings), **(names or {}))
-        if settings.trust_remote_code and getattr(config, "auto_map", None):
-            return None
-        how = {"trust_remote_code": settings.trust_remote_code, "dtype": getattr(torch, settings.dtype)}
-        with torch.device("meta"), suppress(RuntimeError):  # which is what reading a number of a meta tensor raises
-            return auto.from_config(config, **how)
-        return None
+def _skeleton(settings: ModelSettings, auto: Any, path: str, names: Mapping[str, Any]) -> PreTrainedModel:
+    """The base model without weights, on the meta device; NeedsWeightsError for GGUF checkpoints, and for models with
+    code of their own or that need numbers."""
+    if settings.gguf_file is None:
+        config = AutoConfig.from_pretrained(path, **_source(settings), **names)
+        if not (settings.trust_remote_code and getattr(config, "auto_map", None)):
+            how = {"trust_remote_code": settings.trust_remote_code, "dtype": getattr(torch, settings.dtype)}
+            with torch.device("meta"), suppress(RuntimeError):  # which is what reading a number of a meta tensor raises
+                skeleton: PreTrainedModel = auto.from_config(config, **how)
+                return skeleton
+    raise NeedsWeightsError
 
 
 def has_tokenizer(adapter: Path) -> bool:
@@ -118,9 +112,7 @@ def load_base(
         how = {**_source(settings), "dtype": getattr(torch, settings.dtype), **head}
         info: dict[str, Any] = {"missing_keys": [], "mismatched_keys": []}
         if skeleton:
-            model = load_skeleton(settings, kind, {key: head[key] for key in ("id2label", "label2id") if key in head})
-            if model is None:
-                raise NeedsWeightsError
+            model = _skeleton(settings, auto, path, {key: head[key] for key in ("id2label", "label2id") if key in head})
         elif settings.gguf_file is None:
             model, info = auto.from_pretrained(path, output_loading_info=True, **how)
         else:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback
 
 from pm_hf.adapters.folder import base_name, merge_record, open_adapter, save_adapter
@@ -184,7 +185,8 @@ class Run:
         self.tracking = Tracking(self.folder)
         args = training_arguments(config, self.folder.path, 0)
         self.encoder = make_encoder(config, adapter)
-        check_encoding(self.encoder, [rows for task in stream.all for rows in (task.train, task.eval, task.test)])
+        tasks = (*(stream.scored or stream.tasks), *stream.held_out)  # a joint task has the rows of those scored
+        check_encoding(self.encoder, [rows for task in tasks for rows in (task.train, task.eval, task.test)])
         self.scorer = Scorer(config, self.encoder, args.per_device_eval_batch_size, precision(args), args.device)
         self.head = head_policy(config, self.scorer)
         self.rehearsal = None
@@ -209,11 +211,10 @@ class Run:
             """What process 0 does with the trained task."""
             merge = self._merge(paths, start, trained)
             self.head.after_merge(paths, task, start, trained.head, trained=self._trains(index))
-            replay = {}
+            (model, labels), replay = self.scorer.load(paths.merged, trained.head), {}
             if self.rehearsal is not None and written is not None:
-                replay = self.rehearsal.finish(written, task, index, start.pool, paths)
-                release_memory()
-            scores, held_out = self._scores(paths, trained.head, index)
+                replay = self.rehearsal.finish(model, written, task, index, start.pool, paths)
+            scores, held_out = self._scores(model, labels, trained.head, index)
             record = TaskRecord(
                 task=task.name,
                 labels=list(task.labels),
@@ -479,15 +480,15 @@ class Run:
         return replace(report, coefficient=replace(report.coefficient, source="line_search", note=note))
 
     def _scores(
-        self, paths: TaskPaths, head: str | None, index: int
+        self, model: nn.Module, labels: Sequence[str], head: str | None, index: int
     ) -> tuple[dict[str, list[float | None]], dict[str, dict[str, float]]]:
-        """({metric: one score for each task seen}, {text that is never trained on: {metric: score}}).
+        """({metric: one score for each task seen}, {text that is never trained on: {metric: score}}) of a merge.
 
-        The model is loaded once for both. Where tasks are not merged, each keeps the scores of its own adapter.
+        Where tasks are not merged, each keeps the scores of its own adapter.
         """
         merges, texts = self.config.merges, self.stream.held_out
         tasks = self.stream.seen(index) if merges else (self.stream.tasks[index],)
-        measured = self.scorer.score(paths.merged, head, [*tasks, *texts])
+        measured = self.scorer.score_loaded(model, labels, head, [*tasks, *texts])
         of_tasks, of_texts = measured[: len(tasks)], measured[len(tasks) :]
         past = self.folder.record(index - 1).scores if index and not merges else {}
         before: list[float | None] = [] if merges else [None] * index

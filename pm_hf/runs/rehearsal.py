@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from torch import nn
+
 from pm_hf.config.schema import RunConfig
 from pm_hf.data.chat import Prompt
 from pm_hf.data.copies import TrainingTexts
@@ -99,12 +101,13 @@ class Rehearsal:
         release_memory()
         return Written(form, *written, seconds)
 
-    def finish(self, written: Written, task: Task, index: int, pool: Path | None, paths: TaskPaths) -> dict[str, Any]:
-        """Label the written rows with the task's merge and save the pool; `replay` of step.json."""
+    def finish(
+        self, model: nn.Module, written: Written, task: Task, index: int, pool: Path | None, paths: TaskPaths
+    ) -> dict[str, Any]:
+        """Label the written rows with the model of the task's merge and save the pool; `replay` of step.json."""
         began, before = time.perf_counter(), _load(pool)
         seen = [*(row.asked for row in before.rows if row.asked)]
         seen += [answer for learned in self.stream.tasks[: index + 1] for answer in learned.own]
-        model, _ = self.scorer.load(paths.merged, None)
         rows = self._labelled(self._language_scorer(model), written, task, list(dict.fromkeys(seen)))
         share = self._share(before)
         after = Pool((*before.shrunk(share).rows, *rows))
@@ -181,7 +184,9 @@ class Rehearsal:
         if not written.form.plain:
             examples = self.encoder.examples(task.train)
             longest = max(len(targets(example)) for example in examples)
-            rows = Rows(rows.inputs, scorer.completions(rows, longest, self.encoder.ends(task.train)))
+            rows = Rows(
+                rows.inputs, scorer.completions(rows, longest, self.encoder.ends(self.encoder.completions(task.train)))
+            )
         return self._with_tokens(scorer, rows, task.name)
 
     def _with_tokens(self, scorer: LanguageScorer, rows: Rows, task: str) -> list[PoolRow]:

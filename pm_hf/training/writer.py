@@ -216,4 +216,6 @@ def train_writer(
     model = built.model.merge_and_unload()
     dtype = precision(args)  # weights in it are read once a token, autocast would cast them every time
     longest = max(len(targets(example)) for example in examples)
-    return Writer(model if dtype is None else model.to(dtype), encoder, sorted(encoder.ends(rows)), longest)
+    return Writer(
+        model if dtype is None else model.to(dtype), encoder, sorted(encoder.ends(encoder.completions(rows))), longest
+    )

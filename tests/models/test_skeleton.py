@@ -10,7 +10,7 @@ from helpers.streams import settings, write_yaml
 from pm_hf.cli import main
 from pm_hf.config.schema import LoraSettings, ModelSettings
 from pm_hf.errors import InputError
-from pm_hf.models.loading import load_base, load_skeleton
+from pm_hf.models.loading import load_base
 from pm_hf.models.task_model import build_task_model
 
 
@@ -22,7 +22,7 @@ def outline(base, kind="text-classification", **lora):
 
 def test_the_skeleton_has_the_layers_of_the_model_and_no_weights(tiny_base):
     skeleton, (model, _) = (
-        load_skeleton(ModelSettings(str(tiny_base))),
+        load_base(ModelSettings(str(tiny_base)), "ab", 0, skeleton=True)[0],
         load_base(ModelSettings(str(tiny_base)), "ab", 0),
     )
     assert {p.device.type for p in skeleton.parameters()} == {"meta"}

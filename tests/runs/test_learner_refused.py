@@ -17,6 +17,7 @@ from helpers.streams import contents, dense, settings, steps, write_yaml
 import pm_hf.models.loading
 from pm_hf.cli import main
 from pm_hf.errors import InputError
+from pm_hf.models.loading import NeedsWeightsError
 from pm_hf.runs.learner import learn
 
 ROOT = Path(__file__).parents[2]
@@ -254,7 +255,10 @@ def test_strict_and_other_heads_are_not_mixed(stream_config, tmp_path):
 
 
 def test_a_model_that_needs_its_weights_is_checked_when_the_first_task_begins(tiny_base, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(pm_hf.models.loading, "load_skeleton", lambda *_: None)  # as for GGUF, and code of its own
+    def none(*_):  # as for GGUF, and for code of its own
+        raise NeedsWeightsError
+
+    monkeypatch.setattr(pm_hf.models.loading, "_skeleton", none)
     config = settings(tiny_base, data, tmp_path / "run", groups=2, curvature__max_gib=1e-6)
     assert "curvature.max_gib is 1e-06" in refusal(learn, config)
     assert not list((tmp_path / "run").glob("task-*/adapter"))

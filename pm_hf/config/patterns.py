@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from functools import cache
 
 LONGEST_PATTERN = 1000  # characters
 MOST_SECONDS = 5.0  # for all names together; milliseconds are usual
@@ -26,7 +26,8 @@ for name in names:
 """
 
 
-def pattern_problem(pattern: str, names: Sequence[str] = LAYER_NAMES) -> str | None:
+@cache
+def pattern_problem(pattern: str, names: tuple[str, ...] = LAYER_NAMES) -> str | None:
     """Why a regular expression cannot be matched with names of layers; None where it can.
 
     One with two quantifiers or more can take longer than the universe on a name: it is tried on `names` in a process

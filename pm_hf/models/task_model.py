@@ -67,8 +67,8 @@ def build_task_model(
         fit_vocabulary(base, saved_from)
         put_saved(base, saved_from, None if head is None else head_root(base))
     base_name, targets = base.config.name_or_path, lora.target_modules
-    if skeleton and isinstance(targets, str):
-        problem = pattern_problem(targets, [name for name, _ in base.named_modules() if name])
+    if isinstance(targets, str):
+        problem = pattern_problem(targets, tuple(name for name, _ in base.named_modules() if name))
         raise_all([problem] if problem else [], "lora.target_modules")
     with seeded(seed + 7919 * (task + 1)):
         if head is not None:

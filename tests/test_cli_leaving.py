@@ -26,6 +26,14 @@ def data(stream_data):
     return stream_data(8)
 
 
+@pytest.fixture(autouse=True)
+def _sigint_as_at_a_terminal():
+    """What a shell starts in the background ignores SIGINT, and so would a test run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("moment", ["build_task_model", "train", "estimate_curvature", "merge_adapters"])
 def test_ctrl_c_in_a_run_is_one_line_with_the_way_to_go_on(
     moment, finished_run, tiny_base, data, tmp_path, monkeypatch, capfd

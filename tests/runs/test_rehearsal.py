@@ -18,13 +18,13 @@ from helpers.processes import forked, run
 from helpers.streams import (
     LANGUAGE_TASKS,
     language_settings,
+    loaded,
     same_tensors,
     steps,
     words,
     write_lines,
     write_yaml,
 )
-from peft import PeftModel
 
 import pm_hf.data.pool
 import pm_hf.runs.rehearsal
@@ -123,12 +123,6 @@ def test_counts_and_seconds_stand_in_step_json_and_in_the_notes(runs, capsys):
         assert f"{replay['kept']} synthetic rows of {replay['written']} written are kept" in note
         assert "at least 64 a task are advised" in note
         assert f"task {task}: {note}" in json.loads((folder / "report.json").read_text())["notes"]
-
-
-def loaded(config, adapter):
-    kind = "Seq2SeqLM" if config["stream"]["kind"] == "seq2seq-lm" else "CausalLM"
-    base = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(config["model"]["base"])
-    return PeftModel.from_pretrained(base, str(adapter)).eval()
 
 
 def test_labels_are_the_merge_s_distribution_over_the_answers_seen(runs, data):

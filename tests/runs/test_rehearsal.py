@@ -111,7 +111,7 @@ def test_rows_are_stored_once_and_are_no_copies(runs, data):
                 assert row.task != name or shared < 0.8 * max(len(trained), len(text))
 
 
-def test_counts_and_seconds_stand_in_step_json_and_in_the_notes(runs, capsys):
+def test_counts_and_seconds_stand_in_step_json_and_in_the_notes(runs):
     folder, _ = runs
     for step, task in zip(steps(folder), TASKS, strict=True):
         replay = step["replay"]

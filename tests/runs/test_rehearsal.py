@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from helpers import refusal
-from helpers.kills import assert_same, killed_until_done
+from helpers.kills import assert_same, die, killed_until_done
 from helpers.models import OLD_NAME, log_probabilities
 from helpers.processes import forked, run
 from helpers.streams import (
@@ -191,10 +191,6 @@ def test_a_run_that_was_extended_is_the_run_that_had_all_tasks_at_once(runs, dat
     learn(settings(data, tmp_path / "run"))
     assert same_tensors(tmp_path / "run" / "merged", folder / "merged")
     assert pool_of(tmp_path / "run") == pool_of(folder)
-
-
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def dying(monkeypatch, where):

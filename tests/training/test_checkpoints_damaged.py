@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.kills import stops_after_checkpoint
 from helpers.streams import FEW, contents, same_tensors, settings
 
 import pm_hf.files
 from pm_hf.errors import InputError
 from pm_hf.runs.learner import learn
-from pm_hf.training.callbacks import StoppedError
 from pm_hf.training.checkpoints import (
-    AtomicCheckpoints,
     _own_digest,
     _state_digest,
     last_checkpoint,
@@ -41,17 +40,9 @@ def whole(finished_run):
 @pytest.fixture(scope="module")
 def stopped(tiny_base, data, tmp_path_factory):
     """A run that ended when the third checkpoint of its second task was written: two are there."""
-    folder, save = tmp_path_factory.mktemp("stopped") / "run", AtomicCheckpoints._save_checkpoint
-
-    def save_and_stop(self, *args, **kwargs):
-        save(self, *args, **kwargs)
-        if TASK in self.args.output_dir and self.state.global_step == 3:
-            raise StoppedError
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(AtomicCheckpoints, "_save_checkpoint", save_and_stop)
-        with pytest.raises(StoppedError):
-            learn(settings(tiny_base, data, folder, **CHANGES))
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with stops_after_checkpoint(TASK, 3):
+        learn(settings(tiny_base, data, folder, **CHANGES))
     return folder
 
 

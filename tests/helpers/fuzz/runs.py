@@ -29,10 +29,10 @@ import pm_hf.reports.page
 import pm_hf.runs.learner
 import pm_hf.runs.merge_line
 from helpers.fuzz import REFUSED, RIGHT, check
+from helpers.kills import stops_after_checkpoint
 from helpers.streams import FEW, settings, write_base, write_data, write_yaml
 from pm_hf.cli import BAD_INPUT, DONE, FAILED, main
-from pm_hf.training.callbacks import StoppedError
-from pm_hf.training.checkpoints import AtomicCheckpoints, last_checkpoint
+from pm_hf.training.checkpoints import last_checkpoint
 
 FIRST, SECOND, NEWEST, OLDER = "task-00-first", "task-01-second", "checkpoint-2", "checkpoint-1"
 CHANGES: dict[str, Any] = {**FEW, "groups": 2, "method": "best", "training__num_train_epochs": 2}
@@ -104,14 +104,7 @@ def prepared() -> Path:
     base, data = write_base(home / "base"), write_data(home / "data", 8)
     quiet = io.StringIO()
     with redirect_stdout(quiet), redirect_stderr(quiet), _quick():
-        save = AtomicCheckpoints._save_checkpoint
-
-        def save_and_stop(self: Any, *args: Any, **kwargs: Any) -> None:
-            save(self, *args, **kwargs)
-            if SECOND in self.args.output_dir and self.state.global_step == 2:
-                raise StoppedError
-
-        with suppress(StoppedError), mock.patch.object(AtomicCheckpoints, "_save_checkpoint", save_and_stop):
+        with stops_after_checkpoint(SECOND, 2):
             pm_hf.runs.learner.learn(settings(base, data, home / "stopped", **CHANGES))
         shutil.copytree(home / "stopped", home / "finished")
         pm_hf.runs.learner.learn(settings(base, data, home / "finished", **CHANGES))

@@ -1,6 +1,8 @@
 """What tests share: tiny models, streams, adapters, references."""
 
 import copy
+import json
+from pathlib import Path
 
 from pm_hf.errors import InputError
 
@@ -15,6 +17,19 @@ def with_changes(config: dict, changes: dict) -> dict:
             place = place.setdefault(parent, {})
         place[last] = value
     return made
+
+
+def edited_json(file: Path, /, **values) -> None:
+    """Write other values to the keys of a JSON file; ... removes one."""
+    content = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+
+def flip(file: Path) -> None:
+    """Change one bit of a file's last byte."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
 
 
 def refusal(call, /, *args, **kwargs) -> str:

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from helpers import flip
 from helpers.kills import stops_after_checkpoint
 from helpers.streams import FEW, contents, language_settings, same_tensors, settings, steps
 
@@ -34,12 +35,6 @@ def one_task(tiny_base, data, tmp_path_factory):
     base = shutil.copytree(tiny_base, place / "base")
     learn(settings(base, data, place / "run", groups=1, **CHANGES))
     return base, place / "run"
-
-
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(bytes(content))
 
 
 def edit(file):

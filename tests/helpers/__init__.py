@@ -2,7 +2,9 @@
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pm_hf.errors import InputError
 
@@ -16,6 +18,20 @@ def with_changes(config: dict, changes: dict) -> dict:
         for parent in parents:
             place = place.setdefault(parent, {})
         place[last] = value
+    return made
+
+
+def changed(content: Any, place: Sequence, value: Any) -> Any:
+    """A copy of JSON content with another value at the place, which is keys and indices; ... removes it."""
+    made = copy.deepcopy(content)
+    *parents, last = place
+    inner = made
+    for key in parents:
+        inner = inner[key]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
     return made
 
 

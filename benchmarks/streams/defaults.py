@@ -43,6 +43,7 @@ CHOICE = {  # stream: (file, classes from, to, classes a task, rows a class)
     "trec50": ("trec50", 0, 9, 3, 60),
 }
 CONFIRMATION = {
+    "banking77-months": ("banking77", 0, 12, 4, 80),
     "banking77-other": ("banking77", 30, 42, 4, 80),
     "clinc150": ("clinc150", 0, 40, 10, 40),
 }
@@ -58,7 +59,7 @@ def write_text_stream(stream: tuple, data: Path, folder: Path) -> dict:
     """train.csv and test.csv of some classes of one text set; the stream's settings."""
     name, first, last, group, per_class = stream
     labels = sorted({row["label"] for row in rows_of(data / "text" / f"{name}_train.csv.gz")})
-    frequent = sorted(labels[first:last]) if name != "trec50" else _frequent(data, name, last)
+    frequent = labels[first:last] if name != "trec50" else _frequent(data, name, last)
     for part, most in (("train", per_class), ("test", 40)):
         kept: dict[str, int] = dict.fromkeys(frequent, 0)
         with (folder / f"{part}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -115,9 +116,8 @@ def confirm(options: argparse.Namespace) -> None:
     """A YAML that says nothing of method and training, beside hand-set values."""
     rows = finished("confirm.json")
     known = {(row["stream"], row["seed"], row["settings"]) for row in rows}
-    months = ("banking77-months", ("banking77", 0, 12, 4, 80))
     for seed in range(options.seeds):
-        for name, stream in [months, *CONFIRMATION.items()]:
+        for name, stream in CONFIRMATION.items():
             by_hand = {"method": "best", "training": HAND | {"bf16": True}}
             for kind, settings in (("default", {"training": {"bf16": True}}), ("by hand", by_hand)):
                 if (name, seed, kind) in known:

@@ -86,8 +86,10 @@ def test_classifiers_write_no_rows(tmp_path):
 
 @pytest.mark.parametrize("method", ["pm", "average", "sequential", "slao", "coma"])
 def test_written_rows_combine_with_the_methods(tmp_path, method):
-    load_config(language_settings(tmp_path, tmp_path / "run", method=method, **WRITTEN))
+    config = load_config(language_settings(tmp_path, tmp_path / "run", method=method, **WRITTEN))
+    assert config.strategy.replay == "generated"
     if method in ("pm", "average"):
-        load_config(
-            language_settings(tmp_path, tmp_path / "run", method=method, **WRITTEN, merge__coefficient="search")
-        )
+        asked = WRITTEN | {"merge__coefficient": "search"}
+        config = load_config(language_settings(tmp_path, tmp_path / "run", method=method, **asked))
+        assert config.strategy.replay == "generated"
+        assert config.merge.coefficient == "search"

@@ -3,12 +3,12 @@
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
+from helpers import refusal
 
 from pm_hf.config import schema
 from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.config.typed import brief, convert
-from pm_hf.errors import InputError
 from pm_hf.merging.coefficient import Freedom
 from pm_hf.merging.curvature import CurvatureKind
 from pm_hf.merging.methods.base import Start
@@ -19,9 +19,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def problem(**values):
-    with pytest.raises(InputError) as caught:
-        load_config({}, values=BASE | {key.replace("__", "."): value for key, value in values.items()})
-    return str(caught.value)
+    return refusal(load_config, {}, values=BASE | {key.replace("__", "."): value for key, value in values.items()})
 
 
 def floats(kind=RunConfig, path=""):

@@ -4,10 +4,10 @@ import json
 
 import pytest
 from datasets import config
+from helpers import refusal
 
 from pm_hf.config.schema import Source
 from pm_hf.data.sources import read_rows
-from pm_hf.errors import InputError
 
 TEXTS, PROMPTS = "text-classification", "causal-lm"
 
@@ -23,10 +23,7 @@ def read(folder, kind=TEXTS, *, test=False, extra=None, **source):
 
 
 def refused(folder, kind=TEXTS, **source):
-    with pytest.raises(InputError) as caught:
-        read(folder, kind, **source)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refusal(read, folder, kind, **source)
 
 
 def write(path, content):

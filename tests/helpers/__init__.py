@@ -1,6 +1,10 @@
 """What tests share: tiny models, streams, adapters, references."""
 
 import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from pm_hf.errors import InputError
 
@@ -15,6 +19,33 @@ def with_changes(config: dict, changes: dict) -> dict:
             place = place.setdefault(parent, {})
         place[last] = value
     return made
+
+
+def changed(content: Any, place: Sequence, value: Any) -> Any:
+    """A copy of JSON content with another value at the place, which is keys and indices; ... removes it."""
+    made = copy.deepcopy(content)
+    *parents, last = place
+    inner = made
+    for key in parents:
+        inner = inner[key]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    return made
+
+
+def edited_json(file: Path, /, **values) -> None:
+    """Write other values to the keys of a JSON file; ... removes one."""
+    content = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+
+def flip(file: Path) -> None:
+    """Change one bit of a file's last byte."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
 
 
 def refusal(call, /, *args, **kwargs) -> str:

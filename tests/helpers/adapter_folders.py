@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import refusal
+from helpers import edited_json, refusal
 from pm_hf import merge_adapters
 from pm_hf.merging.curvature import Curvature, CurvatureSpec, accumulate
 from pm_hf.merging.lowrank import LowRank
@@ -61,10 +61,9 @@ def write_folder(
     return path
 
 
-def edited(folder, **changes):
+def edited(folder, /, **changes):
     """The folder with other settings in its adapter_config.json; ... removes one."""
-    settings = json.loads((folder / CONFIG).read_text()) | changes
-    (folder / CONFIG).write_text(json.dumps({key: value for key, value in settings.items() if value is not ...}))
+    edited_json(folder / CONFIG, **changes)
     return folder
 
 

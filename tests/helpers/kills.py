@@ -1,12 +1,17 @@
-"""Runs that are killed at one file operation after the other, and what they have to end as."""
+"""Runs that are stopped at a checkpoint or killed at one file operation after the other, and what they end as."""
 
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 from helpers.processes import forked
 from helpers.streams import contents, same_tensors, steps
 from pm_hf.cli import main
+from pm_hf.training.callbacks import StoppedError
+from pm_hf.training.checkpoints import AtomicCheckpoints
 
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}
 MEASURED = (
@@ -17,6 +22,29 @@ MEASURED = (
 )  # the digests of reports of merges that took other seconds
 
 
+def die(*_, **__):
+    """This process is killed here."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def stops_after_checkpoint(task: str = "", step: int | None = None) -> Iterator[None]:
+    """The run of the block has to end where a checkpoint of the task, at that step if one is given, was written."""
+    save = AtomicCheckpoints._save_checkpoint
+
+    def save_and_stop(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        if task in self.args.output_dir and step in (None, self.state.global_step):
+            raise StoppedError
+
+    with mock.patch.object(AtomicCheckpoints, "_save_checkpoint", save_and_stop):
+        try:
+            yield
+        except StoppedError:
+            return
+    raise AssertionError("nothing was stopped")
+
+
 def die_at(count, folder):
     """From now on this process dies at its count-th operation on files in `folder`."""
     left = [count]
@@ -25,7 +53,7 @@ def die_at(count, folder):
         if event in OPERATIONS and str(arguments[0]).startswith(str(folder)):
             left[0] -= 1
             if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                die()
 
     sys.addaudithook(hook)
 

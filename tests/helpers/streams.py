@@ -6,7 +6,9 @@ import random
 from pathlib import Path
 
 import torch
+import transformers
 import yaml
+from peft import PeftModel
 from safetensors.torch import load_file
 
 import pm_hf.runs.learner
@@ -260,6 +262,13 @@ def language_settings(data, output, model="llama", method="pm", **changes):
         "training": {"num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": 3e-2},
     }
     return with_changes({}, config | changes)
+
+
+def loaded(config, adapter):
+    """The adapter of a stream of prompts on its base, with transformers and peft alone."""
+    kind = "Seq2SeqLM" if config["stream"]["kind"] == "seq2seq-lm" else "CausalLM"
+    base = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(config["model"]["base"])
+    return PeftModel.from_pretrained(base, str(adapter)).eval()
 
 
 # ---- adapters trained without the learner

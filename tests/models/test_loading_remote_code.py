@@ -100,7 +100,8 @@ def test_code_of_a_base_is_refused_and_nobody_is_asked(evil, mark):
 def test_code_of_a_base_runs_where_it_is_trusted(evil, mark):
     model, lacking = load_base(ModelSettings(str(evil), trust_remote_code=True), ["a", "b"], 0)
     assert type(model).__name__ == "EvilModel"
-    assert (model.config.num_labels, lacking[0]) == (2, "bert.pooler") or "classifier" in lacking
+    assert model.config.num_labels == 2
+    assert lacking[0] == "bert.pooler" or "classifier" in lacking
     assert mark.read_text() == "executed"
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import refusal
 from helpers.models import OLD_NAME, SIZE
 from helpers.started import (
     BASES,
@@ -115,10 +116,9 @@ def test_what_finds_no_place_in_the_base_is_named(bases, tmp_path, skeleton):
     tensors["base_model.model.model.layers.7.input_layernorm.weight"] = torch.ones(32)
     tensors["base_model.model.model.norm.weight"] = torch.ones(31)
     save_file(tensors, start / WEIGHTS)
-    with pytest.raises(InputError) as caught:
-        build(kind, bases, start, skeleton=skeleton)
-    assert "holds model.layers.7.input_layernorm.weight, which the base does not have" in str(caught.value)
-    assert "holds model.norm.weight of shape (31,), the base's is (32,)" in str(caught.value)
+    said = refusal(build, kind, bases, start, skeleton=skeleton)
+    assert "holds model.layers.7.input_layernorm.weight, which the base does not have" in said
+    assert "holds model.norm.weight of shape (31,), the base's is (32,)" in said
     with pytest.raises(InputError, match="does not fit"):
         load_merged(ModelSettings(str(bases / kind.base)), start, (), kind.stream)
 

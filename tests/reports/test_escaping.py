@@ -1,10 +1,10 @@
 """Nothing from a file of a run reaches the card, the page, a chart or the terminal as anything but text."""
 
-import json
 import re
 from xml.etree import ElementTree
 
 import pytest
+from helpers import edited_json
 from helpers.records import finished_run, page_of, write_run
 
 from pm_hf.cli import main
@@ -46,14 +46,16 @@ def hostile(request):
     return HOSTILE[request.param]
 
 
-def edited(folder, **values):
-    file = folder / "report.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
 def test_the_card_shows_a_hostile_text_as_text(hostile, tmp_path):
     folder = finished_run(tmp_path / "run")
-    edited(folder, tasks=[hostile, "b"], notes=[hostile], method=hostile, scenario=hostile, versions={hostile: hostile})
+    edited_json(
+        folder / "report.json",
+        tasks=[hostile, "b"],
+        notes=[hostile],
+        method=hostile,
+        scenario=hostile,
+        versions={hostile: hostile},
+    )
     (folder / "plots").mkdir()
     stem = hostile.replace("/", "").replace("\0", "")
     (folder / "plots" / f"{stem}.png").write_bytes(b"x")
@@ -87,7 +89,7 @@ def test_a_head_with_quotes_stays_in_its_text():
 
 def test_page_and_charts_show_a_hostile_text_as_text(hostile, tmp_path):
     folder = write_run(tmp_path / "run", [hostile, "b"])
-    edited(folder, method=hostile, notes=[hostile], versions={hostile: hostile})
+    edited_json(folder / "report.json", method=hostile, notes=[hostile], versions={hostile: hostile})
     runs = read_runs([folder])
     text = page_of(runs)
     assert all(character.isprintable() or character == "\n" for character in text)
@@ -100,13 +102,13 @@ def test_page_and_charts_show_a_hostile_text_as_text(hostile, tmp_path):
 def test_a_picture_of_a_hostile_text_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     folder = write_run(tmp_path / "run", ["a", "b"])
-    edited(folder, method="$\\frac{$ \x1b$")
+    edited_json(folder / "report.json", method="$\\frac{$ \x1b$")
     plot_means(read_runs([folder]), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
 def test_the_dry_run_of_a_push_prints_text(hostile, tmp_path, capsys):
     folder = finished_run(tmp_path / "run")
-    edited(folder, notes=[hostile])
+    edited_json(folder / "report.json", notes=[hostile])
     assert main(["push", str(folder), "owner/name", "--dry-run", "--base_model_id", "owner/base"]) == 0
     assert all(character.isprintable() or character == "\n" for character in capsys.readouterr().out)

@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+from helpers import flip
+from helpers.kills import stops_after_checkpoint
 from helpers.streams import FEW, contents, language_settings, same_tensors, settings, steps
 
 from pm_hf.config.loading import load_config
@@ -12,8 +14,6 @@ from pm_hf.errors import InputError
 from pm_hf.runs import inputs
 from pm_hf.runs.inputs import changed_inputs, file_digest, run_inputs
 from pm_hf.runs.learner import learn
-from pm_hf.training.callbacks import StoppedError
-from pm_hf.training.checkpoints import AtomicCheckpoints
 
 CHANGES = {**FEW, "training__save_strategy": "epoch"}
 
@@ -35,12 +35,6 @@ def one_task(tiny_base, data, tmp_path_factory):
     base = shutil.copytree(tiny_base, place / "base")
     learn(settings(base, data, place / "run", groups=1, **CHANGES))
     return base, place / "run"
-
-
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(bytes(content))
 
 
 def edit(file):
@@ -73,17 +67,9 @@ def test_other_files_beside_the_base_do_not_matter(one_task, data, tmp_path):
     assert [step["inputs"] for step in steps(folder)] == [steps(run)[0]["inputs"]] * 2
 
 
-def test_a_task_that_was_begun_on_another_base_begins_anew_and_says_so(base, data, tmp_path, monkeypatch, capsys):
-    save = AtomicCheckpoints._save_checkpoint
-
-    def save_and_stop(self, *args, **kwargs):
-        save(self, *args, **kwargs)
-        raise StoppedError
-
-    with monkeypatch.context() as patched:
-        patched.setattr(AtomicCheckpoints, "_save_checkpoint", save_and_stop)
-        with pytest.raises(StoppedError):
-            learn(settings(base, data, tmp_path / "run", groups=1, **CHANGES))
+def test_a_task_that_was_begun_on_another_base_begins_anew_and_says_so(base, data, tmp_path, capsys):
+    with stops_after_checkpoint():
+        learn(settings(base, data, tmp_path / "run", groups=1, **CHANGES))
     assert list(tmp_path.glob("run/task-00-first/checkpoints/checkpoint-*"))
     flip(base / "model.safetensors")
     learn(settings(base, data, tmp_path / "run", groups=1, **CHANGES))

@@ -5,12 +5,10 @@ import math
 
 import pytest
 import torch
-import transformers
 from helpers import refusal
 from helpers.models import OLD_NAME, greedy, log_probabilities, mean_log_probability
-from helpers.streams import LANGUAGE_TASKS, same_tensors, steps
+from helpers.streams import LANGUAGE_TASKS, loaded, same_tensors, steps
 from helpers.streams import language_settings as settings
-from peft import PeftModel
 
 from pm_hf.config.loading import load_config
 from pm_hf.data.encoders import make_encoder
@@ -44,13 +42,6 @@ def domains(language_data, output, **changes):
     files = {"train": "domains-train.jsonl", "test": "domains-test.jsonl", "domain_column": "source"}
     config["stream"] = {"kind": "causal-lm", **files, "held_out": held, "max_length": 24}
     return config
-
-
-def loaded(config, adapter):
-    """(model, encoder): the adapter on its base with transformers and peft alone, and what makes its tokens."""
-    kind = "Seq2SeqLM" if config["stream"]["kind"] == "seq2seq-lm" else "CausalLM"
-    base = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(config["model"]["base"])
-    return PeftModel.from_pretrained(base, str(adapter)).eval(), make_encoder(load_config(config))
 
 
 RUNS = {
@@ -98,7 +89,7 @@ def test_curvature_is_of_the_asked_kind_and_the_same_size_for_every_task(run):
 
 def test_merged_adapter_loads_without_pm_hf_and_has_the_reported_scores(run):
     config, folder, report = run
-    model, encoder = loaded(config, folder / "merged")
+    model, encoder = loaded(config, folder / "merged"), make_encoder(load_config(config))
     tasks = load_stream(load_config(config)).tasks
     seen = [answer for task in tasks for answer in task.own]
     for at, task in enumerate(tasks):
@@ -153,7 +144,7 @@ def test_interrupted_stream_ends_with_the_same_adapter(language_data, tmp_path, 
 def test_plain_text_is_judged_by_bits_per_byte_beside_a_held_out_text(language_data, tmp_path):
     config = domains(language_data, tmp_path / "run")
     report = learn(config)
-    model, encoder = loaded(config, tmp_path / "run" / "merged")
+    model, encoder = loaded(config, tmp_path / "run" / "merged"), make_encoder(load_config(config))
     assert report.metric == "bits_per_byte"
     assert list(report.matrices) == PLAIN
     assert report.tasks == ["red", "gold"]

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from helpers import edited_json, flip
 from helpers.streams import FEW, contents, same_tensors, settings, steps, tasks
 
 from pm_hf.config.presets import PRESETS
@@ -103,13 +104,6 @@ def test_a_flipped_bit_in_what_the_last_task_left_is_refused(whole, tiny_base, d
         learn(settings(tiny_base, data, folder, **FEW))
 
 
-def flip(file, at=-5):
-    """Change one bit of a file, at this byte."""
-    content = bytearray(file.read_bytes())
-    content[at] ^= 1
-    file.write_bytes(bytes(content))
-
-
 def test_a_finished_run_with_a_damaged_merge_is_not_published(whole, tiny_base, data, tmp_path):
     folder = copied(whole, "pm", tmp_path)
     published = contents(folder / "merged")
@@ -191,7 +185,7 @@ def test_a_step_file_that_does_not_fit_the_stream_is_refused(
     folder = copied(whole, "pm", tmp_path)
     shutil.rmtree(tasks(folder)[-1])
     step = tasks(folder)[-1] / "step.json"
-    step.write_text(json.dumps(json.loads(step.read_text()) | {key: value}))
+    edited_json(step, **{key: value})
     before = contents(folder)
     no_training_now()
     with pytest.raises(InputError, match=rf"{step}: {key}.*; it was changed by hand") as caught:

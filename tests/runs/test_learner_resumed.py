@@ -1,11 +1,11 @@
 """A run that was killed and started again ends where one that was never killed ends."""
 
-import os
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+from helpers.kills import die
 from helpers.processes import forked
 from helpers.streams import contents, same_tensors, settings, steps, write_yaml
 
@@ -33,10 +33,6 @@ def data(stream_data):
 def whole(finished_run):
     """A run that nothing disturbed."""
     return finished_run(12, **CHANGES)
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_inside(task, count, kind=AtomicCheckpoints):

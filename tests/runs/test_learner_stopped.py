@@ -9,6 +9,7 @@ import sys
 import threading
 
 import pytest
+from helpers import edited_json
 from helpers.processes import forked
 from helpers.streams import contents, same_tensors, settings, steps, write_yaml
 
@@ -74,8 +75,7 @@ def test_a_stopped_run_goes_on_to_the_same_adapters_bit_for_bit(stopped, whole, 
 
 def test_a_run_that_goes_on_with_other_threads_says_so(stopped, tiny_base, data, tmp_path, capsys):
     folder = shutil.copytree(stopped[2], tmp_path / "run")
-    rows = folder / "task-01-second" / "rows.json"
-    rows.write_text(json.dumps(json.loads(rows.read_text()) | {"threads": 99}))
+    edited_json(folder / "task-01-second" / "rows.json", threads=99)
     report = learn(settings(tiny_base, data, folder, **CHANGES))
     note = "task second: continued with threads 1 instead of 99: equal up to rounding only"
     assert note in report.notes

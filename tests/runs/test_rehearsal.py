@@ -12,19 +12,19 @@ import pytest
 import torch
 import transformers
 from helpers import refusal
-from helpers.kills import assert_same, killed_until_done
+from helpers.kills import assert_same, die, killed_until_done
 from helpers.models import OLD_NAME, log_probabilities
 from helpers.processes import forked, run
 from helpers.streams import (
     LANGUAGE_TASKS,
     language_settings,
+    loaded,
     same_tensors,
     steps,
     words,
     write_lines,
     write_yaml,
 )
-from peft import PeftModel
 
 import pm_hf.data.pool
 import pm_hf.runs.rehearsal
@@ -111,7 +111,7 @@ def test_rows_are_stored_once_and_are_no_copies(runs, data):
                 assert row.task != name or shared < 0.8 * max(len(trained), len(text))
 
 
-def test_counts_and_seconds_stand_in_step_json_and_in_the_notes(runs, capsys):
+def test_counts_and_seconds_stand_in_step_json_and_in_the_notes(runs):
     folder, _ = runs
     for step, task in zip(steps(folder), TASKS, strict=True):
         replay = step["replay"]
@@ -123,12 +123,6 @@ def test_counts_and_seconds_stand_in_step_json_and_in_the_notes(runs, capsys):
         assert f"{replay['kept']} synthetic rows of {replay['written']} written are kept" in note
         assert "at least 64 a task are advised" in note
         assert f"task {task}: {note}" in json.loads((folder / "report.json").read_text())["notes"]
-
-
-def loaded(config, adapter):
-    kind = "Seq2SeqLM" if config["stream"]["kind"] == "seq2seq-lm" else "CausalLM"
-    base = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(config["model"]["base"])
-    return PeftModel.from_pretrained(base, str(adapter)).eval()
 
 
 def test_labels_are_the_merge_s_distribution_over_the_answers_seen(runs, data):
@@ -197,10 +191,6 @@ def test_a_run_that_was_extended_is_the_run_that_had_all_tasks_at_once(runs, dat
     learn(settings(data, tmp_path / "run"))
     assert same_tensors(tmp_path / "run" / "merged", folder / "merged")
     assert pool_of(tmp_path / "run") == pool_of(folder)
-
-
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def dying(monkeypatch, where):

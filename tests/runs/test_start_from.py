@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.models import OLD_NAME, SIZE, tiny_model, word_tokenizer
 from helpers.started import BASES, COPIED, KINDS, PEFT_WARNINGS, Kind, attention, load_alone, save_base, save_start
-from helpers.streams import domains, settings, tensors, write_lines
+from helpers.streams import domains, settings, steps, tensors, write_lines
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -62,18 +62,13 @@ def language(data, kind, output, start, method="average", **changes):
     } | changes
 
 
-def loss_alone(kind, data, folder, config, encoder=None):
+def loss_alone(kind, data, folder, config):
     """Mean loss of the rows under a folder, as PEFT alone loads it."""
     read = load_config(config)
-    encoder, task = encoder or make_encoder(read), load_stream(read).tasks[0]
+    encoder, task = make_encoder(read), load_stream(read).tasks[0]
     with torch.no_grad():
         model = load_alone(kind, data / kind.base, folder)
         return float(model(**encoder.collate(encoder.examples(task.train, task.labels))).loss)
-
-
-def step_of(folder):
-    (path,) = folder.glob("task-00-*/step.json")
-    return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize(
@@ -85,8 +80,9 @@ def test_what_is_trained_is_what_was_released(data, tmp_path, name):
     config = language(data, kind, tmp_path / "run", start)
     learn(config)
     expected = loss_alone(kind, data, start, config)
-    assert step_of(tmp_path / "run")["training_loss"] == pytest.approx(expected, **EXACT)
-    assert step_of(tmp_path / "run")["scores"]["loss"][0] == pytest.approx(expected, **EXACT)
+    (step,) = steps(tmp_path / "run")
+    assert step["training_loss"] == pytest.approx(expected, **EXACT)
+    assert step["scores"]["loss"][0] == pytest.approx(expected, **EXACT)
     assert loss_alone(kind, data, tmp_path / "run" / "merged", config) == pytest.approx(expected, **EXACT)
     again = evaluate(load_config(config), tmp_path / "run" / "merged")
     assert again["one"]["loss"] == pytest.approx(expected, **EXACT)
@@ -99,8 +95,9 @@ def test_with_a_curvature_and_from_the_last_optimum_too(data, tmp_path, name, me
     config = language(data, kind, tmp_path / "run", start, method, merge={"train_from": "last", "coefficient": 0.5})
     learn(config)
     expected = loss_alone(kind, data, start, config)
-    assert step_of(tmp_path / "run")["training_loss"] == pytest.approx(expected, **EXACT)
-    assert step_of(tmp_path / "run")["scores"]["loss"][0] == pytest.approx(expected, **EXACT)
+    (step,) = steps(tmp_path / "run")
+    assert step["training_loss"] == pytest.approx(expected, **EXACT)
+    assert step["scores"]["loss"][0] == pytest.approx(expected, **EXACT)
 
 
 CURVED = "use a method without curvature"
@@ -152,7 +149,8 @@ def test_the_tokenizer_beside_the_start_is_the_one_that_is_used(data, tmp_path):
     encoder = make_encoder(load_config(config))
     assert SIZE in encoder.examples(load_stream(load_config(config)).tasks[0].train)[0]["input_ids"]
     expected = loss_alone(kind, data, start, config)
-    assert step_of(tmp_path / "run")["training_loss"] == pytest.approx(expected, **EXACT)
+    (step,) = steps(tmp_path / "run")
+    assert step["training_loss"] == pytest.approx(expected, **EXACT)
     merged, plain = tmp_path / "run" / "merged", {k: v for k, v in config.items() if k != "start_from"}
     tokenizer.save_pretrained(merged)
     assert evaluate(load_config(plain), merged)["one"]["loss"] == pytest.approx(expected, **EXACT)
@@ -239,7 +237,7 @@ def test_a_decoder_without_a_pad_token_learns_and_tells_what_was_cut(data, tmp_p
     config["stream"] = {"kind": "text-classification", "max_length": 6, "tasks": tasks}
     config["training"] |= {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_eval_batch_size": 8}
     learn(config)
-    step = step_of(tmp_path / "run")
+    (step,) = steps(tmp_path / "run")
     cut = "are longer than stream.max_length and were cut"
     told = [f"{long} of 16 training rows {cut}", f"{long} of 16 test rows of one {cut}"]
     assert [note for note in step["notes"] if cut in note] == told

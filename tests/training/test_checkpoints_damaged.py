@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import edited_json
+from helpers.kills import stops_after_checkpoint
 from helpers.streams import FEW, contents, same_tensors, settings
 
 import pm_hf.files
 from pm_hf.errors import InputError
 from pm_hf.runs.learner import learn
-from pm_hf.training.callbacks import StoppedError
 from pm_hf.training.checkpoints import (
-    AtomicCheckpoints,
     _own_digest,
     _state_digest,
     last_checkpoint,
@@ -41,17 +41,9 @@ def whole(finished_run):
 @pytest.fixture(scope="module")
 def stopped(tiny_base, data, tmp_path_factory):
     """A run that ended when the third checkpoint of its second task was written: two are there."""
-    folder, save = tmp_path_factory.mktemp("stopped") / "run", AtomicCheckpoints._save_checkpoint
-
-    def save_and_stop(self, *args, **kwargs):
-        save(self, *args, **kwargs)
-        if TASK in self.args.output_dir and self.state.global_step == 3:
-            raise StoppedError
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(AtomicCheckpoints, "_save_checkpoint", save_and_stop)
-        with pytest.raises(StoppedError):
-            learn(settings(tiny_base, data, folder, **CHANGES))
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with stops_after_checkpoint(TASK, 3):
+        learn(settings(tiny_base, data, folder, **CHANGES))
     return folder
 
 
@@ -63,10 +55,6 @@ def run(stopped, tmp_path):
 @pytest.fixture
 def checkpoints(run):
     return run / TASK / "checkpoints"
-
-
-def edited(file, **values):
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def changed_bytes(file, change):
@@ -98,16 +86,18 @@ for part in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"):
         f"old pickle in {part}": lambda path, name=part: (path / name).write_bytes(pickle.dumps(Payload())),
     }
 for step in (10**9, -1, "3", 2, 3.0, None):
-    DAMAGES[f"global_step {step!r}"] = lambda path, step=step: edited(path / "trainer_state.json", global_step=step)
+    DAMAGES[f"global_step {step!r}"] = lambda path, step=step: edited_json(
+        path / "trainer_state.json", global_step=step
+    )
 DAMAGES |= {
-    "zebra in the state": lambda path: edited(path / "trainer_state.json", zebra=1),
-    "callbacks a text": lambda path: edited(path / "trainer_state.json", stateful_callbacks="x"),
+    "zebra in the state": lambda path: edited_json(path / "trainer_state.json", zebra=1),
+    "callbacks a text": lambda path: edited_json(path / "trainer_state.json", stateful_callbacks="x"),
     "state a list": lambda path: (path / "trainer_state.json").write_text("[1]"),
-    "other losses": lambda path: edited(path / "whole.json", losses=[1.0]),
-    "losses of texts": lambda path: edited(path / "whole.json", losses=["1"]),
-    "factors a list": lambda path: edited(path / "whole.json", factors=["1"]),
-    "log a number": lambda path: edited(path / "whole.json", log=3),
-    "no digests": lambda path: edited(path / "whole.json", files={}, factors={"x": 1}, digest="0"),
+    "other losses": lambda path: edited_json(path / "whole.json", losses=[1.0]),
+    "losses of texts": lambda path: edited_json(path / "whole.json", losses=["1"]),
+    "factors a list": lambda path: edited_json(path / "whole.json", factors=["1"]),
+    "log a number": lambda path: edited_json(path / "whole.json", log=3),
+    "no digests": lambda path: edited_json(path / "whole.json", files={}, factors={"x": 1}, digest="0"),
     "whole a list": lambda path: (path / "whole.json").write_text("[]"),
     "whole null": lambda path: (path / "whole.json").write_text("null"),
     "whole of nothing": lambda path: (path / "whole.json").write_text("{}"),
@@ -218,10 +208,10 @@ def test_the_best_checkpoint_is_looked_for_beside_it_and_the_checkpoint_stays_wh
 @pytest.mark.parametrize("damage", ["task/adapter_model.safetensors with a flipped bit", "all of it"])
 def test_a_checkpoint_whose_best_one_is_damaged_is_not_gone_on_from(checkpoints, damage, capsys):
     best, state = checkpoints / OLDER, checkpoints / NEWEST / "trainer_state.json"
-    edited(state, best_model_checkpoint=str(best))
+    edited_json(state, best_model_checkpoint=str(best))
     whole = checkpoints / NEWEST / "whole.json"
-    edited(whole, state=_state_digest(state.parent))
-    edited(whole, digest=_own_digest(json.loads(whole.read_text())))
+    edited_json(whole, state=_state_digest(state.parent))
+    edited_json(whole, digest=_own_digest(json.loads(whole.read_text())))
     assert last_checkpoint(checkpoints) == str(checkpoints / NEWEST)
     shutil.rmtree(best) if damage == "all of it" else DAMAGES[damage](best)
     assert last_checkpoint(checkpoints) is None
@@ -240,7 +230,7 @@ def test_other_files_among_checkpoints_stay(checkpoints):
 @pytest.mark.parametrize("change", [{"notes": 3}, {"fingerprint": 1}, {"threads": "x"}, {"inputs": ["x"]}])
 def test_a_rows_file_of_another_kind_is_refused_and_the_checkpoints_stay(run, checkpoints, tiny_base, data, change):
     rows = run / TASK / "rows.json"
-    edited(rows, **change)
+    edited_json(rows, **change)
     before = contents(checkpoints)
     with pytest.raises(InputError, match=rf"{rows}: {next(iter(change))}.*, or remove it and the task begins anew"):
         learn(settings(tiny_base, data, run, **CHANGES))

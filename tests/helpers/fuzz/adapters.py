@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from helpers.adapter_folders import HEAD, head, tree, write_folder
+from helpers.adapter_folders import HEAD, edited, head, tree, write_folder
 from helpers.fuzz import REFUSED, RIGHT, check, read
 from helpers.random_adapters import CONFIG, PREFIX, WEIGHTS, Drawn, Site, adapters, dense, sites, write
 from pm_hf.adapters.inspection import describe
@@ -212,8 +212,7 @@ def _with_head(path: Path, labels: Sequence[str], seed: int) -> dict[str, torch.
     values = head(len(labels), seed, width=5)
     tensors = load_file(path / WEIGHTS) | {PREFIX + name: value for name, value in values.items()}
     save_file(tensors, path / WEIGHTS, {"format": "pt"})
-    config = json.loads((path / CONFIG).read_text()) | {"modules_to_save": [HEAD]}
-    (path / CONFIG).write_text(json.dumps(config))
+    edited(path, modules_to_save=[HEAD])
     (path / "labels.json").write_text(json.dumps({HEAD: labels}))
     return dict(zip(labels, _rows(values), strict=True))
 
@@ -269,7 +268,7 @@ def _judge_odd(case: Mapping, folder: Path) -> str:
     sound = write_folder(folder / "sound", saved=head(2, 1), labels={HEAD: ["x", "y"]})
     odd = folder / "odd"
     shutil.copytree(sound, odd)
-    (odd / CONFIG).write_text(json.dumps(json.loads((odd / CONFIG).read_text()) | case["config"]))
+    edited(odd, **case["config"])
     added = {
         case["prefix"] + name: torch.ones(shape).to(getattr(torch, dtype))
         for name, (shape, dtype) in case["tensors"].items()

@@ -28,11 +28,12 @@ from safetensors.torch import load_file
 import pm_hf.reports.page
 import pm_hf.runs.learner
 import pm_hf.runs.merge_line
+from helpers import changed
 from helpers.fuzz import REFUSED, RIGHT, check
+from helpers.kills import stops_after_checkpoint
 from helpers.streams import FEW, settings, write_base, write_data, write_yaml
 from pm_hf.cli import BAD_INPUT, DONE, FAILED, main
-from pm_hf.training.callbacks import StoppedError
-from pm_hf.training.checkpoints import AtomicCheckpoints, last_checkpoint
+from pm_hf.training.checkpoints import last_checkpoint
 
 FIRST, SECOND, NEWEST, OLDER = "task-00-first", "task-01-second", "checkpoint-2", "checkpoint-1"
 CHANGES: dict[str, Any] = {**FEW, "groups": 2, "method": "best", "training__num_train_epochs": 2}
@@ -104,14 +105,7 @@ def prepared() -> Path:
     base, data = write_base(home / "base"), write_data(home / "data", 8)
     quiet = io.StringIO()
     with redirect_stdout(quiet), redirect_stderr(quiet), _quick():
-        save = AtomicCheckpoints._save_checkpoint
-
-        def save_and_stop(self: Any, *args: Any, **kwargs: Any) -> None:
-            save(self, *args, **kwargs)
-            if SECOND in self.args.output_dir and self.state.global_step == 2:
-                raise StoppedError
-
-        with suppress(StoppedError), mock.patch.object(AtomicCheckpoints, "_save_checkpoint", save_and_stop):
+        with stops_after_checkpoint(SECOND, 2):
             pm_hf.runs.learner.learn(settings(base, data, home / "stopped", **CHANGES))
         shutil.copytree(home / "stopped", home / "finished")
         pm_hf.runs.learner.learn(settings(base, data, home / "finished", **CHANGES))
@@ -158,7 +152,7 @@ def judge(case: Mapping, folder: Path) -> str:
         broken |= {name} if _damage(run / name, *damage) else set()
     if any(_may_change(command, run / name) for name in broken):
         broken = set()  # what comes out may be another, whatever the rest does
-    changed = [name for name, content in whole.items() if not _is(run / name, content)]
+    others = [name for name, content in whole.items() if not _is(run / name, content)]
     code, said, found = _outcome(command, run)
     lines = [line for line in said.splitlines() if line.startswith("pm-hf: ")]
     check("Traceback" not in said and "\x1b" not in said, said)
@@ -173,8 +167,8 @@ def judge(case: Mapping, folder: Path) -> str:
         return REFUSED
     if code is None:  # what a training begins with: that of the second task, or of the first where it is not finished
         wanted = undamaged("go on" if (run / FIRST / "step.json").is_file() else "begin")
-    check(found == wanted or not broken & set(changed), changed, "of", case, "gave", *_first_difference(found, wanted))
-    marked = [name for name in changed if _is_marked(command, name)]
+    check(found == wanted or not broken & set(others), others, "of", case, "gave", *_first_difference(found, wanted))
+    marked = [name for name in others if _is_marked(command, name)]
     check(not marked, marked, "changed, and nobody says so")
     return RIGHT
 
@@ -287,9 +281,9 @@ def _damage(path: Path, how: str, place: int, what: Any) -> bool:
     if how in ("value", "without"):
         if not isinstance(before, dict | list) or not (places := list(_places(before))):
             return False
-        changed = _changed(before, places[place % len(places)], what, remove=how == "without")
+        made = changed(before, places[place % len(places)], ... if how == "without" else what)
         dump = yaml.safe_dump if path.suffix == ".yaml" else json.dumps
-        path.write_bytes(dump(changed).encode("utf-8", "surrogatepass"))
+        path.write_bytes(dump(made).encode("utf-8", "surrogatepass"))
     else:
         at = place % max(1, len(content))
         damaged = {
@@ -320,19 +314,6 @@ def _places(value: Any) -> Iterator[tuple]:
     for key, item in items:
         yield (key,)
         yield from ((key, *rest) for rest in _places(item))
-
-
-def _changed(content: Any, place: tuple, value: Any, *, remove: bool) -> Any:
-    made = json.loads(json.dumps(content))
-    *parents, last = place
-    inner = made
-    for key in parents:
-        inner = inner[key]
-    if remove:
-        del inner[last]
-    else:
-        inner[last] = value
-    return made
 
 
 def _kind(value: Any) -> str:

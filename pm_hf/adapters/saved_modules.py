@@ -25,7 +25,6 @@ from pm_hf.adapters.plan import Plan, head_modules, task_vector
 from pm_hf.adapters.rows import feeds_another, row_kind, saved_modules
 from pm_hf.adapters.vocabulary import ROWS_FROM, match_vocabulary, merge_tokens
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import read_json
 from pm_hf.merging.coefficient import free_solution
 
 
@@ -141,7 +140,7 @@ def _check_labels(head: str, adapters: Sequence[Adapter]) -> None:
             f"labels.json names rows of {head}, a hidden layer: its rows are the inputs of another saved module; "
             "remove its entry from each labels.json"
         )
-    written = [label for adapter in adapters for label in read_json(adapter.path / LABELS_FILE)[head]]
+    written = [label for adapter in adapters for label in adapter.rows[head] or ()]
     if pair := two_spellings(written):
         first, second = map(json.dumps, pair)
         raise InputError(

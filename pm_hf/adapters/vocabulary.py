@@ -17,13 +17,13 @@ from pm_hf.adapters.absolute_values import (
     same_values,
     sum_of_weights,
 )
+from pm_hf.adapters.download import base_config_file
 from pm_hf.adapters.folder import Adapter
 from pm_hf.adapters.plan import Plan
 from pm_hf.adapters.rows import is_token_table, vocabulary_rows
 from pm_hf.adapters.tokens import (
     Match,
     Tokens,
-    base_folder,
     match_tokens,
     read_tokens,
     tokenizer_files,
@@ -63,7 +63,9 @@ def match_vocabulary(plan: Plan, names: Sequence[str], rows_from: Adapter | None
     if len(owners) < 2 or not (names or _token_layers(owners)):
         return _with_tokenizer([adapter.path for adapter in owners or plan.adapters])
     try:
-        base = base_folder(str(owners[-1].config.get("base_model_name_or_path")), owners[-1].config.get("revision"))
+        last = owners[-1].config
+        config = base_config_file(last.get("base_model_name_or_path"), last.get("revision"))
+        base = None if config is None else config.parent
         tokens = _tokens(owners, names, [read_tokens(adapter.path) for adapter in owners], base)
         match = match_tokens(
             [str(adapter.path) for adapter in owners], tokens, [vocabulary_rows(adapter) for adapter in owners]

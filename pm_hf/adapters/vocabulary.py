@@ -121,11 +121,16 @@ def merge_tokens(plan: Plan, name: str, vocabulary: Vocabulary, rows_from: Adapt
 def _with_tokenizer(folders: Sequence[Path]) -> Vocabulary:
     """A vocabulary whose rows need no matching, with the tokenizer that names all that the others name (of several the
     last); without one where they contradict, or cannot be read."""
-    having = [folder for folder in dict.fromkeys(folders) if tokenizer_files(folder, {})]
+    having, files, differ = list[Path](), dict[str, bytes](), False
+    for folder in dict.fromkeys(folders):
+        if own := tokenizer_files(folder, {}):
+            differ = differ or (bool(having) and own != files)
+            having.append(folder)
+            files = own
     if not having:
         return Vocabulary()
-    source, files = having[-1], tokenizer_files(having[-1], {})
-    if any(tokenizer_files(folder, {}) != files for folder in having[:-1]):
+    source = having[-1]
+    if differ:
         try:
             tokens = [known for folder in reversed(having) if (known := read_tokens(folder))]
         except InputError:
@@ -133,7 +138,8 @@ def _with_tokenizer(folders: Sequence[Path]) -> Vocabulary:
         most = max(tokens, key=lambda known: (known.complete, len(known.names)))
         if not all(known.names.items() <= most.names.items() for known in tokens):
             return Vocabulary()
-        source, files = most.folder, tokenizer_files(most.folder, {})
+        if most.folder != source:
+            source, files = most.folder, tokenizer_files(most.folder, {})
     return Vocabulary(tokenizer=files, source=str(source))
 
 

@@ -96,7 +96,7 @@ class Adapter:
         with open(self.path / ADAPTER_WEIGHTS, "rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
-    @property
+    @cached_property
     def base_copies(self) -> tuple[str, ...]:
         """Saved tensors that no entry of `modules_to_save` names: weights of the base that PEFT wrote along."""
         roots = self.config.get("modules_to_save") or []

@@ -46,8 +46,8 @@ def row_kind(module: str, adapters: Sequence[Adapter]) -> RowKind:
     parts = _parts(module)
     if is_token_table(module) or any(_is_copy(adapter, module) for adapter in holders):
         return "tokens"
-    as_many = all(_rows(adapter, module) == vocabulary_rows(adapter) != 0 for adapter in holders)
-    if as_many and (parts[-1] in ("decoder", "output", "proj_out") or TOKEN_HEADS & set(parts)):
+    perhaps = parts[-1] in ("decoder", "output", "proj_out") or TOKEN_HEADS & set(parts)
+    if perhaps and all(_rows(adapter, module) == vocabulary_rows(adapter) != 0 for adapter in holders):
         return "tokens"
     known = any(EMBEDDING.search(part) for part in parts) or {*TOKEN_HEADS, *FIXED_ROWS} & set(parts)
     if known or _in_adapted_stack(module, adapters) or not any(_is_map(adapter, module) for adapter in holders):

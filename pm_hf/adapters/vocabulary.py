@@ -91,7 +91,7 @@ def merge_tokens(plan: Plan, name: str, vocabulary: Vocabulary, rows_from: Adapt
         return (whole.tensor(name) if name in whole.saved else None), f"from {whole.path}"
     parts, weight = parts_of(plan, name), sum_of_weights(plan, name)
     copies = [part.adapter for part in parts if name in part.adapter.base_copies]
-    copied = bool(copies) and not all(_tied(part.adapter, name) for part in parts)
+    copied = bool(copies) and not all(map(_tied, parts))
     if len(parts) == 1:
         return parts[0].value, "a copy of the base" if copied else "from the only adapter that has it"
     if len(shapes := {tuple(part.value.shape[1:]) for part in parts}) > 1:
@@ -212,8 +212,9 @@ def _copied_rows(
     return next((part.value for part in parts if part.adapter.path == rows_from.path), parts[0].value)
 
 
-def _tied(adapter: Adapter, name: str) -> bool:
+def _tied(part: Part) -> bool:
     """Whether the tensor is that of a trained module under a second name, as with tied embeddings."""
-    value = adapter.tensor(name)
-    trained = [adapter.tensor(other) for other in adapter.saved if other not in adapter.base_copies]
-    return any(value.shape == other.shape and torch.equal(value, other) for other in trained)
+    adapter = part.adapter
+    trained = [other for other in adapter.saved if other not in adapter.base_copies]
+    same_shape = [other for other in trained if adapter.saved_shape(other) == tuple(part.value.shape)]
+    return any(torch.equal(part.value, adapter.tensor(other)) for other in same_shape)

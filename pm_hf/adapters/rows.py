@@ -7,17 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from pm_hf.adapters.folder import Adapter
+from pm_hf.adapters.folder import EMBEDDINGS, Adapter
 
 RowKind = Literal["tokens", "classes", "hidden", "units"]
 
 # embeddings of tokens and what maps back to them
-TOKEN_TABLES = frozenset(
-    (
-        *("embed_tokens", "lm_head", "wte", "word_embeddings", "tok_embeddings", "token_embd", "shared", "embed_in"),
-        *("embed_out", "embeddings", "vocab_projector"),
-    )
-)
+TOKEN_TABLES = frozenset(EMBEDDINGS) - {"wpe", "output", "decoder"} | {"vocab_projector"}
 # modules around the map back to tokens, in masked language models
 TOKEN_HEADS = frozenset(("lm_head", "cls.predictions", "generator_lm_head", "lm_predictions"))
 # layers between a body and a class head in transformers, and names that some of them share with heads

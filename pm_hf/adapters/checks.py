@@ -180,12 +180,10 @@ def _is_pattern(value: Any, check: Any) -> bool:
     return isinstance(value, Mapping) and all(_is_expression(key) and check(item) for key, item in value.items())
 
 
-def target_problems(
-    config: Mapping, layouts: Mapping[str, Layout], aliases: Mapping[str, str] | None = None
-) -> list[str]:
+def target_problems(config: Mapping, layouts: Mapping[str, Layout], called: Mapping[str, tuple[str, str]]) -> list[str]:
     """Modules in the weights that the configuration does not target: PEFT would leave them out without a word.
 
-    aliases: {module: the name it has in the file}; the configuration may mean either.
+    called: {module: (its name, that in the file)}; the configuration may mean either.
     """
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     if config.get("ensure_weight_tying"):  # which adds modules by itself
@@ -198,7 +196,6 @@ def target_problems(
         meant = every or _named(name, targets or ())
         return meant and not (excluded and _named(name, excluded)) and _in_layers(name, config)
 
-    called = {module: (module, (aliases or {}).get(module, module)) for module in modules}
     outside = [module for module in modules if not any(map(targeted, called[module]))]
     return (
         [f"{len(outside)} modules are not in target_modules of {ADAPTER_CONFIG}, first {outside[0]}"] if outside else []

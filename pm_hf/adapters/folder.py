@@ -183,14 +183,14 @@ def open_adapter(path: str | os.PathLike) -> Adapter:
     shapes = {name: header[full][0] for name, full in names.stored.items()}
     if peft_type(config) != "ADALORA":  # which prunes modules to rank 0
         problems += [f"{n} is empty; gather the shards before saving" for n, shape in shapes.items() if 0 in shape][:1]
-    layouts, saved = find_layouts(config, shapes, problems, names.aliases)
+    layouts, saved = find_layouts(config, shapes, problems, names.called)
     factors = {name: header[full][1] for name, full in names.stored.items() if name not in saved}
     problems += [
         f"{name} holds {NO_WEIGHTS[dtype]} values, expected real numbers; save the adapter again with PEFT"
         for name, dtype in factors.items()
         if dtype in NO_WEIGHTS
     ][:1]
-    problems += target_problems(config, layouts, names.aliases) + bias_problems(config, layouts)
+    problems += target_problems(config, layouts, names.called) + bias_problems(config, layouts)
     for key in ("modules_to_save", "target_parameters"):
         if config.get(key):
             config[key] = [plain_path(name, own) for name in config[key]]

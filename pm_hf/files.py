@@ -254,6 +254,14 @@ def _not_finite(value: Any, field: str) -> str | None:
     return next((problem for problem in below if problem), None)
 
 
+def is_number(value: Any) -> bool:
+    """Whether JSON content is a finite number that a float can hold."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file's bytes, as `sha256sum` prints it; 1 to 2 GB a second where the processor has instructions for
     it, a third of that elsewhere."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pm_hf.adapters.layout import ADAPTER_CONFIG, LABELS_FILE, Layout, peft_type
+from pm_hf.files import is_number
 
 # initialisations that leave the base weights alone, so that scaling·BA is all that the adapter adds
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
@@ -109,12 +110,12 @@ def config_problems(config: Mapping) -> list[str]:
 def type_problems(config: Mapping) -> list[str]:
     """Settings that a merge computes with and that have another type or value than PEFT gives them."""
     adalora = peft_type(config) == "ADALORA"
-    wanted = {"init_r" if adalora else "r": _is_rank, "lora_alpha": _is_number}
+    wanted = {"init_r" if adalora else "r": _is_rank, "lora_alpha": is_number}
     problems = [f"has no {key!r}" for key in wanted if config.get(key) is None]
     checks = {
         key: (check, "a positive integer" if check is _is_rank else "a finite number") for key, check in wanted.items()
     }
-    checks["alpha_pattern"] = (lambda value: _is_pattern(value, _is_number), "{expression: number}")
+    checks["alpha_pattern"] = (lambda value: _is_pattern(value, is_number), "{expression: number}")
     if not adalora:
         checks["rank_pattern"] = (lambda value: _is_pattern(value, _is_rank), "{expression: positive integer}")
     checks |= dict.fromkeys(("target_modules", "exclude_modules"), (_is_targets, "a list of names or an expression"))
@@ -139,20 +140,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= QUOTED else f"{text[:QUOTED]}…"
 
 
-def _is_number(value: Any) -> bool:
-    """Whether it is a number that a float can hold."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return False
-
-
 def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
 def _is_rank(value: Any) -> bool:
-    return _is_number(value) and value > 0 and value == int(value)
+    return is_number(value) and value > 0 and value == int(value)
 
 
 def _is_text(value: Any) -> bool:
@@ -187,12 +180,10 @@ def _is_pattern(value: Any, check: Any) -> bool:
     return isinstance(value, Mapping) and all(_is_expression(key) and check(item) for key, item in value.items())
 
 
-def target_problems(
-    config: Mapping, layouts: Mapping[str, Layout], aliases: Mapping[str, str] | None = None
-) -> list[str]:
+def target_problems(config: Mapping, layouts: Mapping[str, Layout], called: Mapping[str, tuple[str, str]]) -> list[str]:
     """Modules in the weights that the configuration does not target: PEFT would leave them out without a word.
 
-    aliases: {module: the name it has in the file}; the configuration may mean either.
+    called: {module: (its name, that in the file)}; the configuration may mean either.
     """
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     if config.get("ensure_weight_tying"):  # which adds modules by itself
@@ -205,7 +196,6 @@ def target_problems(
         meant = every or _named(name, targets or ())
         return meant and not (excluded and _named(name, excluded)) and _in_layers(name, config)
 
-    called = {module: (module, (aliases or {}).get(module, module)) for module in modules}
     outside = [module for module in modules if not any(map(targeted, called[module]))]
     return (
         [f"{len(outside)} modules are not in target_modules of {ADAPTER_CONFIG}, first {outside[0]}"] if outside else []

@@ -64,19 +64,27 @@ class Adapter:
     """A checked LoRA adapter folder. Tensors are read when asked for, one module at a time.
 
     layouts: {module: how its update is stored}. saved: names of the other tensors, absolute values and not updates:
-    those of `modules_to_save`, and copies of base embeddings (`base_copies`). labels: {head module: [label, …]} of
-    `labels.json`, as texts. in_order: modules that it names with null, whose rows are the same in every adapter.
-    Modules and tensors go by their plain names, whatever wrapped the model that wrote the file; stored: {tensor: its
-    name in the file}.
+    those of `modules_to_save`, and copies of base embeddings (`base_copies`). rows: {head module: [label, …] or None}
+    as in labels.json. Modules and tensors go by their plain names, whatever wrapped the model that wrote the
+    file; stored: {tensor: its name in the file}.
     """
 
     path: Path
     config: dict
     layouts: dict[str, Layout]
     saved: tuple[str, ...]
-    labels: dict[str, list[str]] = field(default_factory=dict)
-    in_order: tuple[str, ...] = ()
+    rows: Mapping[str, Sequence | None] = field(default_factory=dict)
     stored: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def labels(self) -> dict[str, list[str]]:
+        """{head module: [label, …]}, labels as texts."""
+        return {head: [label_text(name) for name in names] for head, names in self.rows.items() if names is not None}
+
+    @property
+    def in_order(self) -> tuple[str, ...]:
+        """Modules that labels.json names with null, whose rows are the same in every adapter."""
+        return tuple(sorted(head for head, names in self.rows.items() if names is None))
 
     @property
     def scaling(self) -> dict[str, float]:
@@ -88,7 +96,7 @@ class Adapter:
         with open(self.path / ADAPTER_WEIGHTS, "rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
-    @property
+    @cached_property
     def base_copies(self) -> tuple[str, ...]:
         """Saved tensors that no entry of `modules_to_save` names: weights of the base that PEFT wrote along."""
         roots = self.config.get("modules_to_save") or []
@@ -175,14 +183,14 @@ def open_adapter(path: str | os.PathLike) -> Adapter:
     shapes = {name: header[full][0] for name, full in names.stored.items()}
     if peft_type(config) != "ADALORA":  # which prunes modules to rank 0
         problems += [f"{n} is empty; gather the shards before saving" for n, shape in shapes.items() if 0 in shape][:1]
-    layouts, saved = find_layouts(config, shapes, problems, names.aliases)
+    layouts, saved = find_layouts(config, shapes, problems, names.called)
     factors = {name: header[full][1] for name, full in names.stored.items() if name not in saved}
     problems += [
         f"{name} holds {NO_WEIGHTS[dtype]} values, expected real numbers; save the adapter again with PEFT"
         for name, dtype in factors.items()
         if dtype in NO_WEIGHTS
     ][:1]
-    problems += target_problems(config, layouts, names.aliases) + bias_problems(config, layouts)
+    problems += target_problems(config, layouts, names.called) + bias_problems(config, layouts)
     for key in ("modules_to_save", "target_parameters"):
         if config.get(key):
             config[key] = [plain_path(name, own) for name in config[key]]
@@ -195,9 +203,7 @@ def open_adapter(path: str | os.PathLike) -> Adapter:
         labels = {}
     labels = {plain_path(head, own): rows for head, rows in labels.items()}
     problems += label_problems(labels, shapes)
-    texts = {head: [label_text(name) for name in names] for head, names in labels.items() if names is not None}
-    in_order = tuple(sorted(set(labels) - set(texts)))
-    adapter = Adapter(path, config, layouts, tuple(saved), texts, in_order, names.stored)
+    adapter = Adapter(path, config, layouts, tuple(saved), labels, names.stored)
     strange = [
         name
         for name in adapter.base_copies

@@ -151,11 +151,11 @@ class Layout:
 
 
 def find_layouts(
-    config: Mapping, shapes: Mapping[str, Shape], problems: list[str], aliases: Mapping[str, str] | None = None
+    config: Mapping, shapes: Mapping[str, Shape], problems: list[str], called: Mapping[str, tuple[str, str]]
 ) -> tuple[dict[str, Layout], list]:
     """({module: Layout}, names of the other tensors) from plain tensor names and shapes; problems are appended.
 
-    aliases: {module: the name it has in the file}, by which the configuration may call it too.
+    called: {module: (its name, that in the file)}, by which the configuration may call it too.
     """
     factors: dict[str, dict[str, Shape]] = {}
     others = []
@@ -168,7 +168,6 @@ def find_layouts(
             others.append(name)
     if not factors and not problems:
         problems.append("no lora_A / lora_B weights found")
-    called = {module: (module, (aliases or {}).get(module, module)) for module in factors}
     layouts = {module: _layout(config, called[module], tensors, problems) for module, tensors in factors.items()}
     return {module: layout for module, layout in layouts.items() if layout is not None}, others
 

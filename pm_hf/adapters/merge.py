@@ -139,7 +139,8 @@ def merge_adapters(
         if not dry_run:
             _check_space(Path(output), [*opened, *([running] if running else [])], size)
         plan = make_plan(request, opened, running)
-        saved = merge_saved(plan, _named(rows_from, [*([] if into is None else [into]), *paths], plan.adapters))
+        given = [*([] if into is None else [into]), *paths]
+        saved = merge_saved(plan, _named(rows_from, given, plan.adapters))
         with _threads(None if request.method.dense or plan.free else 1):
             updates, modules, rounding = _merge_modules(plan, size, keep=not dry_run)
         report = MergeReport(
@@ -150,7 +151,7 @@ def merge_adapters(
             plan.weights if plan.coefficient is None else None,
             modules,
             saved.how,
-            [_traced(*pair) for pair in zip(([] if into is None else [into]) + paths, plan.adapters, strict=True)],
+            [_traced(*pair) for pair in zip(given, plan.adapters, strict=True)],
             options=request.options,
             cast_error=rounding,
             measured=plan.measured,

@@ -23,11 +23,11 @@ LIBRARIES = frozenset(("transformers", "peft", "torch", "accelerate", "deepspeed
 @dataclass
 class Names:
     """Names of a file's tensors. stored: {plain name, `module.lora_A.weight`: name in the file}, without the copies of
-    base weights that PEFT keeps beside trained ones. aliases: {plain name of an adapted module: the file's, without
-    PEFT's prefix}. problems: what cannot be read."""
+    base weights that PEFT keeps beside trained ones. called: {adapted module: (its plain name, the file's without
+    PEFT's prefix)}. problems: what cannot be read."""
 
     stored: dict[str, str] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
+    called: dict[str, tuple[str, str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -49,7 +49,8 @@ def read_names(stored: Iterable[str], config: Mapping) -> Names:
         names.stored[plain] = full
         module = re.match(r"(.+)\.lora_", full.partition(PEFT_PREFIX)[2])
         if module:
-            names.aliases[plain.rpartition(".lora_")[0]] = module[1]
+            name = plain.rpartition(".lora_")[0]
+            names.called[name] = name, module[1]
     if outside:
         names.problems.append(
             f"expected tensor names that start with {PEFT_PREFIX}, found {min(outside)}; save it with PEFT"

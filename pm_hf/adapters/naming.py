@@ -102,7 +102,7 @@ def _with_names(adapter: Adapter, new: Mapping[str, str]) -> Adapter:
         config=adapter.config | ({"modules_to_save": roots} if roots else {}),
         layouts={new.get(module, module): layout for module, layout in adapter.layouts.items()},
         saved=tuple(tensor(name) for name in adapter.saved),
-        labels={new.get(head, head): rows for head, rows in adapter.labels.items()},
+        rows={new.get(head, head): rows for head, rows in adapter.rows.items()},
         stored={tensor(name): full for name, full in adapter.stored.items()},
     )
 

@@ -15,7 +15,7 @@ from pm_hf.adapters.folder import EMBEDDINGS, Adapter, base_name, folded_tasks, 
 from pm_hf.adapters.layout import MERGE_REPORT, Layout
 from pm_hf.adapters.naming import one_naming
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import read_json
+from pm_hf.files import is_number, read_json
 from pm_hf.merging.coefficient import Coefficient, Freedom, check_fits, fixed_coefficient
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank, add
@@ -215,7 +215,7 @@ def _saved_state(adapter: Adapter, names: tuple[str, ...]) -> Mapping | None:
     """What the method kept beside the running merge, numbers by `names`; None where another method folded last."""
     record = merge_record(adapter)
     state = record.get("state")
-    numbers = isinstance(state, Mapping) and all(isinstance(value, int | float) for value in state.values())
+    numbers = isinstance(state, Mapping) and all(map(is_number, state.values()))
     if state is not None and not (numbers and set(state) == set(names)):
         listed = f"{', '.join(names[:-1])} and {names[-1]}"
         raise InputError(f"{adapter.path / MERGE_REPORT}: state must hold {listed}, found {state!r}")
@@ -258,7 +258,7 @@ def _is_row(learned: Any, key: str, count: int) -> bool:
         return False
     if key == "masks":
         return all(isinstance(mask, list) and all(bit in (0, 1) for bit in mask) for mask in values)
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    return all(map(is_number, values))
 
 
 def request_problems(request: Request, count: int, folding: bool) -> list[str]:

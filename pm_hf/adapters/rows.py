@@ -7,17 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from pm_hf.adapters.folder import Adapter
+from pm_hf.adapters.folder import EMBEDDINGS, Adapter
 
 RowKind = Literal["tokens", "classes", "hidden", "units"]
 
 # embeddings of tokens and what maps back to them
-TOKEN_TABLES = frozenset(
-    (
-        *("embed_tokens", "lm_head", "wte", "word_embeddings", "tok_embeddings", "token_embd", "shared", "embed_in"),
-        *("embed_out", "embeddings", "vocab_projector"),
-    )
-)
+TOKEN_TABLES = frozenset(EMBEDDINGS) - {"wpe", "output", "decoder"} | {"vocab_projector"}
 # modules around the map back to tokens, in masked language models
 TOKEN_HEADS = frozenset(("lm_head", "cls.predictions", "generator_lm_head", "lm_predictions"))
 # layers between a body and a class head in transformers, and names that some of them share with heads
@@ -46,8 +41,8 @@ def row_kind(module: str, adapters: Sequence[Adapter]) -> RowKind:
     parts = _parts(module)
     if is_token_table(module) or any(_is_copy(adapter, module) for adapter in holders):
         return "tokens"
-    as_many = all(_rows(adapter, module) == vocabulary_rows(adapter) != 0 for adapter in holders)
-    if as_many and (parts[-1] in ("decoder", "output", "proj_out") or TOKEN_HEADS & set(parts)):
+    perhaps = parts[-1] in ("decoder", "output", "proj_out") or TOKEN_HEADS & set(parts)
+    if perhaps and all(_rows(adapter, module) == vocabulary_rows(adapter) != 0 for adapter in holders):
         return "tokens"
     known = any(EMBEDDING.search(part) for part in parts) or {*TOKEN_HEADS, *FIXED_ROWS} & set(parts)
     if known or _in_adapted_stack(module, adapters) or not any(_is_map(adapter, module) for adapter in holders):

@@ -25,7 +25,6 @@ from pm_hf.adapters.plan import Plan, head_modules, task_vector
 from pm_hf.adapters.rows import feeds_another, row_kind, saved_modules
 from pm_hf.adapters.vocabulary import ROWS_FROM, match_vocabulary, merge_tokens
 from pm_hf.errors import InputError, raise_all
-from pm_hf.files import read_json
 from pm_hf.merging.coefficient import free_solution
 
 
@@ -54,7 +53,8 @@ def merge_saved(plan: Plan, rows_from: Adapter | None = None) -> Saved:
     InputError names what conflicts.
     """
     result, problems = Saved(), list[str]()
-    modules, labels = saved_modules(plan.adapters), _labels(plan.adapters)
+    modules = saved_modules(plan.adapters)
+    labels = _labels(plan.adapters, modules)
     in_order = {module for adapter in plan.adapters for module in adapter.in_order} - set(labels)
     kinds = {m: "units" if m in in_order else row_kind(m, plan.adapters) for m in modules if m not in labels}
     tokens = [name for module, kind in kinds.items() if kind == "tokens" for name in modules[module]]
@@ -115,10 +115,9 @@ def _unnamed(module: str, kind: str, parts: Mapping[str, Sequence[Part]]) -> str
     )
 
 
-def _labels(adapters: Sequence[Adapter]) -> dict[str, dict[Path, list[str]]]:
+def _labels(adapters: Sequence[Adapter], modules: Mapping[str, Sequence[str]]) -> dict[str, dict[Path, list[str]]]:
     """{head: {adapter: labels}}; an adapter without labels gets those of the others where the heads are equal."""
     labels: dict[str, dict[Path, list[str]]] = {}
-    modules = saved_modules(adapters)
     for head in dict.fromkeys(head for adapter in adapters for head in adapter.labels):
         given = {adapter.path: adapter.labels[head] for adapter in adapters if head in adapter.labels}
         holders = [adapter for adapter in adapters if set(modules[head]) & set(adapter.saved)]
@@ -141,7 +140,7 @@ def _check_labels(head: str, adapters: Sequence[Adapter]) -> None:
             f"labels.json names rows of {head}, a hidden layer: its rows are the inputs of another saved module; "
             "remove its entry from each labels.json"
         )
-    written = [label for adapter in adapters for label in read_json(adapter.path / LABELS_FILE)[head]]
+    written = [label for adapter in adapters for label in adapter.rows[head] or ()]
     if pair := two_spellings(written):
         first, second = map(json.dumps, pair)
         raise InputError(

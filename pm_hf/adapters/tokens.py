@@ -150,19 +150,6 @@ def tokenizer_files(folder: Path, more: Mapping[int, Mapping[str, Any]]) -> dict
     return files
 
 
-def base_folder(name: str, revision: str | None) -> Path | None:
-    """The folder of a base model where this machine has it: a local one, or that in the Hub's cache."""
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        config = try_to_load_from_cache(name, "config.json", revision=revision)
-    except ValueError:  # no name of a repository
-        return None
-    return Path(config).parent if isinstance(config, str) else None
-
-
 def vocabulary_size(base: Path | None) -> int:
     """Rows of a base model's embedding, from its configuration; 0 where that is not known."""
     if base is None or not (base / "config.json").is_file():

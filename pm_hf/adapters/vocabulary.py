@@ -17,13 +17,13 @@ from pm_hf.adapters.absolute_values import (
     same_values,
     sum_of_weights,
 )
+from pm_hf.adapters.download import base_config_file
 from pm_hf.adapters.folder import Adapter
 from pm_hf.adapters.plan import Plan
 from pm_hf.adapters.rows import is_token_table, vocabulary_rows
 from pm_hf.adapters.tokens import (
     Match,
     Tokens,
-    base_folder,
     match_tokens,
     read_tokens,
     tokenizer_files,
@@ -63,7 +63,9 @@ def match_vocabulary(plan: Plan, names: Sequence[str], rows_from: Adapter | None
     if len(owners) < 2 or not (names or _token_layers(owners)):
         return _with_tokenizer([adapter.path for adapter in owners or plan.adapters])
     try:
-        base = base_folder(str(owners[-1].config.get("base_model_name_or_path")), owners[-1].config.get("revision"))
+        last = owners[-1].config
+        config = base_config_file(last.get("base_model_name_or_path"), last.get("revision"))
+        base = None if config is None else config.parent
         tokens = _tokens(owners, names, [read_tokens(adapter.path) for adapter in owners], base)
         match = match_tokens(
             [str(adapter.path) for adapter in owners], tokens, [vocabulary_rows(adapter) for adapter in owners]
@@ -89,7 +91,7 @@ def merge_tokens(plan: Plan, name: str, vocabulary: Vocabulary, rows_from: Adapt
         return (whole.tensor(name) if name in whole.saved else None), f"from {whole.path}"
     parts, weight = parts_of(plan, name), sum_of_weights(plan, name)
     copies = [part.adapter for part in parts if name in part.adapter.base_copies]
-    copied = bool(copies) and not all(_tied(part.adapter, name) for part in parts)
+    copied = bool(copies) and not all(map(_tied, parts))
     if len(parts) == 1:
         return parts[0].value, "a copy of the base" if copied else "from the only adapter that has it"
     if len(shapes := {tuple(part.value.shape[1:]) for part in parts}) > 1:
@@ -119,11 +121,16 @@ def merge_tokens(plan: Plan, name: str, vocabulary: Vocabulary, rows_from: Adapt
 def _with_tokenizer(folders: Sequence[Path]) -> Vocabulary:
     """A vocabulary whose rows need no matching, with the tokenizer that names all that the others name (of several the
     last); without one where they contradict, or cannot be read."""
-    having = [folder for folder in dict.fromkeys(folders) if tokenizer_files(folder, {})]
+    having, files, differ = list[Path](), dict[str, bytes](), False
+    for folder in dict.fromkeys(folders):
+        if own := tokenizer_files(folder, {}):
+            differ = differ or (bool(having) and own != files)
+            having.append(folder)
+            files = own
     if not having:
         return Vocabulary()
-    source, files = having[-1], tokenizer_files(having[-1], {})
-    if any(tokenizer_files(folder, {}) != files for folder in having[:-1]):
+    source = having[-1]
+    if differ:
         try:
             tokens = [known for folder in reversed(having) if (known := read_tokens(folder))]
         except InputError:
@@ -131,7 +138,8 @@ def _with_tokenizer(folders: Sequence[Path]) -> Vocabulary:
         most = max(tokens, key=lambda known: (known.complete, len(known.names)))
         if not all(known.names.items() <= most.names.items() for known in tokens):
             return Vocabulary()
-        source, files = most.folder, tokenizer_files(most.folder, {})
+        if most.folder != source:
+            source, files = most.folder, tokenizer_files(most.folder, {})
     return Vocabulary(tokenizer=files, source=str(source))
 
 
@@ -204,8 +212,9 @@ def _copied_rows(
     return next((part.value for part in parts if part.adapter.path == rows_from.path), parts[0].value)
 
 
-def _tied(adapter: Adapter, name: str) -> bool:
+def _tied(part: Part) -> bool:
     """Whether the tensor is that of a trained module under a second name, as with tied embeddings."""
-    value = adapter.tensor(name)
-    trained = [adapter.tensor(other) for other in adapter.saved if other not in adapter.base_copies]
-    return any(value.shape == other.shape and torch.equal(value, other) for other in trained)
+    adapter = part.adapter
+    trained = [other for other in adapter.saved if other not in adapter.base_copies]
+    same_shape = [other for other in trained if adapter.saved_shape(other) == tuple(part.value.shape)]
+    return any(torch.equal(part.value, adapter.tensor(other)) for other in same_shape)

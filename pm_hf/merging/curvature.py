@@ -12,7 +12,6 @@ computed from the factors of the task vector.
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pm_hf.errors import InputError
-from pm_hf.files import WriteError, save_tensors
+from pm_hf.files import WriteError, is_number, save_tensors
 from pm_hf.merging.lowrank import LowRank, row_slices
 
 CurvatureKind = Literal["fisher", "gram", "factored"]
@@ -384,31 +383,24 @@ def _header_fault(header: Any) -> str | None:
     return None
 
 
-def _is_number(value: Any) -> bool:
-    try:
-        return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return False
-
-
 def _by_module(value: Any, check: Callable[[Any], bool]) -> bool:
     return isinstance(value, dict) and all(map(check, value.values()))
 
 
 def _are_sizes(value: Any) -> bool:
-    return _by_module(value, _is_number) and min(value.values(), default=0) >= 0
+    return _by_module(value, is_number) and min(value.values(), default=0) >= 0
 
 
 def _are_forms(value: Any) -> bool:
     """Quadratic forms of sums that are positive semidefinite: not below zero by more than rounding."""
-    if not _by_module(value, _is_number):
+    if not _by_module(value, is_number):
         return False
     return all(form >= -ROUNDING * max(map(abs, value.values())) for form in value.values())
 
 
 def _are_probes(value: Any) -> bool:
     def is_row(row: Any) -> bool:
-        return isinstance(row, list) and len(row) == PROBES and all(map(_is_number, row))
+        return isinstance(row, list) and len(row) == PROBES and all(map(is_number, row))
 
     return _by_module(value, is_row)
 
@@ -422,7 +414,7 @@ def _are_settings(value: Any) -> bool:
         return False
     texts = [text for key, text in value.items() if key != "shrinkage"]
     shrinkage = value.get("shrinkage", 0.0)
-    return all(isinstance(text, str) for text in texts) and _is_number(shrinkage) and 0 <= shrinkage <= 1
+    return all(isinstance(text, str) for text in texts) and is_number(shrinkage) and 0 <= shrinkage <= 1
 
 
 def _beginning(value: Any) -> str:

@@ -194,7 +194,9 @@ def test_a_report_that_makes_no_sense(pair, tmp_path, content):
     refused(tmp_path, "is no report of a merge", pair[0], tmp_path / "out", into=pair[1], method="average")
 
 
-@pytest.mark.parametrize("state", [{}, [], {"scale": None, "mean_norm": 1, "tasks": 2}, "x"])
+@pytest.mark.parametrize(
+    "state", [{}, [], *({"scale": scale, "mean_norm": 1, "tasks": 2} for scale in (None, 10**400)), "x"]
+)
 def test_a_state_that_makes_no_sense(pair, tmp_path, state):
     (pair[1] / REPORT).write_text(json.dumps({"tasks": 2, "state": state}))
     refused(

@@ -211,6 +211,20 @@ def test_saved_modules_by_every_name(tmp_path, kind):
     assert torch.equal(open_adapter(second).tensor(f"{HEAD}.weight"), torch.ones(2, 16))
 
 
+def test_labels_by_the_name_that_data_parallel_gives_a_head(tmp_path):
+    saved = [head(2, seed) for seed in (1, 2)]
+    for name, module in (("plain", HEAD), ("parallel", f"module.{HEAD}")):
+        pair = [
+            write_folder(tmp_path / f"{name}{i}", seed=i, saved=own, labels={module: labels})
+            for i, (own, labels) in enumerate(zip(saved, (["x", "y"], ["y", "z"]), strict=True))
+        ]
+        if name == "parallel":
+            pair = [rewritten(folder, FORMS["data parallel"]) for folder in pair]
+        merge_adapters(pair, tmp_path / name, method="average")
+        assert json.loads((tmp_path / name / "labels.json").read_text()) == {HEAD: ["x", "y", "z"]}
+    assert (tmp_path / "parallel" / WEIGHTS).read_bytes() == (tmp_path / "plain" / WEIGHTS).read_bytes()
+
+
 @pytest.mark.filterwarnings("ignore:Adapter .default.. . LoRA tensor.s. have invalid shape")  # PEFT, of a bias
 @pytest.mark.parametrize("kind", ["lora_embedding", "lora_bias", "adalora"])
 def test_an_adapters_name_in_every_kind_of_factor(tmp_path, kind):

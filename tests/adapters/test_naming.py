@@ -197,6 +197,22 @@ def test_a_saved_head_that_was_renamed(tmp_path):
     assert (tmp_path / "mixed" / WEIGHTS).read_bytes() == (tmp_path / "new" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize("rows", [None, [f"w{row}" for row in range(50)]], ids=["the same in all", "labelled"])
+def test_rows_that_labels_name_by_a_heads_old_name(tmp_path, rows):
+    settings = {"target_modules": ["query_key_value"], "modules_to_save": ["lm_head"]}
+    news = [adapter(neox, tmp_path / f"new{seed}", seed, **settings) for seed in (1, 2)]
+    renaming = [("lm_head", "embed_out")]
+    olds = [older(new, tmp_path / f"{new.name}-old", renaming, modules_to_save=["embed_out"]) for new in news]
+    for folders, head in ((news, "lm_head"), (olds, "embed_out")):
+        for folder in folders:
+            (folder / "labels.json").write_text(json.dumps({head: rows}))
+    merge_adapters(news, tmp_path / "new", method="average")
+    merge_adapters(olds, tmp_path / "old", method="average")
+    for file in (WEIGHTS, "labels.json"):
+        assert (tmp_path / "old" / file).read_bytes() == (tmp_path / "new" / file).read_bytes()
+    assert json.loads((tmp_path / "old" / "labels.json").read_text()) == {"lm_head": rows}
+
+
 @pytest.mark.parametrize("place", ["folder", "cache"])
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "FEATURE_EXTRACTION"])
 def test_the_bases_config_tells_where_the_adapter_does_not(tmp_path, monkeypatch, place, task):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from pm_hf import InputError
-from pm_hf.adapters.tokens import Tokens, base_folder, match_tokens, read_tokens, tokenizer_files, vocabulary_size
+from pm_hf.adapters.download import base_config_file
+from pm_hf.adapters.tokens import Tokens, match_tokens, read_tokens, tokenizer_files, vocabulary_size
 
 WORDS = 6
 
@@ -188,13 +189,15 @@ def test_the_vocabulary_of_a_base_on_this_machine(tmp_path):
     write(tmp_path / "plain", config={"vocab_size": 7})
     write(tmp_path / "nested", config={"text_config": {"vocab_size": 9}})
     write(tmp_path / "none", config={"hidden_size": 9})
-    assert [vocabulary_size(base_folder(str(tmp_path / name), None)) for name in ("plain", "nested", "none")] == [
+    assert [
+        vocabulary_size(base_config_file(str(tmp_path / name), None).parent) for name in ("plain", "nested", "none")
+    ] == [
         7,
         9,
         0,
     ]
     for name in ("nobody/nothing", "/not/there/at/all", "a b/c"):
-        assert base_folder(name, None) is None
+        assert base_config_file(name, None) is None
     assert vocabulary_size(None) == 0
 
 

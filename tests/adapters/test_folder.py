@@ -353,8 +353,7 @@ def test_two_bases_are_refused_with_a_way_out_that_works(tmp_path, monkeypatch, 
     )
     with pytest.raises(InputError, match=message):
         merge_adapters([first, second], tmp_path / "out", method="average")
-    config = json.loads((first / CONFIG).read_text())
-    (first / CONFIG).write_text(json.dumps(config | written[1]))
+    edited(first, **written[1])
     merge_adapters([first, second], tmp_path / "out", method="average")
 
 
@@ -408,10 +407,7 @@ def test_an_unknown_setting_is_refused_with_a_way_out_that_works(tmp_path):
     )
     with pytest.raises(InputError, match=message):
         merge_adapters(folder, tmp_path / "out")
-    config = json.loads((folder / CONFIG).read_text())
-    del config["new_trick"]
-    (folder / CONFIG).write_text(json.dumps(config))
-    merge_adapters(folder, tmp_path / "out")
+    merge_adapters(edited(folder, new_trick=...), tmp_path / "out")
 
 
 def test_ranks_that_differ_are_told_to_users_of_other_tools(tmp_path):

@@ -5,7 +5,18 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.adapter_folders import CONFIG, HEAD, PREFIX, SHAPES, WEIGHTS, assert_same, dense, head, write_folder
+from helpers.adapter_folders import (
+    CONFIG,
+    HEAD,
+    PREFIX,
+    SHAPES,
+    WEIGHTS,
+    assert_same,
+    dense,
+    edited,
+    head,
+    write_folder,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -22,9 +33,7 @@ def rewritten(folder, change, **settings):
     """The folder with other tensor names and settings."""
     tensors = {change(name): value for name, value in load_file(folder / WEIGHTS).items()}
     save_file({name: value for name, value in tensors.items() if name}, folder / WEIGHTS, {"format": "pt"})
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | settings))
-    return folder
+    return edited(folder, **settings)
 
 
 def inside(*pairs):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers.adapter_folders import CONFIG, WEIGHTS, assert_same, dense, write_folder
+from helpers.adapter_folders import CONFIG, WEIGHTS, assert_same, dense, edited, write_folder
 from safetensors.torch import load_file, save_file
 
 import pm_hf.adapters.architecture as architecture
@@ -104,9 +104,7 @@ def older(folder, path, changes, **settings):
             name = name.replace(new, old)
         tensors[name] = value
     save_file(tensors, path / WEIGHTS, {"format": "pt"})
-    config = json.loads((path / CONFIG).read_text())
-    (path / CONFIG).write_text(json.dumps(config | settings))
-    return path
+    return edited(path, **settings)
 
 
 def updates(make, folder):

@@ -255,9 +255,9 @@ def _not_finite(value: Any, field: str) -> str | None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether JSON content is a finite number that a float can hold."""
+    """Whether a value is a finite number that a float can hold; true and false are none."""
     try:
-        return type(value) in (int, float) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer of hundreds of digits
         return False
 

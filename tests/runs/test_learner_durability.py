@@ -118,7 +118,7 @@ def test_sigterm_in_a_language_stream_is_as_good(tmp_path, monkeypatch):
         (tmp_path / moment).mkdir()
         config = prompts(tmp_path / moment, base)
         places[moment] = tmp_path / moment / "run" / "merged"
-        owner, call = {"training": (TaskTrainer, "training_step"), "scoring": (Scorer, "score")}.get(
+        owner, call = {"training": (TaskTrainer, "training_step"), "scoring": (Scorer, "score_loaded")}.get(
             moment, (None, None)
         )
         if owner:

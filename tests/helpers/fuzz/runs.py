@@ -165,10 +165,11 @@ def judge(case: Mapping, folder: Path) -> str:
         check(code == BAD_INPUT and len(lines) == 1, "code", code, "and said:", said)
         check(command in ("train", "go on") or len(said.splitlines()) == 1, "not one line:", said)
         return REFUSED
-    if code is None:  # what a training begins with: that of the second task, or of the first where it is not finished
-        wanted = undamaged("go on" if (run / FIRST / "step.json").is_file() else "begin")
+    anew = code is None and not (run / FIRST / "step.json").is_file()  # the first task is not finished, then
+    if code is None:  # what a training begins with: that of the second task, or of the first
+        wanted = undamaged("begin" if anew else "go on")
     check(found == wanted or not broken & set(others), others, "of", case, "gave", *_first_difference(found, wanted))
-    marked = [name for name in others if _is_marked(command, name)]
+    marked = [name for name in others if _is_marked(command, name) and not anew]
     check(not marked, marked, "changed, and nobody says so")
     return RIGHT
 

@@ -27,9 +27,9 @@ SoftTarget = dict[int, float]  # {token id: probability} of one target position
 class PoolRow:
     """A written prompt, and its soft target.
 
-    task: whose rows it stands for, BASE for a sample of the base. asked: the answer that it was written for, "" for free text. completion: what is
-    likeliest after the prompt. answers: {answer: probability} of a closed list. tokens: of free text, for each target
-    token of the completion [[token ids], [probabilities]].
+    task: whose rows it stands for, BASE for a sample of the base. asked: the answer that it was written for, "" for
+    free text. completion: what is likeliest after the prompt. answers: {answer: probability} of a closed list. tokens:
+    of free text, for each target token of the completion [[token ids], [probabilities]].
     """
 
     task: str

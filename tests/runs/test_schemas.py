@@ -31,8 +31,16 @@ STEP = {
     "versions": {"torch": "2"},
     "files": {"merged/labels.json": [3, "ab"]},
     "replay": {
-        **{"written": 5, "kept": 4, "copies": 1, "doubles": 0, "empty": 0, "agreement": 0.5, "longest_common_run": 2},
-        **{"rows_asked": 4, "pool_rows": 8, "seconds": {"writer": 1.5, "write": 2, "label": 0.5}},
+        "written": 5,
+        "kept": 4,
+        "copies": 1,
+        "doubles": 0,
+        "empty": 0,
+        "agreement": 0.5,
+        "longest_common_run": 2,
+        "rows_asked": 4,
+        "pool_rows": 8,
+        "seconds": {"writer": 1.5, "write": 2, "label": 0.5},
         "samples": [
             {"asked": "a", "prompt": "x", "says": "b"},
             {"asked": "", "prompt": [{"role": "user", "content": "x"}], "says": "b"},

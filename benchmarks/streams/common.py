@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import json
 import multiprocessing
 import os
 import sys
@@ -56,6 +57,13 @@ def tasks(config: Path, first: int, count: int | None) -> list[dict]:
     listed = yaml.safe_load(config.read_text(encoding="utf-8"))["stream"]["tasks"]
     first %= len(listed)
     return [*listed[first:], *listed[:first]][:count]
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """What the step.json of each task of a run says of time, coefficient, search and written rows."""
+    kept = ("task", "seconds", "coefficient", "search", "replay")
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("task-*/step.json"))]
+    return [{key: step[key] for key in kept if key in step} for step in found]
 
 
 def pooled(work: Callable, jobs: Sequence[tuple], options: argparse.Namespace, done: int = 0) -> int:

@@ -87,14 +87,16 @@ STREAMS = {
     "pacs": Stream("PACS, 4 domains", "image/pacs.yaml", "image"),
     "tiny-imagenet-50": Stream("Tiny-ImageNet-50, 10 x 5 classes", "image/tiny-imagenet-50.yaml", "image"),
     "cifar10": Stream("CIFAR-10, 5 x 2 classes", "image/cifar10.yaml", "image"),
-    "smollm2-text-sets": Stream(
-        *("SmolLM2-135M, 4 text sets", "language/smollm2-text-sets.yaml", "text", RIVALS, tuple(ANSWERS.items())),
-        orders=True,
+    "smollm2-text": Stream(
+        "SmolLM2-135M, four text sets", "smollm2/text.yaml", "text", RIVALS, tuple(ANSWERS.items()), orders=True
+    ),
+    "smollm2-eight": Stream(
+        "SmolLM2-135M, eight text sets", "smollm2/eight.yaml", "text", RIVALS, tuple(ANSWERS.items()), orders=True
     ),
     "smollm2-domains": Stream(
         *(
             "SmolLM2-135M, 4 domains of text and code",
-            "language/smollm2-domains.yaml",
+            "smollm2/domains.yaml",
             "text",
             TEXTS,
             tuple(TEXT.items()),

@@ -30,29 +30,28 @@ from environment import ROOT, environment
 from grid import STREAMS
 from tables import spread
 
-from pm_hf.adapters.folder import open_adapter
 from pm_hf.config.loading import load_config
-from pm_hf.data.pool import Pool, PoolRow, in_turns
-from pm_hf.data.writing import WritingForm
+from pm_hf.data.pool import PoolRow, in_turns
 from pm_hf.files import write_json
 from pm_hf.models.language_model import IGNORED, predicts_next_token, target_mask
 from pm_hf.runs import learner
 from pm_hf.runs.learner import learn
 from pm_hf.runs.rehearsal import Rehearsal, Written
+from pm_hf.runs.writers import Collected
 from pm_hf.training import writer
 
 
 class RunningWriter(Rehearsal):
     """The writer is trained on the running merge, not on the base."""
 
-    def write(self, task, index, pool, paths, stop):
-        build, merged = writer.build_task_model, None if pool is None else open_adapter(pool.parent / "merged")
+    def write(self, task, start, pool, paths, stop):
+        build, merged = writer.build_task_model, start.running
         with mock.patch.object(
             writer,
             "build_task_model",
             lambda model, lora, labels, frozen, *rest, **more: build(model, lora, labels, merged, *rest, **more),
         ):
-            return super().write(task, index, pool, paths, stop)
+            return super().write(task, start, pool, paths, stop)
 
 
 class Agreeing(Rehearsal):
@@ -60,50 +59,50 @@ class Agreeing(Rehearsal):
 
     factor = 2
 
-    def write(self, task, index, pool, paths, stop):
+    def write(self, task, start, pool, paths, stop):
         self.factor = 2
         try:
-            return super().write(task, index, pool, paths, stop)
+            return super().write(task, start, pool, paths, stop)
         finally:
             self.factor = 1
 
-    def _share(self, pool):
-        return self.factor * super()._share(pool)
+    def _share(self, tasks):
+        return self.factor * super()._share(tasks)
 
-    def _labelled(self, scorer, written, task, answers):
-        rows = super()._labelled(scorer, written, task, answers)
+    def _labelled(self, *what):
+        rows = super()._labelled(*what)
         return sorted(rows, key=lambda row: row.completion != row.asked)[: len(rows) // 2]
 
 
 class Hard(Rehearsal):
     """Labels are the merge's likeliest answer alone."""
 
-    def _labelled(self, scorer, written, task, answers):
-        rows = super()._labelled(scorer, written, task, answers)
-        return [replace(row, answers={row.completion: 1.0}) for row in rows]
+    def _labelled(self, *what):
+        return [replace(row, answers={row.completion: 1.0}) for row in super()._labelled(*what)]
 
 
 class Asked(Rehearsal):
     """Labels are the answers that the rows were written for."""
 
-    def _labelled(self, scorer, written, task, answers):
+    def _labelled(self, *what):
         return [
             PoolRow(row.task, row.asked, row.prompt, row.asked, {row.asked: 1.0}, [])
-            for row in super()._labelled(scorer, written, task, answers)
+            for row in super()._labelled(*what)
         ]
 
 
 class Real(Rehearsal):
     """Training rows in place of written ones, labelled by the merge as those are."""
 
-    def write(self, task, index, pool, paths, stop):
-        form, count = WritingForm.of(task), self._share(Pool() if pool is None else Pool.load(pool))
+    def write(self, task, start, pool, paths, stop):
+        assignment = self._assignment(task, start.index, self._share(len(pool.tasks) + 1))
+        form = assignment.form
         groups: dict[str, list[tuple[str, str]]] = {answer: [] for answer in form.answers}
         for text, label in zip(form.texts(task.train), task.train.labels, strict=True):
             groups[label].append((label, text))
-        texts = in_turns(groups.values())[:count]
+        texts = in_turns(groups.values())[: assignment.count]
         counts = {"kept": len(texts), "copies": 0, "doubles": 0, "empty": 0}
-        return Written(form, texts, counts, 0, {"writer": 0.0, "write": 0.0})
+        return Written(assignment, None, Collected(texts, counts), 0, {"writer": 0.0, "write": 0.0})
 
 
 class OwnAnswers:
@@ -130,10 +129,10 @@ def own_answers() -> Iterator[None]:
     """OwnAnswers in every task's training."""
     train = learner.Run._train
 
-    def with_penalty(self, built, task, start, stop):
+    def with_penalty(self, built, task, *more):
         tokens = sorted({token for answer in task.own for token in self.encoder.completion("", answer)})
         with mock.patch.object(learner, "make_penalties", lambda *_: [OwnAnswers(tokens)]):
-            return train(self, built, task, start, stop)
+            return train(self, built, task, *more)
 
     with mock.patch.object(learner.Run, "_train", with_penalty):
         yield

@@ -206,7 +206,7 @@ class Run:
         release_memory()  # the scores load the model again, and two of them may be too many
         written = None
         if self.rehearsal is not None:
-            written = self.rehearsal.write(task, index, rehearsed.pool, paths, stop)
+            written = self.rehearsal.write(task, start, rehearsed.pool, paths, stop)
             stop.check()
 
         def finish() -> None:
@@ -215,7 +215,7 @@ class Run:
             self.head.after_merge(paths, task, start, trained.head, trained=self._trains(index))
             (model, labels), replay = self.scorer.load(paths.merged, trained.head), {}
             if self.rehearsal is not None and written is not None:
-                replay = self.rehearsal.finish(model, written, index, rehearsed, start, paths)
+                replay = self.rehearsal.finish(model, written, rehearsed, start, paths)
             scores, held_out = self._scores(model, labels, trained.head, index)
             record = TaskRecord(
                 task=task.name,

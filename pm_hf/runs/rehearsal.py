@@ -51,11 +51,14 @@ class Rehearsed:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written for a task, and by whom. longest_run: tokens that a text has in a row as a training text has
-    them. seconds: of the writer's training and of the writing."""
+    """What was written for a task, and the adapter of its writer where that is kept.
+
+    longest_run: tokens that a text has in a row as a training text has them. seconds: of the writer's training and of
+    the writing.
+    """
 
     assignment: Assignment
-    adapter: WriterAdapter
+    adapter: WriterAdapter | None
     collected: Collected
     longest_run: int
     seconds: dict[str, float]
@@ -107,15 +110,15 @@ class Rehearsal:
                 losses[alpha] = scorer.row_losses(held_out), scorer.row_losses(old)
         return search_points(losses, len(rows.tasks))
 
-    def write(self, task: Task, index: int, pool: Pool, paths: TaskPaths, stop: Stop) -> Written:
+    def write(self, task: Task, start: TaskStart, pool: Pool, paths: TaskPaths, stop: Stop) -> Written:
         """Train a writer on the task's rows and let it write the task's share of the pool.
 
         A pure function of seed, task and training rows. All processes must call this.
         """
-        assignment, began = self._assignment(task, index, self._share(len(pool.tasks) + 1)), time.perf_counter()
-        form = assignment.form
+        assignment = self._assignment(task, start.index, self._share(len(pool.tasks) + 1))
+        form, began = assignment.form, time.perf_counter()
         writer, adapter = train_writer(
-            self.config, form.training(task.train), self.encoder, index, paths.writer, [stop]
+            self.config, form.training(task.train), self.encoder, start.index, paths.writer, [stop]
         )
         trained = time.perf_counter()
         writer.model.to(self.scorer.device)
@@ -138,19 +141,19 @@ class Rehearsal:
         seconds = {"writer": trained - began, "write": time.perf_counter() - trained}
         del writer
         release_memory()
-        return Written(assignment, adapter, collected, longest, seconds)
+        return Written(assignment, adapter if self.config.keeps_writers else None, collected, longest, seconds)
 
     def finish(
-        self, model: nn.Module, written: Written, index: int, rehearsed: Rehearsed, start: TaskStart, paths: TaskPaths
+        self, model: nn.Module, written: Written, rehearsed: Rehearsed, start: TaskStart, paths: TaskPaths
     ) -> dict[str, Any]:
         """Label the written rows with the model of the task's merge, save the pool or the writers; `replay` of
         step.json."""
         began, before, assignment = time.perf_counter(), rehearsed.pool, written.assignment
-        answers = self._answers([row.asked for row in before.rows], index + 1)
+        answers = self._answers([row.asked for row in before.rows], start.index + 1)
         rows = self._labelled(self._language_scorer(model), assignment, written.collected.texts, answers)
         after = Pool((*before.shrunk(self._share(len(before.tasks) + 1)).rows, *rows))
         kept: dict[str, Any] = {"pool_rows": 0, "samples": []}
-        if self.config.strategy.replay_pool:
+        if written.adapter is None:
             after.save(paths.pool)
             shown = [{"asked": row.asked, "prompt": row.prompt, "says": row.completion} for row in rows[:SAMPLES]]
             kept = {"pool_rows": len(after.of_tasks.rows), "samples": shown}

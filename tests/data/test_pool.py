@@ -7,6 +7,7 @@ from helpers.models import tiny_tokenizer
 
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.data.pool import (
+    BASE,
     SOFT_TOKENS,
     SOFT_WEIGHTS,
     Pool,
@@ -88,6 +89,16 @@ def test_shrinking_keeps_the_first_rows_of_every_task():
         *(("b", f"Text: {at}") for at in range(2)),
     ]
     assert pool.tasks == ["a", "b"]
+
+
+def test_samples_of_the_base_stay_and_are_no_task():
+    base = numbered(BASE, 4)
+    pool = Pool((*base, *numbered("a", 5), *numbered("b", 2)))
+    assert pool.tasks == ["a", "b"]
+    assert pool.of_base == Pool(tuple(base))
+    assert pool.shrunk(1) == Pool((*base, *numbered("a", 1), *numbered("b", 1)))
+    assert pool.of_tasks == Pool((*numbered("a", 5), *numbered("b", 2)))
+    assert Pool(tuple(base)).tasks == []
 
 
 def test_turns_and_the_likeliest():

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -32,7 +33,16 @@ def lacking_input(names: list[str], options: argparse.Namespace) -> str | None:
 
 def data_folder(name: str, options: argparse.Namespace) -> Path:
     """Where the stream's files are."""
-    return options.runs / name / "data" if name == "smollm2-domains" else options.data / STREAMS[name].data
+    return options.runs / name / "data" if STREAMS[name].recipe else options.data / STREAMS[name].data
+
+
+def prepare(name: str, options: argparse.Namespace) -> None:
+    """Data that a recipe makes on this machine."""
+    recipe, folder = STREAMS[name].recipe, data_folder(name, options)
+    if recipe and not (folder / "made").exists():
+        sys.path.insert(0, str(ROOT / "recipes"))
+        importlib.import_module(recipe).write(options.data / "text", folder)
+        (folder / "made").touch()
 
 
 def anywhere(config: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ablation import held_out
-from common import SHARED, anywhere, data_settings, lacking_input, pooled, steps
+from common import SHARED, anywhere, data_settings, lacking_input, pooled, prepare, steps
 from environment import ROOT, environment
 from grid import STREAMS
 from tables import spread
@@ -45,7 +45,7 @@ from pm_hf.training import writer
 class RunningWriter(Rehearsal):
     """The writer is trained on the running merge, not on the base."""
 
-    def write(self, task, index, pool, paths, stop):
+    def write(self, task, index, pool, paths, stop):  # noqa: D102
         build, merged = writer.build_task_model, None if pool is None else open_adapter(pool.parent / "merged")
         with mock.patch.object(
             writer,
@@ -60,7 +60,7 @@ class Agreeing(Rehearsal):
 
     factor = 2
 
-    def write(self, task, index, pool, paths, stop):
+    def write(self, task, index, pool, paths, stop):  # noqa: D102
         self.factor = 2
         try:
             return super().write(task, index, pool, paths, stop)
@@ -96,7 +96,7 @@ class Asked(Rehearsal):
 class Real(Rehearsal):
     """Training rows in place of written ones, labelled by the merge as those are."""
 
-    def write(self, task, index, pool, paths, stop):
+    def write(self, task, index, pool, paths, stop):  # noqa: D102
         form, count = WritingForm.of(task), self._share(Pool() if pool is None else Pool.load(pool))
         groups: dict[str, list[tuple[str, str]]] = {answer: [] for answer in form.answers}
         for text, label in zip(form.texts(task.train), task.train.labels, strict=True):
@@ -114,7 +114,7 @@ class OwnAnswers:
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = torch.tensor(tokens)
 
-    def __call__(self, model, batch, logits):
+    def __call__(self, model, batch, logits):  # noqa: D102
         labels = batch["labels"]
         chosen = logits[target_mask(labels, shifted=predicts_next_token(model))].float()
         own = self.tokens.to(logits.device)
@@ -132,7 +132,7 @@ def own_answers() -> Iterator[None]:
 
     def with_penalty(self, built, task, start, stop):
         tokens = sorted({token for answer in task.own for token in self.encoder.completion("", answer)})
-        with mock.patch.object(learner, "make_penalties", lambda *_: [OwnAnswers(tokens)]):
+        with mock.patch.object(learner, "make_penalties", return_value=[OwnAnswers(tokens)]):
             return train(self, built, task, start, stop)
 
     with mock.patch.object(learner.Run, "_train", with_penalty):
@@ -201,6 +201,8 @@ def main() -> int:
     if lacking := lacking_input(options.streams, options):
         parser.error(lacking)
     asked = [(name, cell, seed) for name in options.streams for seed in options.seeds for cell in options.cells]
+    for name in options.streams:
+        prepare(name, options)
     failed = pooled(cell_result, [job for job in asked if not result_path(*job).exists()], options)
     (ROOT / "results" / "rehearsal" / "table.md").write_text(text := table(), encoding="utf-8")
     print(text)

@@ -72,12 +72,16 @@ def kind_of(raw: Mapping) -> StreamKind:
 
 
 def preset_notes(config: RunConfig) -> list[str]:
-    """What a method cannot do for the kind of stream that it was asked for."""
+    """What a method, or a setting, cannot do for the kind of stream that it was asked for."""
+    notes = []
+    if config.rehearses and config.strategy.base_samples and config.stream.kind == "seq2seq-lm":
+        notes.append("strategy.base_samples is left out: an encoder-decoder says nothing of its own without an input")
     if config.kind.has_head or preset_row(config.method, config.kind)["head"]["kind"] != "lda":
-        return []
+        return notes
     return [
+        *notes,
         f"method {config.method} is for classifiers: {config.stream.kind} has no class head, so its analytic head is "
-        f"left out and its merge is all that remains; the default here is {config.kind.method}"
+        f"left out and its merge is all that remains; the default here is {config.kind.method}",
     ]
 
 

@@ -56,6 +56,14 @@ PRESETS = {
 }
 
 
+# what a method sets for a kind of stream without class heads where that is something else; chosen on held-out training
+# rows, results/rehearsal
+LANGUAGE_PRESETS = {
+    "best": (rehearsing := _preset("average", 0.0, None, "global", "none", replay="generated"))
+    | {"merge": rehearsing["merge"] | {"coefficient": "search"}},
+}
+
+
 def kind_of(raw: Mapping) -> StreamKind:
     """The kind of stream asked for; the default's row for one that does not exist, so that other problems are found."""
     stream = raw.get("stream")
@@ -68,7 +76,7 @@ def preset_notes(config: RunConfig) -> list[str]:
     notes = []
     if config.rehearses and config.strategy.base_samples and config.stream.kind == "seq2seq-lm":
         notes.append("strategy.base_samples is left out: an encoder-decoder says nothing of its own without an input")
-    if config.kind.has_head or PRESETS[config.method]["head"]["kind"] != "lda":
+    if config.kind.has_head or preset_row(config.method, config.kind)["head"]["kind"] != "lda":
         return notes
     return [
         *notes,
@@ -77,9 +85,14 @@ def preset_notes(config: RunConfig) -> list[str]:
     ]
 
 
+def preset_row(method: str, kind: StreamKind) -> dict:
+    """What the method sets for a kind of stream."""
+    return PRESETS[method] if kind.has_head else LANGUAGE_PRESETS.get(method, PRESETS[method])
+
+
 def preset_defaults(method: str, raw: Mapping) -> dict:
     """What the method sets; how the analytic head is trained only where there is one."""
-    row, head = PRESETS[method], raw.get("head")
+    row, head = preset_row(method, kind_of(raw)), raw.get("head")
     asked = head.get("kind") if isinstance(head, Mapping) else None
     return row if asked in (None, "lda") else row | {"head": {"kind": row["head"]["kind"]}}
 
@@ -87,9 +100,9 @@ def preset_defaults(method: str, raw: Mapping) -> dict:
 def forget_preset(raw: dict, method: Any) -> None:
     """Another method is asked for: settings that equal the old method's defaults are the new method's to decide."""
     before = raw.get("method") or kind_of(raw).method
-    old = PRESETS.get(before) if isinstance(before, str) else None
-    if old is None or method is None or method == before:
+    if not isinstance(before, str) or before not in PRESETS or method is None or method == before:
         return
+    old = preset_row(before, kind_of(raw))
     for group, defaults in old.items():
         if not isinstance(defaults, dict):
             raw.pop(group, None)

@@ -1,5 +1,6 @@
 """Texts that are collected from a writer: as many of each answer, whatever is dropped. The writers here are made up."""
 
+import hashlib
 from collections import Counter
 
 import pytest
@@ -56,11 +57,9 @@ def test_what_is_dropped_is_asked_for_again_and_an_answer_without_a_text_more_of
 def test_an_answer_with_a_text_is_asked_for_in_the_first_rounds_alone():
     writer = MadeUp()
     found = collect(writer, assignment(6), lambda text: "kept" if text.endswith(" 0") else "doubles")
-    assert len(writer.keys) == ROUNDS_WITHOUT  # for b and c
-    sizes = [size for _, size in writer.keys]
-    assert sizes[0] == 6
-    assert sizes[ROUNDS:] == sorted(sizes[ROUNDS:], reverse=True)
-    assert {answer for answer, _ in found.texts} >= {" a"}
+    assert [size for _, size in writer.keys] == [6, 5, 4, 3, 2]
+    assert len(writer.keys) == ROUNDS
+    assert Counter(answer for answer, _ in found.texts) == {" a": 2, " b": 2, " c": 1}
 
 
 def test_fewer_texts_than_answers_are_of_the_first_answers():
@@ -70,12 +69,11 @@ def test_fewer_texts_than_answers_are_of_the_first_answers():
 
 def test_texts_are_known_again_by_their_digests():
     whole = collect(MadeUp(), assignment(6), lambda text: "kept")
-    from pm_hf.runs.writers import _digest
-
-    kept = KeptWriter(assignment(6), (1,), 9, tuple(_digest(text) for _, text in whole.texts))
+    digests = tuple(hashlib.sha256(text.encode()).hexdigest()[:16] for _, text in whole.texts)
+    kept = KeptWriter(assignment(6), (1,), 9, digests)
     assert written_again(MadeUp(), kept) == whole.texts
     lacking = KeptWriter(assignment(6), (1,), 9, kept.texts[1:])
-    assert written_again(MadeUp(), lacking) == whole.texts[1:]
+    assert set(written_again(MadeUp(), lacking)) == set(whole.texts[1:])
 
 
 @pytest.mark.parametrize(

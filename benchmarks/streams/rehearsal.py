@@ -122,10 +122,10 @@ def own_answers() -> Iterator[None]:
     """OwnAnswers in every task's training."""
     train = learner.Run._train
 
-    def with_penalty(self, built, task, start, stop):
+    def with_penalty(self, built, task, *arguments):
         tokens = sorted({token for answer in task.own for token in self.encoder.completion("", answer)})
         with mock.patch.object(learner, "make_penalties", return_value=[OwnAnswers(tokens)]):
-            return train(self, built, task, start, stop)
+            return train(self, built, task, *arguments)
 
     with mock.patch.object(learner.Run, "_train", with_penalty):
         yield

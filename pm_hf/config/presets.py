@@ -58,10 +58,8 @@ PRESETS = {
 
 # what a method sets for a kind of stream without class heads where that is something else; chosen on held-out training
 # rows, results/rehearsal
-LANGUAGE_PRESETS = {
-    "best": (rehearsing := _preset("average", 0.0, None, "global", "none", replay="generated"))
-    | {"merge": rehearsing["merge"] | {"coefficient": "search"}},
-}
+_REHEARSED = _preset("average", 0.0, None, "global", "none", replay="generated")
+LANGUAGE_PRESETS = {"best": {**_REHEARSED, "merge": {**_REHEARSED["merge"], "coefficient": 1.0}}}
 
 
 def kind_of(raw: Mapping) -> StreamKind:

@@ -67,13 +67,18 @@ def _stream_problems(config: RunConfig) -> list[str]:
 
 def _merge_problems(config: RunConfig) -> list[str]:
     merge, method, problems = config.merge, config.merging_method, list[str]()
-    if method.sums and merge.coefficient is None and config.curvature.kind is None:
+    if method.sums and config.computes_coefficient and config.curvature.kind is None:
         problems.append(f"curvature.kind: method {method.name} needs fisher or gram, or merge.coefficient")
     if merge.freedom in ("module", "free"):
-        if merge.coefficient is not None:
+        if not config.computes_coefficient:
             problems.append(f"merge.coefficient: freedom {merge.freedom} has no single coefficient")
         if not method.sums:
             problems.append(f"merge.freedom: {merge.freedom} belongs to merge.method {PM.name}")
+    if merge.coefficient == "fisher" and (method is not PM or config.curvature.kind == "gram"):
+        problems.append(
+            f"merge.coefficient: fisher is the closed form of merge.method {PM.name} with curvature.kind fisher or "
+            f"factored; found {method.name} with {config.curvature.kind}"
+        )
     if config.searches:
         problems += _search_problems(config)
     if method.factors and merge.max_rank is not None:

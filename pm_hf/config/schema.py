@@ -169,9 +169,10 @@ class MergeSettings:
     freedom: Literal["global", "module", "free"] | None = setting(
         None, "one coefficient, one a module, or the whole matrix"
     )
-    coefficient: Annotated[Number, Field(ge=0, le=1)] | Literal["search"] | None = setting(
+    coefficient: Annotated[Number, Field(ge=0, le=1)] | Literal["average", "fisher", "search"] | None = setting(
         None,
-        "instead of the computed one; search: the best on held-out rows and the pool (strategy.replay)",
+        "of every task but the first: a number; average: 1/t; fisher: the published closed form (method pm); search: the "
+        "best on held-out rows and the pool (strategy.replay); null: the method's",
     )
     max_rank: Whole | None = setting(64, "rank kept; null: exact, the rank grows with every task", ge=1)
     on_zero_curvature: Literal["error", "average"] = setting("average", "pm: refuse, or 1/t; the same as in `options`")
@@ -303,6 +304,16 @@ class RunConfig:
         return self.merge.coefficient == "search"
 
     @property
+    def computes_coefficient(self) -> bool:
+        """Whether the merging method computes its coefficient."""
+        return self.merge.coefficient in (None, "fisher")
+
+    @property
+    def averages(self) -> bool:
+        """Whether the coefficient is 1/t whatever the merging method."""
+        return self.merge.coefficient == "average"
+
+    @property
     def merges(self) -> bool:
         """Whether tasks are folded into a running merge; otherwise each one keeps an adapter of its own."""
         return not self.strategy.individual
@@ -310,7 +321,7 @@ class RunConfig:
     @property
     def measures_curvature(self) -> bool:
         """Whether the curvature of a finished task is measured: for its coefficient, or for the next task's penalty."""
-        wanted = self.merging_method.curvature is not None and self.merge.coefficient is None
+        wanted = self.merging_method.curvature is not None and self.computes_coefficient
         return self.merges and (wanted or self.strategy.ewc_weight > 0)
 
     @property

@@ -455,10 +455,10 @@ class Run:
     def _merge(self, paths: TaskPaths, start: TaskStart, trained: TrainedTask) -> MergeReport:
         settings, method, curvature = self.config.merge, self.config.merging_method, trained.curvature
         coefficient: float | None = None  # the first task is taken as it is
-        if start.running is not None and settings.coefficient == "search":
+        if start.running is not None and (self.config.averages or self.config.searches):
             tasks = merge_record(start.running)["tasks"] + 1
             coefficient = smallest_within_error(trained.search) if trained.search else 1 / tasks
-        elif start.running is not None:
+        elif start.running is not None and not self.config.computes_coefficient:
             coefficient = settings.coefficient  # type: ignore[assignment]
         if not self._trains(start.index):
             coefficient = 0.0  # nothing was trained: the running merge stays as it is

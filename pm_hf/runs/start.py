@@ -84,7 +84,7 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
     must_be_measured = config.merge.options.get("unmeasured_past") == "error" and config.merge.coefficient is None
     if must_be_measured and state.curvature is None:
         problems.append(f"merge.options.unmeasured_past is error, and it has no {CURVATURE_FILE} beside it")
-    method, measured = config.merging_method, config.measures_curvature and config.merge.coefficient is None
+    method, measured = config.merging_method, config.measures_curvature and config.computes_coefficient
     if measured and method.curvature is not None and not method.sums and state.curvature is None:
         problems.append(f"merge.method {method.name} needs {CURVATURE_FILE} beside it; use the one saved with it")
     if config.measures_curvature:

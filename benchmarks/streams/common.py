@@ -81,8 +81,8 @@ def tasks(config: Path, first: int, count: int | None) -> list[dict]:
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
-    """What the step.json of each task of a run says of time, coefficient, search and written rows."""
-    kept = ("task", "seconds", "coefficient", "search", "replay")
+    """What the step.json of each task of a run says of time, scores, coefficient, search and written rows."""
+    kept = ("task", "seconds", "scores", "coefficient", "search", "replay", "step_seconds", "device", "versions")
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("task-*/step.json"))]
     return [{key: step[key] for key in kept if key in step} for step in found]
 

@@ -65,7 +65,7 @@ def kind_of(raw: Mapping) -> StreamKind:
 
 def preset_notes(config: RunConfig) -> list[str]:
     """What a method cannot do for the kind of stream that it was asked for."""
-    if config.kind.has_head or PRESETS[config.method]["head"]["kind"] != "lda":
+    if config.kind.has_head or config.analytic_head or PRESETS[config.method]["head"]["kind"] != "lda":
         return []
     return [
         f"method {config.method} is for classifiers: {config.stream.kind} has no class head, so its analytic head is "
@@ -74,8 +74,11 @@ def preset_notes(config: RunConfig) -> list[str]:
 
 
 def preset_defaults(method: str, raw: Mapping) -> dict:
-    """What the method sets; how the analytic head is trained only where there is one."""
+    """What the method sets; how the analytic head is trained only where there is one. A language model has no head, and
+    its answers are analytic only where it is not trained."""
     row, head = PRESETS[method], raw.get("head")
+    if not kind_of(raw).has_head and row["trains"]:
+        return row | {"head": {"kind": "none"}}
     asked = head.get("kind") if isinstance(head, Mapping) else None
     return row if asked in (None, "lda") else row | {"head": {"kind": row["head"]["kind"]}}
 
@@ -83,10 +86,9 @@ def preset_defaults(method: str, raw: Mapping) -> dict:
 def forget_preset(raw: dict, method: Any) -> None:
     """Another method is asked for: settings that equal the old method's defaults are the new method's to decide."""
     before = raw.get("method") or kind_of(raw).method
-    old = PRESETS.get(before) if isinstance(before, str) else None
-    if old is None or method is None or method == before:
+    if not isinstance(before, str) or before not in PRESETS or method in (None, before):
         return
-    for group, defaults in old.items():
+    for group, defaults in preset_defaults(before, raw).items():
         if not isinstance(defaults, dict):
             raw.pop(group, None)
         elif isinstance(raw.get(group), dict):

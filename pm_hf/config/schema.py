@@ -131,8 +131,10 @@ class MergeSettings:
 class HeadSettings:
     """The classification head."""
 
-    kind: Literal["linear", "lda", "none"] | None = None  # trained rows, the analytic head, or none (language models)
-    means: Literal["class", "task"] | None = None  # lda: one for each class, or class and task (default of domains)
+    # trained rows, the analytic head, or none; language models: none, or lda for analytic answers without training
+    kind: Literal["linear", "lda", "none"] | None = None
+    # lda: one for each class, or for each class and task (default of domains and of language models)
+    means: Literal["class", "task"] | None = None
     training: Literal["task", "seen"] = "task"  # lda: seen: from analytic rows, against those of all classes seen
     drift: Literal["ridge", "none"] = "ridge"  # lda: how old class means follow the backbone
     ridge: float = 1.0  # lda: λ = ridge · tr(FᵀF)/d of the drift regression
@@ -192,7 +194,8 @@ class RunConfig:
 
     @property
     def analytic_head(self) -> bool:
-        """Whether the head's rows are computed from class statistics (linear discriminant analysis)."""
+        """Whether the head's rows, or what answers are chosen by, are computed from class statistics (linear
+        discriminant analysis)."""
         return self.head.kind == "lda"
 
     @property

@@ -79,7 +79,7 @@ class Rehearsal:
         old = rows.shrunk(max(1, SEARCH_ROWS // len(rows.tasks))).examples(self.encoder)
         layers = list(adapted_layers(built.model, TASK_ADAPTER).values())
         model = built.model.to(self.scorer.device)
-        scorer, losses = self._language_scorer(model), {}
+        scorer, losses = self.scorer.language_scorer(model), {}
         for alpha in COEFFICIENT_GRID:
             with scaled_adapter(layers, TASK_ADAPTER, alpha):
                 losses[alpha] = scorer.row_losses(held_out), scorer.row_losses(old)
@@ -108,7 +108,7 @@ class Rehearsal:
         began, before = time.perf_counter(), _load(pool)
         seen = [*(row.asked for row in before.rows if row.asked)]
         seen += [answer for learned in self.stream.tasks[: index + 1] for answer in learned.own]
-        rows = self._labelled(self._language_scorer(model), written, task, list(dict.fromkeys(seen)))
+        rows = self._labelled(self.scorer.language_scorer(model), written, task, list(dict.fromkeys(seen)))
         share = self._share(before)
         after = Pool((*before.shrunk(share).rows, *rows))
         after.save(paths.pool)
@@ -197,9 +197,6 @@ class Rehearsal:
             PoolRow(task, "", prompt, completion, {}, tokens)
             for prompt, completion, tokens in zip(prompts, rows.labels, soft, strict=True)
         ]
-
-    def _language_scorer(self, model: Any) -> LanguageScorer:
-        return LanguageScorer(model, self.encoder, self.scorer.batch_size, self.scorer.autocast)
 
 
 def replay_note(replay: dict[str, Any]) -> str:

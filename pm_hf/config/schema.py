@@ -171,8 +171,8 @@ class MergeSettings:
     )
     coefficient: Annotated[Number, Field(ge=0, le=1)] | Literal["average", "fisher", "search"] | None = setting(
         None,
-        "of every task but the first: a number; average: 1/t; fisher: the published closed form (method pm); search: the "
-        "best on held-out rows and the pool (strategy.replay); null: the method's",
+        "of every task but the first: a number; average: 1/t; fisher: the published closed form (method pm); search: "
+        "the best on held-out rows and the pool (strategy.replay); null: the method's",
     )
     max_rank: Whole | None = setting(64, "rank kept; null: exact, the rank grows with every task", ge=1)
     on_zero_curvature: Literal["error", "average"] = setting("average", "pm: refuse, or 1/t; the same as in `options`")
@@ -185,10 +185,12 @@ class HeadSettings:
     __pydantic_config__ = MODEL
 
     kind: Literal["linear", "lda", "none"] | None = setting(
-        None, "trained rows, the analytic head (linear discriminant analysis), or none (language models)"
+        None,
+        "trained rows, the analytic head (linear discriminant analysis), or none; language models: none, or lda for "
+        "analytic answers without training",
     )
     means: Literal["class", "task"] | None = setting(
-        None, "lda: one mean for each class, or for each class and task (null: so for domains)"
+        None, "lda: one mean for each class, or for each class and task (null: so for domains and language models)"
     )
     training: Literal["task", "seen"] = setting(
         "task", "lda: trained against the task's classes; seen: from analytic rows, against all classes seen"
@@ -275,7 +277,8 @@ class RunConfig:
 
     @property
     def analytic_head(self) -> bool:
-        """Whether the head's rows are computed from class statistics (linear discriminant analysis)."""
+        """Whether the head's rows, or what answers are chosen by, are computed from class statistics (linear
+        discriminant analysis)."""
         return self.head.kind == "lda"
 
     @property

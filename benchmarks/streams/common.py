@@ -39,13 +39,19 @@ def data_folder(name: str, options: argparse.Namespace) -> Path:
     return options.runs / name / "data" if STREAMS[name].recipe else options.data / STREAMS[name].data
 
 
+def base_folder(name: str, options: argparse.Namespace) -> Path:
+    """Where the base is that a recipe makes."""
+    return options.runs / name / "base"
+
+
 def prepare(name: str, options: argparse.Namespace) -> None:
-    """Data that a recipe makes on this machine."""
-    recipe, folder = STREAMS[name].recipe, data_folder(name, options)
-    if recipe and not (folder / "made").exists():
-        sys.path.insert(0, str(ROOT / "recipes"))
-        importlib.import_module(recipe).write(options.data / "text", folder)
-        (folder / "made").touch()
+    """Data, and the base, that recipes make on this machine."""
+    stream = STREAMS[name]
+    for recipe, place in ((stream.recipe, data_folder), (stream.base_recipe, base_folder)):
+        if recipe and not ((folder := place(name, options)) / "made").exists():
+            sys.path.insert(0, str(ROOT / "recipes"))
+            importlib.import_module(recipe).write(options.data / "text", folder)
+            (folder / "made").touch()
 
 
 def backbone(name: str) -> str:
@@ -68,6 +74,8 @@ def data_settings(name: str, seed: int, folder: Path, options: argparse.Namespac
         changes["model.base"] = str(options.models / backbone(name))
     if not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
         changes["training.bf16"] = False  # emulated there, five times slower than float32
+    if stream.base_recipe:
+        changes["model.base"] = str(base_folder(name, options))
     if stream.orders or stream.tasks:
         changes["stream.tasks"] = tasks(source, seed if stream.orders else 0, stream.tasks)
     return source, changes

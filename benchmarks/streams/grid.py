@@ -17,7 +17,6 @@ NAMES = {
     "olora": "O-LoRA",
     "base_kl": "KL to the base",
     "replay": "replay, 5 rows a class",
-    "written": "written rows, α by search",
     "merge_only": "merging alone (Fisher α)",
     "pm": "P&M: perturbation + Fisher α",
     "pm_trace": "P&M, each task's Fisher over its mean",
@@ -40,7 +39,6 @@ NAMES = {
 # rows that are no method of their own: a method, and what is changed of it
 VARIANTS: dict[str, dict[str, Any]] = {
     "untouched": {"method": "joint", "trains": False},  # the base is scored and left alone
-    "written": {"method": "average", "strategy.replay": "generated", "merge.coefficient": "search"},
     "pm_lda": {"method": "pm", "head.kind": "lda"},
     "average_lda": {"method": "average", "head.kind": "lda"},
     "gram_lda": {"method": "pm_gram_lda", "perturbation.scale": 0.0},
@@ -79,6 +77,7 @@ class Stream:
     tasks: int | None = None  # the first so many tasks of the YAML only
     orders: bool = False  # seed k starts with task k; ± is then the 95 % t interval
     recipe: str | None = None  # file in recipes/ that makes the data of --data/text
+    base_recipe: str | None = None  # file in recipes/ that makes the base of --data/text
 
 
 # named as their file in configs/; four-sets is the first four tasks of ten-sets
@@ -114,9 +113,10 @@ STREAMS = {
         "a small T5 of recipes/make_t5.py, four text sets",
         "language/t5-text.yaml",
         "text",
-        ("sequential", "average", "replay", "written", "joint", "untouched"),
+        ("sequential", "average", "slao", "replay", "best", "joint", "untouched"),
         tuple(ANSWERS.items()),
         orders=True,
+        base_recipe="make_t5",
     ),
     "smollm2-domains": Stream(
         *("SmolLM2-135M, 4 domains of text and code", "smollm2/domains.yaml", "text", TEXTS, tuple(TEXT.items())),

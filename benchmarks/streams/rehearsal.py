@@ -88,15 +88,14 @@ class Asked(Rehearsal):
 class Real(Rehearsal):
     """Training rows in place of written ones, labelled by the merge as those are."""
 
-    def write(self, task, index, pool, paths, stop):  # noqa: D102
-        assignment = self._assignment(task, index, self._share(len(pool.tasks) + 1))
+    def write(self, task, start, pool, paths, stop):  # noqa: D102
+        assignment = self._assignment(task, start.index, self._share(len(pool.tasks) + 1))
         groups: dict[str, list[tuple[str, str]]] = {answer: [] for answer in assignment.form.answers}
         for text, label in zip(assignment.form.texts(task.train), task.train.labels, strict=True):
             groups[label].append((label, text))
         texts = in_turns(groups.values())[: assignment.count]
         counts = {"kept": len(texts), "copies": 0, "doubles": 0, "empty": 0}
-        adapter = writer.WriterAdapter({}, {}, (), 0)
-        return Written(assignment, adapter, Collected(texts, counts), 0, {"writer": 0.0, "write": 0.0})
+        return Written(assignment, None, Collected(texts, counts), 0, {"writer": 0.0, "write": 0.0})
 
 
 class OwnAnswers:

@@ -33,6 +33,7 @@ setup(
         "psutil>=5",
         "pydantic>=2.10",
         "pyyaml>=6",
+        "shtab>=1.13",
         "tqdm>=4.60",
     ],
     extras_require={"demo": DEMO + PLOTS, "plots": PLOTS, "gguf": GGUF, "docs": DOCS, "dev": DEMO + PLOTS + GGUF + DEV},

@@ -340,8 +340,14 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file's content, or a folder's list of names, is on the disk.
+
+    Windows opens no folder, and syncs a file only through a handle that may write.
+    """
+    windows = sys.platform == "win32"
+    if windows and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -563,15 +569,12 @@ def _exchange(left: Path, right: Path) -> bool:
 
 def _alive(pid: int) -> bool:
     """Whether another process of this number runs."""
-    if pid == os.getpid():
-        return False
+    import psutil
+
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
+        return pid != os.getpid() and psutil.pid_exists(pid)
+    except OverflowError:  # no system has so many
         return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _unwritable(path: Path, error: Exception) -> str:

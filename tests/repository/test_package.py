@@ -46,7 +46,8 @@ def test_wheel_holds_every_file_of_the_package_and_the_licence(wheel):
     with zipfile.ZipFile(wheel) as packed:
         names = set(packed.namelist())
     files = {path for path in (ROOT / "pm_hf").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
-    assert {path.relative_to(ROOT).as_posix() for path in files} == {name for name in names if name.startswith("pm_hf/")}
+    packed_files = {name for name in names if name.startswith("pm_hf/")}
+    assert {path.relative_to(ROOT).as_posix() for path in files} == packed_files
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

@@ -192,6 +192,8 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument(
         "--base-model-id", "--base_model_id", metavar="ID", help="the base model on the Hub; default: model.base"
     )
+    push.add_argument("--license", metavar="ID", help="licence of the adapter, as the Hub writes it: apache-2.0")
+    push.add_argument("--language", metavar="ID", help="language of its texts: en")
     push.add_argument("--public", action="store_true", help="a public repository; default: private")
     push.add_argument("--dry-run", action="store_true", help="print the files and the card, use no network")
     push.set_defaults(run=_push)
@@ -231,7 +233,10 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
     from pm_hf.adapters.merge import merge_adapters
+    from pm_hf.reports.merge_card import write_merge_card
 
     report = merge_adapters(
         options.adapters,
@@ -267,6 +272,8 @@ def _merge(options: argparse.Namespace) -> int:
     _say(f"largest error {report.error:.2e} of the truncation, {report.cast_error:.2e} of the storage dtype")
     memory = "" if report.peak_memory_mb is None else f", peak memory {report.peak_memory_mb:.0f} MB"
     _say(f"{report.seconds:.2f} s{memory}")
+    if not options.dry_run and not write_merge_card(Path(options.output), report):
+        _say("note: README.md was written by hand and is kept")
     _say("dry run: nothing written" if options.dry_run else f"written: {options.output}")
     return DONE
 
@@ -375,13 +382,14 @@ def _export(options: argparse.Namespace) -> int:
 def _push(options: argparse.Namespace) -> int:
     from pm_hf.reports.hub import build_upload, push
 
+    card = {"base_model_id": options.base_model_id, "license": options.license, "language": options.language}
     if options.dry_run:
-        upload = build_upload(options.folder, options.repo, base_model_id=options.base_model_id)
+        upload = build_upload(options.folder, options.repo, **card)
         for name, size in upload.sizes().items():
             _say(f"{size:>12,d}  {name}")
         _say(f"\n{upload.card}\ndry run: nothing uploaded to {upload.repo}")
         return DONE
-    _say(push(options.folder, options.repo, base_model_id=options.base_model_id, public=options.public))
+    _say(push(options.folder, options.repo, **card, public=options.public))
     return DONE
 
 

@@ -8,12 +8,11 @@ from helpers.adapter_folders import assert_same, dense, write_folder
 
 # what a Windows process lacks or refuses, put on after the libraries have been imported
 WINDOWS = """
-import fcntl, os, sys
+import fcntl, os, shutil, sys
 import numpy, psutil, pydantic, safetensors.torch, torch
 flags = fcntl.fcntl
 sys.modules["fcntl"] = sys.modules["resource"] = None
-for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "getuid", "fork"):
-    delattr(os, name)
+del os.fork, os.getuid
 opening, syncing = os.open, os.fsync
 
 def open_file(path, *rest, **more):
@@ -30,6 +29,7 @@ def kill(pid, signal):
     raise AssertionError(f"os.kill({pid}, {signal}) would end a process")
 
 os.open, os.fsync, os.kill = open_file, sync, kill
+shutil._use_fd_functions = False
 psutil.pid_exists = lambda pid: True
 sys.platform = "win32"
 """

@@ -1,7 +1,6 @@
 """The loop over tasks: train, measure, merge, score, write; continue, extend. The only file that knows the order."""
 
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from pm_hf.distributed import (
     process_count,
     process_index,
 )
-from pm_hf.environment import conditions, release_memory
+from pm_hf.environment import conditions, process_peak_memory_mb, release_memory
 from pm_hf.errors import InputError
 from pm_hf.files import locked, make_folder
 from pm_hf.measuring.analytic_head import HeadStatistics
@@ -241,7 +240,7 @@ class Run:
                 replay=replay,
                 search=trained.search,
                 seconds=time.perf_counter() - began,
-                process_peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                process_peak_memory_mb=process_peak_memory_mb(),
                 conditions=conditions(),
                 notes=[
                     *notes,

@@ -1,4 +1,4 @@
-"""The command line: pm-hf train | merge | evaluate | inspect | report | methods | export | push | help | schema | completion."""
+"""The command line: pm-hf train, merge, evaluate, inspect, report, methods, export, push, help, schema, completion."""
 
 import argparse
 import json

@@ -67,6 +67,7 @@ def _stream_problems(config: RunConfig) -> list[str]:
 
 def _merge_problems(config: RunConfig) -> list[str]:
     merge, method, problems = config.merge, config.merging_method, list[str]()
+    train_from = merge.train_from or method.train_from
     if method.sums and config.computes_coefficient and config.curvature.kind is None:
         problems.append(f"curvature.kind: method {method.name} needs fisher or gram, or merge.coefficient")
     if merge.freedom in ("module", "free"):
@@ -85,7 +86,7 @@ def _merge_problems(config: RunConfig) -> list[str]:
         problems.append(f"merge.max_rank: {method.name} keeps the factors as they are; it must be null")
     if merge.train_from not in (None, *method.starts):
         problems.append(f"merge.train_from: the mathematics of {method.name} needs {' or '.join(method.starts)}")
-    if config.head.training == "seen" and (merge.train_from or method.train_from) != "merged":
+    if config.head.training == "seen" and train_from != "merged":
         problems.append(
             "head.training: seen starts at the analytic rows of the running merge; the training has to start there too"
         )
@@ -93,6 +94,10 @@ def _merge_problems(config: RunConfig) -> list[str]:
         read_options(method.name, merge.options)
     except InputError as error:
         problems.append(f"merge.options: {error}")
+    if config.curvature.at == "both" and train_from != "merged":
+        problems.append(
+            f"curvature.at: both ends of Δ are the running merge and the optimum; training starts from {train_from}"
+        )
     if merge.freedom == "free" and config.curvature.kind == "factored":
         problems.append("merge.freedom: free needs curvature.kind fisher or gram; factored has no whole matrix")
     return problems

@@ -152,6 +152,9 @@ class CurvatureSettings:
     normalisation: Literal["examples", "trace"] = setting(
         "examples", "a task's Fisher over its examples, or over its mean entry (trace)"
     )
+    at: Literal["optimum", "both"] = setting(
+        "optimum", "where it is measured: after the training, or the mean of before and after (one more pass)"
+    )
     shrinkage: Number = setting(0.1, "ρ of the Gram: (1−ρ)G + ρ·diag(G)", ge=0, lt=1)
 
 
@@ -338,7 +341,7 @@ class RunConfig:
         else:
             reduction = "mean" if self.kind.has_head else settings.loss_reduction
             spec = CurvatureSpec(kind, labels=settings.labels, loss_reduction=reduction)
-        return replace(spec, normalisation=NORMALISATIONS[settings.normalisation])
+        return replace(spec, normalisation=NORMALISATIONS[settings.normalisation], at=settings.at)
 
     def to_dict(self) -> dict:
         """Plain nested dict."""

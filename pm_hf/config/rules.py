@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from pm_hf.config.kinds import STREAM_KINDS
 from pm_hf.config.patterns import pattern_problem
-from pm_hf.config.schema import RunConfig, StreamSettings
+from pm_hf.config.schema import PENALTY_CURVATURES, RunConfig, StreamSettings
 from pm_hf.errors import InputError
 from pm_hf.merging.methods import read_options
 from pm_hf.merging.methods.linear import PM, SEQUENTIAL
@@ -137,7 +137,8 @@ def _rehearsal_problems(config: RunConfig) -> list[str]:
 
 def _strategy_problems(config: RunConfig) -> list[str]:
     strategy, merge = config.strategy, config.merge
-    held = ("ewc_weight", "olora_weight", "replay_per_class", "averaging_period")  # what holds on to earlier tasks
+    # what holds on to earlier tasks
+    held = (*PENALTY_CURVATURES, "olora_weight", "replay_per_class", "averaging_period")
     problems = _rehearsal_problems(config) if config.rehearses else []
     if not (strategy.replay_pool or config.rehearses):
         problems.append(
@@ -150,12 +151,14 @@ def _strategy_problems(config: RunConfig) -> list[str]:
     method = config.merging_method
     if strategy.olora_weight and (method is not SEQUENTIAL or merge.max_rank is not None):
         problems.append("strategy.olora_weight: needs merge.method sequential and merge.max_rank null, to keep every A")
-    if strategy.ewc_weight and config.curvature.kind != "fisher":
-        problems.append(f"strategy.ewc_weight: needs curvature.kind fisher, found {config.curvature.kind}")
-    if strategy.ewc_weight and not (method.curvature is None or method.sums):
-        problems.append(
-            f"strategy.ewc_weight: needs the sums over tasks; merge.method {method.name} keeps one task's Fisher"
-        )
+    for name in config.curvature_penalties:
+        if config.curvature.kind != PENALTY_CURVATURES[name]:
+            expected = PENALTY_CURVATURES[name]
+            problems.append(f"strategy.{name}: needs curvature.kind {expected}, found {config.curvature.kind}")
+        if not (method.curvature is None or method.sums):
+            problems.append(
+                f"strategy.{name}: needs the sums over tasks; merge.method {method.name} keeps one task's curvature"
+            )
     if (strategy.joint or strategy.individual) and (config.start_from or config.max_forgetting is not None):
         problems.append("strategy: joint and individual continue no adapter; leave out start_from and max_forgetting")
     if strategy.individual and config.head.kind == "lda":

@@ -19,6 +19,7 @@ STREAM_METHODS = tuple(
     if method.in_streams
 )
 LARGEST_RANK = 2**13
+PENALTY_CURVATURES = {"ewc_weight": "fisher", "drift_weight": "gram"}  # {setting of `strategy`: kind that it needs}
 
 
 @dataclass
@@ -174,8 +175,8 @@ class MergeSettings:
     )
     coefficient: Annotated[Number, Field(ge=0, le=1)] | Literal["average", "fisher", "search"] | None = setting(
         None,
-        "of every task but the first: a number; average: 1/t; fisher: the published closed form (method pm); search: the "
-        "best on held-out rows and the pool (strategy.replay); null: the method's",
+        "of every task but the first: a number; average: 1/t; fisher: the published closed form (method pm); search: "
+        "the best on held-out rows and the pool (strategy.replay); null: the method's",
     )
     max_rank: Whole | None = setting(64, "rank kept; null: exact, the rank grows with every task", ge=1)
     on_zero_curvature: Literal["error", "average"] = setting("average", "pm: refuse, or 1/t; the same as in `options`")
@@ -223,6 +224,12 @@ class StrategySettings:
     )
     ewc_weight: Number = setting(0.0, "λ of λ(½θᵀSθ − θᵀM), elastic weight consolidation with the running Fisher", ge=0)
     olora_weight: Number = setting(0.0, "λ of Σ|A_old A_tᵀ|, O-LoRA", ge=0)
+    drift_weight: Number = setting(
+        0.0,
+        "of the change of outputs that inputs of earlier tasks have, from their Gram; 1: what the last task changed on "
+        "its own inputs costs 0.1 nat",
+        ge=0,
+    )
     base_kl_weight: Number = setting(0.0, "weight of the divergence from the frozen base's own prediction", ge=0)
     divergence: Literal["kl", "reverse_kl", "js", "tv"] = setting("kl", "divergence of base_kl_weight")
     averaging_period: Number = setting(
@@ -325,7 +332,12 @@ class RunConfig:
     def measures_curvature(self) -> bool:
         """Whether the curvature of a finished task is measured: for its coefficient, or for the next task's penalty."""
         wanted = self.merging_method.curvature is not None and self.computes_coefficient
-        return self.merges and (wanted or self.strategy.ewc_weight > 0)
+        return self.merges and (wanted or bool(self.curvature_penalties))
+
+    @property
+    def curvature_penalties(self) -> list[str]:
+        """Settings of the penalties in use that need the sums of the earlier tasks' curvature."""
+        return [name for name in PENALTY_CURVATURES if getattr(self.strategy, name)]
 
     @property
     def sums_curvature(self) -> bool:

@@ -16,7 +16,7 @@ from pm_hf.adapters.folder import base_name, merge_record, open_adapter, save_ad
 from pm_hf.adapters.merge import MergeReport, merge_adapters
 from pm_hf.adapters.naming import check_loads
 from pm_hf.config.loading import load_config
-from pm_hf.config.schema import RunConfig
+from pm_hf.config.schema import PENALTY_CURVATURES, RunConfig
 from pm_hf.data.encoders import check_encoding, check_length, check_tokens, make_encoder, match_padding
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.data.rows import Examples
@@ -55,7 +55,7 @@ from pm_hf.runs.rehearsal import Rehearsal, Rehearsed, replay_note
 from pm_hf.runs.start import TaskStart, adapter_to_fold, check_fold, find_beside, load_start, start_task
 from pm_hf.runs.tracking import Tracking
 from pm_hf.training.callbacks import EarlyStopping, SequentialAveraging, Stop, stop_on_sigterm
-from pm_hf.training.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, Penalty
+from pm_hf.training.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, OutputDrift, Penalty
 from pm_hf.training.record import TrainingRecord
 from pm_hf.training.task_trainer import precision, train, training_arguments
 
@@ -406,7 +406,8 @@ class Run:
     def _learning_notes(self, task: Task, trained: TrainedTask, index: int) -> list[str]:
         """What is to be said where a task was hardly learned; with a penalty in its loss nothing can be."""
         strategy, classes = self.config.strategy, None
-        if trained.record is None or strategy.ewc_weight or strategy.olora_weight or strategy.base_kl_weight:
+        penalties = (*PENALTY_CURVATURES, "olora_weight", "base_kl_weight")
+        if trained.record is None or any(getattr(strategy, name) for name in penalties):
             return []
         if self.config.kind.has_head:
             against = self.stream.seen(index) if self.config.head.training == "seen" else [task]
@@ -436,6 +437,7 @@ class Run:
             labels=settings.labels,
             shrinkage=spec.shrinkage if spec.kind == "gram" else None,
             normalisation=settings.normalisation,
+            at=settings.at,
             previous=Curvature.load(start.curvature) if config.sums_curvature and start.curvature is not None else None,
             heads=self.head.curvature_heads(built, start),
             merged=start.running.products() if moved and start.running is not None else None,
@@ -518,6 +520,12 @@ def make_penalties(config: RunConfig, built: TaskModel, start: TaskStart) -> lis
     if strategy.ewc_weight and start.curvature is not None:
         penalties.append(
             ElasticWeights(built.model, TASK_ADAPTER, Curvature.load(start.curvature), strategy.ewc_weight)
+        )
+    if strategy.drift_weight and start.curvature is not None:
+        penalties.append(
+            OutputDrift(
+                built.model, TASK_ADAPTER, Curvature.load(start.curvature), strategy.drift_weight, start.offset()
+            )
         )
     if strategy.olora_weight and start.running is not None:
         penalties.append(OrthogonalSubspaces(built.model, TASK_ADAPTER, MERGED_ADAPTER, strategy.olora_weight))

@@ -112,9 +112,8 @@ STREAMS = {
         "text",
         LANGUAGE,
         tuple(ANSWERS.items()),
-        None,
-        True,
-        "make_chats",
+        orders=True,
+        recipe="make_chats",
     ),
     "t5-text": Stream(
         "a small T5 of recipes/make_t5.py, four text sets",

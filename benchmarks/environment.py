@@ -18,7 +18,10 @@ def environment() -> dict[str, object]:
 
 
 def commit() -> str:
-    """Short hash of HEAD; a + says that tracked files other than results differ from it."""
+    """Short hash of HEAD; a + says that tracked files other than results differ from it. PM_HF_COMMIT says it for a
+    copy without a repository."""
+    if "PM_HF_COMMIT" in os.environ:
+        return os.environ["PM_HF_COMMIT"]
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
     status = [*git, "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results"]

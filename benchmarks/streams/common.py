@@ -2,6 +2,8 @@
 
 import argparse
 import gc
+import importlib
+import json
 import multiprocessing
 import os
 import sys
@@ -31,7 +33,16 @@ def lacking_input(names: list[str], options: argparse.Namespace) -> str | None:
 
 def data_folder(name: str, options: argparse.Namespace) -> Path:
     """Where the stream's files are."""
-    return options.runs / name / "data" if name == "smollm2-domains" else options.data / STREAMS[name].data
+    return options.runs / name / "data" if STREAMS[name].recipe else options.data / STREAMS[name].data
+
+
+def prepare(name: str, options: argparse.Namespace) -> None:
+    """Data that a recipe makes on this machine."""
+    recipe, folder = STREAMS[name].recipe, data_folder(name, options)
+    if recipe and not (folder / "made").exists():
+        sys.path.insert(0, str(ROOT / "recipes"))
+        importlib.import_module(recipe).write(options.data / "text", folder)
+        (folder / "made").touch()
 
 
 def anywhere(config: dict[str, Any]) -> dict[str, Any]:
@@ -56,6 +67,13 @@ def tasks(config: Path, first: int, count: int | None) -> list[dict]:
     listed = yaml.safe_load(config.read_text(encoding="utf-8"))["stream"]["tasks"]
     first %= len(listed)
     return [*listed[first:], *listed[:first]][:count]
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """What the step.json of each task of a run says of time, coefficient, search and written rows."""
+    kept = ("task", "seconds", "coefficient", "search", "replay")
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("task-*/step.json"))]
+    return [{key: step[key] for key in kept if key in step} for step in found]
 
 
 def pooled(work: Callable, jobs: Sequence[tuple], options: argparse.Namespace, done: int = 0) -> int:

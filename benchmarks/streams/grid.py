@@ -61,7 +61,7 @@ CORE = ("sequential", "average", "pm", "best", "frozen", "joint", "joint_lda")
 ENGINES = ("coma", "cofima", "magmax", "opcm", "slao", "sfa", "ewc", "olora", "base_kl", "replay", "individual")
 LDA = ("pm_gram_lda", "pm_lda", "average_lda", "gram_lda", "best_no_drift", "best_local", "best_average", "first_lda")
 REST = ("merge_only", "pm_trace", "pm_gram", *LDA, *ENGINES)
-RIVALS = ("sequential", "average", "olora", "slao", "sfa", "merge_only", "pm", "pm_trace", "joint", "untouched")
+LANGUAGE = ("sequential", "average", "slao", "pm", "replay", "best", "joint", "frozen", "classifier", "untouched")
 TEXTS = ("sequential", "average", "pm", "pm_trace", "joint", "untouched")
 
 
@@ -76,6 +76,7 @@ class Stream:
     columns: Sequence[tuple[str, str]] = tuple(CLASSES.items())  # (title, key)
     tasks: int | None = None  # the first so many tasks of the YAML only
     orders: bool = False  # seed k starts with task k; ± is then the 95 % t interval
+    recipe: str | None = None  # file in recipes/ that makes the data of --data/text
 
 
 # named as their file in configs/; four-sets is the first four tasks of ten-sets
@@ -87,19 +88,26 @@ STREAMS = {
     "pacs": Stream("PACS, 4 domains", "image/pacs.yaml", "image"),
     "tiny-imagenet-50": Stream("Tiny-ImageNet-50, 10 x 5 classes", "image/tiny-imagenet-50.yaml", "image"),
     "cifar10": Stream("CIFAR-10, 5 x 2 classes", "image/cifar10.yaml", "image"),
-    "smollm2-text-sets": Stream(
-        *("SmolLM2-135M, 4 text sets", "language/smollm2-text-sets.yaml", "text", RIVALS, tuple(ANSWERS.items())),
-        orders=True,
+    "smollm2-text": Stream(
+        "SmolLM2-135M, four text sets", "smollm2/text.yaml", "text", LANGUAGE, tuple(ANSWERS.items()), orders=True
+    ),
+    "smollm2-eight": Stream(
+        "SmolLM2-135M, eight text sets", "smollm2/eight.yaml", "text", LANGUAGE, tuple(ANSWERS.items()), orders=True
+    ),
+    "smollm2-chat": Stream(
+        "SmolLM2-135M, four skills as chats",
+        "smollm2/chat.yaml",
+        "text",
+        LANGUAGE,
+        tuple(ANSWERS.items()),
+        None,
+        True,
+        "make_chats",
     ),
     "smollm2-domains": Stream(
-        *(
-            "SmolLM2-135M, 4 domains of text and code",
-            "language/smollm2-domains.yaml",
-            "text",
-            TEXTS,
-            tuple(TEXT.items()),
-        ),
+        *("SmolLM2-135M, 4 domains of text and code", "smollm2/domains.yaml", "text", TEXTS, tuple(TEXT.items())),
         orders=True,
+        recipe="make_domains",
     ),
 }
 

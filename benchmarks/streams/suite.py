@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import SHARED, anywhere, data_folder, data_settings, lacking_input, pooled
+from common import SHARED, anywhere, data_settings, lacking_input, pooled, prepare, steps
 from environment import ROOT, environment
-from grid import NAMES, PRESETS, STREAMS, VARIANTS
+from grid import LANGUAGE, NAMES, PRESETS, STREAMS, VARIANTS
 from tables import result_path, write, write_readme
 
 from pm_hf.files import write_json
@@ -84,15 +84,6 @@ def run_missing(asked: list[Job], options: argparse.Namespace) -> int:
     return pooled(run, missing, options, done=len(asked) - len(missing))
 
 
-def prepare(name: str, options: argparse.Namespace) -> None:
-    """Data that a recipe makes on this machine."""
-    if name == "smollm2-domains" and not (data_folder(name, options) / "general-test.jsonl").exists():
-        sys.path.insert(0, str(ROOT / "recipes"))
-        from make_domains import write as write_domains
-
-        write_domains(options.data / "text", data_folder(name, options))
-
-
 def run(job: Job, options: argparse.Namespace) -> None:
     """One run and its result."""
     from pm_hf.config.loading import load_config
@@ -105,6 +96,8 @@ def run(job: Job, options: argparse.Namespace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     config = anywhere(load_config(folder / "config.yaml").to_dict())
     origin = {"stream": stream.title, "preset": options.preset, "config": config}
+    if stream.methods is LANGUAGE:
+        origin["steps"] = steps(folder)
     write_json(path, {**origin, **report.to_dict(), "method": job.method, **environment()})
 
 

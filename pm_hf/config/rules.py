@@ -159,6 +159,12 @@ def _strategy_problems(config: RunConfig) -> list[str]:
         problems += _rehearsal_problems(config)
     if strategy.pool_rows < 1:
         problems.append("strategy.pool_rows: must be at least 1")
+    if strategy.base_samples < 0:
+        problems.append("strategy.base_samples: must be at least 0")
+    if not (strategy.replay_pool or config.rehearses):
+        problems.append(
+            "strategy.replay_pool: false keeps writers of written rows; it needs strategy.replay: generated"
+        )
     if strategy.averaging_period > 1:
         problems.append("strategy.averaging_period: must be in [0, 1], a share of a task's steps")
     if not 0 < strategy.averaging_weight <= 1:

@@ -146,6 +146,8 @@ class StrategySettings:
     # generated: rows of earlier tasks, written by a throw-away adapter and labelled by the merge (language models)
     replay: Literal["none", "generated"] = "none"
     pool_rows: int = 512  # written rows that are kept, of all tasks together; at least 64 a task are advised
+    replay_pool: bool = True  # false: no written row is kept but each task's writer, which writes them again
+    base_samples: int = 64  # texts of the base that are rehearsed too, for its general ability (causal-lm); 0: none
     replay_per_class: int = 0  # training rows kept of each class (language models: answer) of every earlier task
     ewc_weight: float = 0.0  # λ of λ(½θᵀSθ − θᵀM), elastic weight consolidation with the running Fisher
     olora_weight: float = 0.0  # λ of Σ|A_old A_tᵀ|, O-LoRA
@@ -204,6 +206,16 @@ class RunConfig:
     def rehearses(self) -> bool:
         """Whether tasks train on written rows of the earlier ones too."""
         return self.strategy.replay == "generated"
+
+    @property
+    def keeps_pool(self) -> bool:
+        """Whether written rows are kept."""
+        return self.rehearses and self.strategy.replay_pool
+
+    @property
+    def keeps_writers(self) -> bool:
+        """Whether the writers are kept in place of what they wrote."""
+        return self.rehearses and not self.strategy.replay_pool
 
     @property
     def searches(self) -> bool:

@@ -18,6 +18,7 @@ from pm_hf.models.language_model import IGNORED
 
 SOFT_TOKENS, SOFT_WEIGHTS = "soft_tokens", "soft_weights"  # columns of a batch
 MOST_CHOICES = 20  # answers of a row, or tokens of a position, that keep a probability
+BASE = ""  # in place of a task's name: what the untouched base says of its own; no task has this name
 
 SoftTarget = dict[int, float]  # {token id: probability} of one target position
 
@@ -26,9 +27,9 @@ SoftTarget = dict[int, float]  # {token id: probability} of one target position
 class PoolRow:
     """A written prompt, and its soft target.
 
-    task: whose rows it stands for. asked: the answer that it was written for, "" for free text. completion: what is
-    likeliest after the prompt. answers: {answer: probability} of a closed list. tokens: of free text, for each target
-    token of the completion [[token ids], [probabilities]].
+    task: whose rows it stands for, BASE for a sample of the base. asked: the answer that it was written for, "" for
+    free text. completion: what is likeliest after the prompt. answers: {answer: probability} of a closed list. tokens:
+    of free text, for each target token of the completion [[token ids], [probabilities]].
     """
 
     task: str
@@ -43,7 +44,8 @@ class PoolRow:
 class Pool:
     """The rows of all tasks so far, task by task; the rows of a task take turns in the answers they were written for.
 
-    Its size does not depend on the number of tasks.
+    Before them may stand samples of the base, which are rehearsed and belong to no task. Its size does not depend on
+    the number of tasks.
     """
 
     rows: tuple[PoolRow, ...] = ()
@@ -51,13 +53,24 @@ class Pool:
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks that have rows, in the order of the rows."""
-        return list(dict.fromkeys(row.task for row in self.rows))
+        return list(dict.fromkeys(row.task for row in self.of_tasks.rows))
+
+    @property
+    def of_tasks(self) -> "Pool":
+        """The rows of the tasks alone."""
+        return Pool(tuple(row for row in self.rows if row.task != BASE))
+
+    @property
+    def of_base(self) -> "Pool":
+        """The samples of the base alone."""
+        return Pool(tuple(row for row in self.rows if row.task == BASE))
 
     def shrunk(self, per_task: int) -> "Pool":
-        """The first `per_task` rows of each task: as many of each answer as before, give or take one."""
+        """The first `per_task` rows of each task: as many of each answer as before, give or take one. The samples of
+        the base stay."""
         left = dict.fromkeys(self.tasks, per_task)
-        kept = []
-        for row in self.rows:
+        kept = list(self.of_base.rows)
+        for row in self.of_tasks.rows:
             left[row.task] -= 1
             if left[row.task] >= 0:
                 kept.append(row)

@@ -17,19 +17,29 @@ from pm_hf.merging.lowrank import LowRank, balanced, compact_svd, weighted_sum
 from pm_hf.merging.methods.base import Start
 from pm_hf.merging.methods.linear import SEQUENTIAL
 from pm_hf.models.loading import resolve_base
-from pm_hf.runs.paths import CURVATURE_FILE, MERGED_FOLDER, POOL_FILE, STATISTICS_FILE, RunPaths, TaskPaths
+from pm_hf.runs.paths import (
+    CURVATURE_FILE,
+    MERGED_FOLDER,
+    POOL_FILE,
+    STATISTICS_FILE,
+    WRITERS_FOLDER,
+    RunPaths,
+    TaskPaths,
+)
+from pm_hf.runs.writers import check_kept
 
 
 @dataclass(frozen=True)
 class StreamState:
     """What one task leaves to the next: running merge, sums of curvature, the head's statistics, its own optimum, the
-    pool of written rows."""
+    pool of written rows or the writers."""
 
     merged: Path | None = None
     curvature: Path | None = None
     statistics: Path | None = None
     optimum: Path | None = None
     pool: Path | None = None
+    writers: Path | None = None
 
 
 def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
@@ -49,17 +59,28 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
     beside += [task.folder for task in finished if same_files(task.merged, adapter.path)]
 
     def first(name: str) -> Path | None:
-        return next((folder / name for folder in beside if (folder / name).is_file()), None)
+        return next((folder / name for folder in beside if (folder / name).exists()), None)
 
-    state = StreamState(adapter.path, first(CURVATURE_FILE), first(STATISTICS_FILE), adapter.path, first(POOL_FILE))
+    state = StreamState(
+        adapter.path,
+        first(CURVATURE_FILE),
+        first(STATISTICS_FILE),
+        adapter.path,
+        first(POOL_FILE),
+        first(WRITERS_FOLDER),
+    )
     problems = _adapter_misfits(config, stream, adapter)
     elastic = config.strategy.ewc_weight > 0
     if elastic and state.curvature is None:
         problems.append(f"strategy.ewc_weight needs {CURVATURE_FILE} beside it")
-    if config.rehearses and state.pool is None:
+    if config.keeps_pool and state.pool is None:
         problems.append(f"strategy.replay generated needs {POOL_FILE} beside it, the rows of its tasks")
-    if config.rehearses and state.pool is not None:
+    if config.keeps_pool and state.pool is not None:
         Pool.load(state.pool)
+    if config.keeps_writers and state.writers is None:
+        problems.append(f"strategy.replay_pool false needs {WRITERS_FOLDER} beside it, the writers of its tasks")
+    if config.keeps_writers and state.writers is not None:
+        check_kept(state.writers)
     must_be_measured = config.merge.options.get("unmeasured_past") == "error" and config.merge.coefficient is None
     if must_be_measured and state.curvature is None:
         problems.append(f"merge.options.unmeasured_past is error, and it has no {CURVATURE_FILE} beside it")
@@ -144,8 +165,8 @@ class TaskStart:
 
     index: its place in the stream. train_from: merged, last or base. running: the merge that it is folded into, None
     before there is one, or where nothing is merged. frozen: the adapter in place while the task trains, None: the base
-    alone. factors: the last task's adapter, whose factors the new one starts with. curvature, statistics, pool: files
-    of the sums, of the analytic head and of the written rows that the tasks before it left.
+    alone. factors: the last task's adapter, whose factors the new one starts with. curvature, statistics, pool,
+    writers: the sums, the analytic head, the written rows and the writers that the tasks before it left.
     """
 
     index: int
@@ -156,6 +177,7 @@ class TaskStart:
     curvature: Path | None = None
     statistics: Path | None = None
     pool: Path | None = None
+    writers: Path | None = None
 
     @property
     def saved(self) -> Adapter | None:
@@ -181,6 +203,7 @@ def start_task(config: RunConfig, state: StreamState, index: int) -> TaskStart:
         curvature=state.curvature,
         statistics=state.statistics,
         pool=state.pool,
+        writers=state.writers,
     )
 
 

@@ -277,8 +277,8 @@ def test_resolved_config_reads_back_equal(tmp_path, method):
     [
         ("text-classification", "best", "pm"),
         ("image-classification", "best", "pm"),
-        ("causal-lm", "average", "average"),
-        ("seq2seq-lm", "average", "average"),
+        ("causal-lm", "best", "average"),
+        ("seq2seq-lm", "best", "average"),
     ],
 )
 def test_what_a_yaml_leaves_open_is_the_kinds(kind, method, merge):

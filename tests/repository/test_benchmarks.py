@@ -98,10 +98,10 @@ def test_difference_has_the_p_of_a_paired_t_test(tables):
 
 def test_table_has_means_intervals_and_paired_differences(tables, elsewhere):
     for seed, ACC in enumerate((0.4, 0.5, 0.6)):
-        write_result(elsewhere, "smollm2-text-sets", "sequential", seed, ACC)
-        write_result(elsewhere, "smollm2-text-sets", "pm", seed, ACC + 0.25)
-    write_result(elsewhere, "smollm2-text-sets", "joint", 1, 0.9, joint=True)
-    head, rule, *lines = tables.table("smollm2-text-sets").splitlines()
+        write_result(elsewhere, "smollm2-text", "sequential", seed, ACC)
+        write_result(elsewhere, "smollm2-text", "pm", seed, ACC + 0.25)
+    write_result(elsewhere, "smollm2-text", "joint", 1, 0.9, joint=True)
+    head, rule, *lines = tables.table("smollm2-text").splitlines()
     assert head.startswith("| method | orders | choice among all answers | forgetting |")
     assert head.endswith("| choice among all answers: minus P&M | minus joint |")
     assert rule.count("---") == head.count("|") - 1
@@ -121,7 +121,7 @@ def test_overview_has_every_accuracy_and_the_best_without_old_rows_in_bold(table
         write_result(elsewhere, stream, "best", 0, best)
         write_result(elsewhere, stream, "joint", 0, 0.9, joint=True)
     write_result(elsewhere, "pacs", "opcm", 0, 0.1)
-    write_result(elsewhere, "smollm2-text-sets", "pm", 0, 0.8)
+    write_result(elsewhere, "smollm2-text", "pm", 0, 0.8)
     head, _, *lines = tables.overview().splitlines()
     assert head == "| method | PACS, 4 domains | CIFAR-10, 5 x 2 classes |"
     assert [line.split(" | ")[1:] for line in lines] == [
@@ -134,11 +134,11 @@ def test_overview_has_every_accuracy_and_the_best_without_old_rows_in_bold(table
 def test_picture_leaves_out_what_has_one_row(tables, elsewhere, monkeypatch):
     drawn = []
     monkeypatch.setattr(tables, "plot_means", lambda reports, path: drawn.extend(report.method for report in reports))
-    write_result(elsewhere, "smollm2-text-sets", "joint", 0, 0.9, joint=True)
-    tables.picture("smollm2-text-sets")
+    write_result(elsewhere, "smollm2-text", "joint", 0, 0.9, joint=True)
+    tables.picture("smollm2-text")
     assert drawn == []
-    write_result(elsewhere, "smollm2-text-sets", "pm", 0, 0.6)
-    tables.picture("smollm2-text-sets")
+    write_result(elsewhere, "smollm2-text", "pm", 0, 0.6)
+    tables.picture("smollm2-text")
     assert drawn == ["pm"]
 
 
@@ -222,7 +222,7 @@ def test_every_stream_names_a_config_and_known_methods(suite):
 
 
 def test_a_seed_is_the_order_that_starts_with_its_task(common):
-    config = ROOT / "configs" / "language" / "smollm2-text-sets.yaml"
+    config = ROOT / "configs" / "smollm2" / "text.yaml"
     tasks = [task["name"] for task in yaml.safe_load(config.read_text())["stream"]["tasks"]]
     assert [task["name"] for task in common.tasks(config, 0, None)] == tasks
     assert [task["name"] for task in common.tasks(config, 2, None)] == tasks[2:] + tasks[:2]
@@ -277,7 +277,7 @@ def test_domains_of_this_machine_are_written(domains, tmp_path, monkeypatch):
     monkeypatch.setattr(domains, "TEST", 5)
     monkeypatch.setattr(domains, "FILES", 20)
     domains.write(data, tmp_path)
-    tasks = yaml.safe_load((ROOT / "configs" / "language" / "smollm2-domains.yaml").read_text())["stream"]
+    tasks = yaml.safe_load((ROOT / "configs" / "smollm2" / "domains.yaml").read_text())["stream"]
     named = {task[side] for task in tasks["tasks"] + tasks["held_out"] for side in ("train", "test") if side in task}
     assert {path.name for path in tmp_path.iterdir()} == named
     for path in tmp_path.iterdir():

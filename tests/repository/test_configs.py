@@ -42,14 +42,15 @@ MINIATURES = {
     "image/tiny-imagenet-50.yaml": ("vit", miniatures.arrays),
     "language/olora-15-tasks.yaml": ("t5", miniatures.olora),
     "language/olora-4-tasks.yaml": ("t5", miniatures.olora),
-    "language/smollm2-domains.yaml": ("llama", miniatures.domains),
-    "language/smollm2-text-sets.yaml": ("llama", miniatures.prompts),
+    "smollm2/domains.yaml": ("llama", miniatures.domains),
+    "smollm2/eight.yaml": ("llama", miniatures.prompts),
+    "smollm2/text.yaml": ("llama", miniatures.prompts),
     "text/banking77.yaml": ("bert", miniatures.banking77),
     "text/clinc150-full.yaml": ("bert", miniatures.clinc150),
     "text/clinc150.yaml": ("bert", miniatures.clinc150),
     "text/ten-sets.yaml": ("bert", miniatures.prompts),
 }
-COUNT = 18
+COUNT = 19
 # P&M's own benchmarks: tasks and epochs; ImageNet-R is also published with 5 and 20 tasks
 PUBLISHED = {
     "image/cifar100.yaml": (10, 10),

@@ -46,6 +46,7 @@ TASKS = LANGUAGE_TASKS | {"third": ("dark", "pale")}
 REHEARSAL = {
     "strategy__replay": "generated",
     "strategy__pool_rows": 12,
+    "strategy__base_samples": 3,
     "merge__coefficient": "search",
     "training__num_train_epochs": 2,
 }
@@ -61,6 +62,11 @@ def settings(data, output, model="llama", tasks=TASKS, **changes):
 def pool_of(folder):
     """The newest pool of a finished run."""
     return Pool.load(max(folder.glob("task-*/pool.jsonl")))
+
+
+def rows_of(folder):
+    """Its rows that stand for a task."""
+    return pool_of(folder).of_tasks.rows
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +91,11 @@ def runs(data, tmp_path_factory):
 
 def test_the_pool_has_one_size_and_as_many_rows_of_each_task_and_answer(runs):
     folder, two = runs
-    assert [step["replay"]["pool_rows"] for step in steps(folder)] == [12, 12, 12]
+    assert [step["replay"]["pool_rows"] for step in steps(folder)] == [6, 12, 12]  # the second would cut 12 to 6
     kept = sorted(path.parent.name for path in folder.glob("task-*/pool.jsonl"))
     assert kept == ["task-01-second", "task-02-third"]  # the one before, so that the last task may be removed
     for path, share in ((two, 6), (folder, 4)):
-        rows = pool_of(path).rows
+        rows = rows_of(path)
         assert Counter(row.task for row in rows) == dict.fromkeys(list(TASKS)[: 12 // share], share)
         asked = Counter((row.task, row.asked.strip()) for row in rows)
         assert set(asked.values()) == {share // 2}
@@ -98,15 +104,15 @@ def test_the_pool_has_one_size_and_as_many_rows_of_each_task_and_answer(runs):
 
 def test_rows_are_stored_once_and_are_no_copies(runs, data):
     folder, two = runs
-    earlier = {json.dumps(row.prompt): row for row in pool_of(two).rows}
-    kept = [row for row in pool_of(folder).rows if row.task != "third"]
+    earlier = {json.dumps(row.prompt): row for row in rows_of(two)}
+    kept = [row for row in rows_of(folder) if row.task != "third"]
     assert [earlier[json.dumps(row.prompt)] for row in kept] == kept
-    texts = [tuple(row.prompt.removeprefix("Text: ").removesuffix("\nAnswer:").split()) for row in pool_of(folder).rows]
+    texts = [tuple(row.prompt.removeprefix("Text: ").removesuffix("\nAnswer:").split()) for row in rows_of(folder)]
     assert len(set(texts)) == len(texts)
     for name in TASKS:
         for line in (data / f"{name}-train.jsonl").read_text().splitlines():
             trained = json.loads(line)["text"].split()
-            for row, text in zip(pool_of(folder).rows, texts, strict=True):
+            for row, text in zip(rows_of(folder), texts, strict=True):
                 shared = (Counter(trained) & Counter(text)).total()
                 assert row.task != name or shared < 0.8 * max(len(trained), len(text))
 
@@ -116,7 +122,7 @@ def test_counts_and_seconds_stand_in_step_json_and_in_the_notes(runs):
     for step, task in zip(steps(folder), TASKS, strict=True):
         replay = step["replay"]
         assert replay["written"] == sum(replay[key] for key in ("kept", "copies", "doubles", "empty"))
-        assert set(replay["seconds"]) == {"writer", "write", "label"}
+        assert set(replay["seconds"]) == {"pool", "writer", "write", "label"}
         assert 0 <= replay["longest_common_run"] <= 8
         assert 0 <= replay["agreement"] <= 1
         (note,) = [note for note in step["notes"] if "synthetic" in note]
@@ -130,7 +136,7 @@ def test_labels_are_the_merge_s_distribution_over_the_answers_seen(runs, data):
     config = settings(data, folder)
     encoder, seen = make_encoder(load_config(config)), [f" {answer}" for kinds in TASKS.values() for answer in kinds]
     model, agreeing = loaded(config, folder / "task-02-third" / "merged"), []
-    for row in pool_of(folder).rows:
+    for row in rows_of(folder):
         if row.task != "third":
             assert set(row.answers) <= set(seen)
             continue
@@ -149,7 +155,7 @@ def test_the_coefficient_is_the_smallest_within_one_error_of_the_best_merge(runs
     config = settings(data, folder)
     encoder, task = make_encoder(load_config(config)), load_stream(load_config(config)).tasks[2]
     assert len(task.eval) == 2
-    old, values = pool_of(two).examples(encoder), {}
+    old, values = pool_of(two).of_tasks.examples(encoder), {}
 
     def slow(model, example):
         aims = targets(example)
@@ -282,7 +288,7 @@ def test_two_processes_write_one_pool(data, tmp_path):
 
     ends = run(work, tmp_path / "ends")
     assert [end.error for end in ends] == [None, None]
-    assert Counter(row.task for row in pool_of(tmp_path / "run").rows) == {"first": 6, "second": 6}
+    assert Counter(row.task for row in rows_of(tmp_path / "run")) == {"first": 6, "second": 6}
 
 
 def chat_tasks(data):
@@ -323,8 +329,9 @@ def test_rows_of_every_kind_are_written_and_rehearsed(kind, data, tmp_path):
     learn(config)
     encoder, pool = make_encoder(load_config(config)), pool_of(tmp_path / "run")
     assert len(pool.tasks) == 2
-    assert len(pool.rows) <= 12
-    for row, example in zip(pool.rows, pool.examples(encoder), strict=True):
+    assert len(pool.of_tasks.rows) <= 12
+    assert len(pool.of_base.rows) == (0 if kind == "t5" else 3)
+    for row, example in zip(pool.of_tasks.rows, pool.of_tasks.examples(encoder), strict=True):
         assert isinstance(row.prompt, str) == (kind != "chat")
         assert bool(row.answers) == (kind not in ("free", "plain"))
         assert (row.prompt == "") == (kind == "plain")
@@ -343,7 +350,7 @@ def test_perturbation_and_curvature_are_as_without_rehearsal(data, tmp_path):
     assert second["coefficient"]["source"] == "closed_form"
     assert set(second["factors"]) > {"1"}
     assert second["curvature_bytes"] > 0
-    assert len(pool_of(tmp_path / "run").rows) == 12
+    assert len(rows_of(tmp_path / "run")) == 12
 
 
 def test_a_released_adapter_goes_on_with_its_pool(runs, data, tmp_path):

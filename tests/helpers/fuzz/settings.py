@@ -53,6 +53,7 @@ VALID = {
     "max_forgetting": st.floats(-1, 1),
     "head.ridge": st.floats(1e-9, 1e9),
     "strategy.replay_per_class": st.integers(0, 10**9),
+    "strategy.base_samples": st.integers(0, 10**9),
     "training.learning_rate": st.floats(0, 1e9),
     "training.num_train_epochs": st.floats(0, 1e9) | st.integers(0, 10**9),
     "training.max_steps": st.integers(-1, 10**9),

@@ -88,6 +88,10 @@ STREAMS = {
     "pacs": Stream("PACS, 4 domains", "image/pacs.yaml", "image"),
     "tiny-imagenet-50": Stream("Tiny-ImageNet-50, 10 x 5 classes", "image/tiny-imagenet-50.yaml", "image"),
     "cifar10": Stream("CIFAR-10, 5 x 2 classes", "image/cifar10.yaml", "image"),
+    "mini-imagenet": Stream("mini-ImageNet-100, 10 x 10 classes", "focus/mini-imagenet.yaml", "image112"),
+    "cifar100": Stream("CIFAR-100, 10 x 10 classes", "focus/cifar100.yaml", "image112"),
+    "pacs-112": Stream("PACS at 112 pixels, 4 domains", "focus/pacs-112.yaml", "image112"),
+    "grocery": Stream("groceries, 9 x 9 classes", "focus/grocery.yaml", "image112"),
     "smollm2-text": Stream(
         "SmolLM2-135M, four text sets", "smollm2/text.yaml", "text", LANGUAGE, tuple(ANSWERS.items()), orders=True
     ),

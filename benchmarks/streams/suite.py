@@ -6,7 +6,7 @@ python benchmarks/streams/suite.py --preset methods    every other method and st
 python benchmarks/streams/suite.py --streams pacs --methods pm best --seeds 0 1     what you name
 python benchmarks/streams/suite.py --table             only the tables and pictures of what is in results/
 
-The data are in --data (text/, image/); streams of pictures need --backbone. --jobs: processes that work on runs side
+The data are in --data (text/, image/); streams of pictures need --models. --jobs: processes that work on runs side
 by side, one thread each. What has a result is not run again, and a run that was stopped is continued by the same
 command. A seed is also an order where the stream is said to have orders: seed k starts with task k. Written are
 results/streams/STREAM/METHOD-seedK.json, the stream's table.md and methods.png, and the tables of results/README.md.
@@ -44,7 +44,7 @@ def main() -> int:
     what.add_argument("--streams", nargs="+", choices=list(STREAMS))
     what.add_argument("--table", action="store_true", help="only write the tables")
     parser.add_argument("--data", type=Path, default=SHARED / "data", help="folder with text/ and image/")
-    parser.add_argument("--backbone", type=Path, default=SHARED / "models" / "vit-tiny-imagenet150", help="of pictures")
+    parser.add_argument("--models", type=Path, default=SHARED / "models", help="folder with the ViTs")
     parser.add_argument("--methods", nargs="+", choices=list(NAMES))
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")

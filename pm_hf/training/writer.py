@@ -31,7 +31,7 @@ from pm_hf.models.task_model import TaskModel, build_task_model, task_tensors
 from pm_hf.training.task_trainer import precision, train, training_arguments
 
 WRITER_RANK, WRITER_ALPHA = 8, 16
-WRITER_TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 8}
+WRITER_TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 4, "per_device_train_batch_size": 8}
 SAME_AS_SOLVER = ("bf16", "fp16", "tf32", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs")
 TOP_P = 0.95
 NUCLEUS = 512  # tokens among which the top-p ones are looked for first
@@ -201,7 +201,7 @@ def train_writer(
 ) -> tuple[Writer, WriterAdapter]:
     """A writer trained on sources and texts (`WritingForm.training`), from the base without any adapter.
 
-    LoRA of rank 8 on the run's target modules, learning rate 1e-3, 2 epochs, batches of 8; no perturbation. All
+    LoRA of rank 8 on the run's target modules, learning rate 1e-3, 4 epochs, batches of 8; no perturbation. All
     processes train together. folder: where the trainer leaves a checkpoint if it is told to stop.
     """
     training = {name: config.training[name] for name in SAME_AS_SOLVER if name in config.training}

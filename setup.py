@@ -52,8 +52,9 @@ setup(
         "huggingface_hub>=1.5",
         "jinja2>=3.1",
         "psutil>=5",
-        "pydantic>=2.7",
+        "pydantic>=2.10",
         "pyyaml>=6",
+        "shtab>=1.13",
         "tqdm>=4.60",
     ],
     extras_require={

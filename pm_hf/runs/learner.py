@@ -237,6 +237,7 @@ class Run:
                 training=trained.record,
                 scores=scores,
                 held_out=held_out,
+                confusions=self.scorer.confusions(self._scored(index)),
                 replay=replay,
                 search=trained.search,
                 seconds=time.perf_counter() - began,
@@ -496,6 +497,10 @@ class Run:
         note = None if trained.search else "no written row of an earlier task to search with: 1/t"
         return replace(report, coefficient=replace(report.coefficient, source="line_search", note=note))
 
+    def _scored(self, index: int) -> Sequence[Task]:
+        """The tasks that are scored after a task."""
+        return self.stream.seen(index) if self.config.merges else (self.stream.tasks[index],)
+
     def _scores(
         self, model: nn.Module, labels: Sequence[str], head: str | None, index: int, answers: HeadStatistics | None
     ) -> tuple[dict[str, list[float | None]], dict[str, dict[str, float]]]:
@@ -503,8 +508,7 @@ class Run:
 
         Where tasks are not merged, each keeps the scores of its own adapter.
         """
-        merges, texts = self.config.merges, self.stream.held_out
-        tasks = self.stream.seen(index) if merges else (self.stream.tasks[index],)
+        merges, texts, tasks = self.config.merges, self.stream.held_out, self._scored(index)
         measured = self.scorer.score_loaded(model, labels, head, [*tasks, *texts], answers)
         of_tasks, of_texts = measured[: len(tasks)], measured[len(tasks) :]
         past = self.folder.record(index - 1).scores if index and not merges else {}

@@ -6,6 +6,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import random
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -44,14 +45,27 @@ def base_folder(name: str, options: argparse.Namespace) -> Path:
     return options.runs / name / "base"
 
 
+def pictures_folder(name: str, options: argparse.Namespace) -> Path:
+    """Where the pictures of the stream's YAML are kept as the model takes them."""
+    return options.runs / "pictures" / Path(STREAMS[name].config).stem
+
+
 def prepare(name: str, options: argparse.Namespace) -> None:
-    """Data, and the base, that recipes make on this machine."""
+    """What is made on this machine before the runs of a stream: data and base of recipes, pictures as the model takes
+    them."""
     stream = STREAMS[name]
     for recipe, place in ((stream.recipe, data_folder), (stream.base_recipe, base_folder)):
         if recipe and not ((folder := place(name, options)) / "made").exists():
             sys.path.insert(0, str(ROOT / "recipes"))
             importlib.import_module(recipe).write(options.data / "text", folder)
             (folder / "made").touch()
+    if stream.data == "image112":
+        from pictures import keep
+
+        from pm_hf.config.loading import load_config
+
+        config = load_config(ROOT / "configs" / stream.config, values=files(name, options.runs, options))
+        keep(config, pictures_folder(name, options), options.jobs)
 
 
 def backbone(name: str) -> str:
@@ -65,19 +79,30 @@ def anywhere(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("data_dir", "output_dir")}
 
 
+def files(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Settings for this machine's files."""
+    changes: dict[str, Any] = {"data_dir": str(data_folder(name, options)), "output_dir": str(folder)}
+    if STREAMS[name].data in PICTURES:
+        changes["model.base"] = str(options.models / backbone(name))
+    if STREAMS[name].base_recipe:
+        changes["model.base"] = str(base_folder(name, options))
+    return changes
+
+
 def data_settings(name: str, seed: int, folder: Path, options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     """(the stream's YAML, settings for this machine's files and the stream's order and length)."""
-    stream = STREAMS[name]
+    stream, changes = STREAMS[name], files(name, folder, options)
     source = ROOT / "configs" / stream.config
-    changes: dict[str, Any] = {"data_dir": str(data_folder(name, options)), "output_dir": str(folder)}
-    if stream.data in PICTURES:
-        changes["model.base"] = str(options.models / backbone(name))
     if not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
         changes["training.bf16"] = False  # emulated there, five times slower than float32
-    if stream.base_recipe:
-        changes["model.base"] = str(base_folder(name, options))
-    if stream.orders or stream.tasks:
+    listed = yaml.safe_load(source.read_text(encoding="utf-8"))["stream"]
+    if "tasks" in listed and (stream.orders or stream.tasks):
         changes["stream.tasks"] = tasks(source, seed if stream.orders else 0, stream.tasks)
+    if isinstance(listed.get("class_groups"), int) and (stream.shuffled or stream.tasks):
+        labels = class_names(source, changes)
+        changes["stream.class_groups"] = class_groups(
+            labels, listed["class_groups"], seed if stream.shuffled else 0, stream.tasks
+        )
     return source, changes
 
 
@@ -86,6 +111,26 @@ def tasks(config: Path, first: int, count: int | None) -> list[dict]:
     listed = yaml.safe_load(config.read_text(encoding="utf-8"))["stream"]["tasks"]
     first %= len(listed)
     return [*listed[first:], *listed[:first]][:count]
+
+
+def class_names(source: Path, changes: dict[str, Any]) -> list[str]:
+    """The classes of a stream's training rows, sorted."""
+    from pm_hf.config.loading import load_config
+    from pm_hf.data.sources import read_rows
+
+    config = load_config(source, values=changes)
+    return sorted(set(read_rows(config.stream.kind, config.stream, config.data_dir, test=False)[0].labels))
+
+
+def class_groups(labels: Sequence[str], groups: int, seed: int, count: int | None) -> dict[str, list[str]]:
+    """The first `count` of so many groups of classes, of nearly equal size; seed k > 0 shuffles the classes before."""
+    order = list(labels)
+    if seed:
+        random.Random(f"classes/{seed}").shuffle(order)
+    size, more = divmod(len(order), groups)
+    starts = [i * size + min(i, more) for i in range(groups + 1)]
+    parts = [order[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+    return {f"classes-{i:02d}": part for i, part in enumerate(parts[:count])}
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ STREAM_METHODS = tuple(
     if method.in_streams
 )
 LARGEST_RANK = 2**13
+PENALTY_CURVATURES = {"ewc_weight": "fisher", "drift_weight": "gram"}  # {setting of `strategy`: kind that it needs}
 
 
 @dataclass
@@ -152,6 +153,9 @@ class CurvatureSettings:
     normalisation: Literal["examples", "trace"] = setting(
         "examples", "a task's Fisher over its examples, or over its mean entry (trace)"
     )
+    at: Literal["optimum", "both"] = setting(
+        "optimum", "where it is measured: after the training, or the mean of before and after (one more pass)"
+    )
     shrinkage: Number = setting(0.1, "ρ of the Gram: (1−ρ)G + ρ·diag(G)", ge=0, lt=1)
 
 
@@ -222,6 +226,12 @@ class StrategySettings:
     )
     ewc_weight: Number = setting(0.0, "λ of λ(½θᵀSθ − θᵀM), elastic weight consolidation with the running Fisher", ge=0)
     olora_weight: Number = setting(0.0, "λ of Σ|A_old A_tᵀ|, O-LoRA", ge=0)
+    drift_weight: Number = setting(
+        0.0,
+        "of the change of outputs that inputs of earlier tasks have, from their Gram; 1: what the last task changed on "
+        "its own inputs costs 0.1 nat",
+        ge=0,
+    )
     base_kl_weight: Number = setting(0.0, "weight of the divergence from the frozen base's own prediction", ge=0)
     divergence: Literal["kl", "reverse_kl", "js", "tv"] = setting("kl", "divergence of base_kl_weight")
     averaging_period: Number = setting(
@@ -325,7 +335,12 @@ class RunConfig:
     def measures_curvature(self) -> bool:
         """Whether the curvature of a finished task is measured: for its coefficient, or for the next task's penalty."""
         wanted = self.merging_method.curvature is not None and self.computes_coefficient
-        return self.merges and (wanted or self.strategy.ewc_weight > 0)
+        return self.merges and (wanted or bool(self.curvature_penalties))
+
+    @property
+    def curvature_penalties(self) -> list[str]:
+        """Settings of the penalties in use that need the sums of the earlier tasks' curvature."""
+        return [name for name in PENALTY_CURVATURES if getattr(self.strategy, name)]
 
     @property
     def sums_curvature(self) -> bool:
@@ -341,7 +356,7 @@ class RunConfig:
         else:
             reduction = "mean" if self.kind.has_head else settings.loss_reduction
             spec = CurvatureSpec(kind, labels=settings.labels, loss_reduction=reduction)
-        return replace(spec, normalisation=NORMALISATIONS[settings.normalisation])
+        return replace(spec, normalisation=NORMALISATIONS[settings.normalisation], at=settings.at)
 
     def to_dict(self) -> dict:
         """Plain nested dict."""

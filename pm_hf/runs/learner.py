@@ -1,7 +1,6 @@
 """The loop over tasks: train, measure, merge, score, write; continue, extend. The only file that knows the order."""
 
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from pm_hf.adapters.folder import base_name, merge_record, open_adapter, save_ad
 from pm_hf.adapters.merge import MergeReport, merge_adapters
 from pm_hf.adapters.naming import check_loads
 from pm_hf.config.loading import load_config
-from pm_hf.config.schema import RunConfig
+from pm_hf.config.schema import PENALTY_CURVATURES, RunConfig
 from pm_hf.data.encoders import check_encoding, check_length, check_tokens, make_encoder, match_padding
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.data.rows import Examples
@@ -30,7 +29,7 @@ from pm_hf.distributed import (
     process_count,
     process_index,
 )
-from pm_hf.environment import conditions, release_memory
+from pm_hf.environment import conditions, process_peak_memory_mb, release_memory
 from pm_hf.errors import InputError
 from pm_hf.files import locked, make_folder
 from pm_hf.measuring.analytic_head import HeadStatistics
@@ -56,7 +55,7 @@ from pm_hf.runs.rehearsal import Rehearsal, Rehearsed, replay_note
 from pm_hf.runs.start import TaskStart, adapter_to_fold, check_fold, find_beside, load_start, start_task
 from pm_hf.runs.tracking import Tracking
 from pm_hf.training.callbacks import EarlyStopping, SequentialAveraging, Stop, stop_on_sigterm
-from pm_hf.training.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, Penalty
+from pm_hf.training.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, OutputDrift, Penalty
 from pm_hf.training.record import TrainingRecord
 from pm_hf.training.task_trainer import precision, train, training_arguments
 
@@ -238,10 +237,11 @@ class Run:
                 training=trained.record,
                 scores=scores,
                 held_out=held_out,
+                confusions=self.scorer.confusions(self._scored(index)),
                 replay=replay,
                 search=trained.search,
                 seconds=time.perf_counter() - began,
-                process_peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                process_peak_memory_mb=process_peak_memory_mb(),
                 conditions=conditions(),
                 notes=[
                     *notes,
@@ -407,7 +407,8 @@ class Run:
     def _learning_notes(self, task: Task, trained: TrainedTask, index: int) -> list[str]:
         """What is to be said where a task was hardly learned; with a penalty in its loss nothing can be."""
         strategy, classes = self.config.strategy, None
-        if trained.record is None or strategy.ewc_weight or strategy.olora_weight or strategy.base_kl_weight:
+        penalties = (*PENALTY_CURVATURES, "olora_weight", "base_kl_weight")
+        if trained.record is None or any(getattr(strategy, name) for name in penalties):
             return []
         if self.config.kind.has_head:
             against = self.stream.seen(index) if self.config.head.training == "seen" else [task]
@@ -437,6 +438,7 @@ class Run:
             labels=settings.labels,
             shrinkage=spec.shrinkage if spec.kind == "gram" else None,
             normalisation=settings.normalisation,
+            at=settings.at,
             previous=Curvature.load(start.curvature) if config.sums_curvature and start.curvature is not None else None,
             heads=self.head.curvature_heads(built, start),
             merged=start.running.products() if moved and start.running is not None else None,
@@ -495,6 +497,10 @@ class Run:
         note = None if trained.search else "no written row of an earlier task to search with: 1/t"
         return replace(report, coefficient=replace(report.coefficient, source="line_search", note=note))
 
+    def _scored(self, index: int) -> Sequence[Task]:
+        """The tasks that are scored after a task."""
+        return self.stream.seen(index) if self.config.merges else (self.stream.tasks[index],)
+
     def _scores(
         self, model: nn.Module, labels: Sequence[str], head: str | None, index: int, answers: HeadStatistics | None
     ) -> tuple[dict[str, list[float | None]], dict[str, dict[str, float]]]:
@@ -502,8 +508,7 @@ class Run:
 
         Where tasks are not merged, each keeps the scores of its own adapter.
         """
-        merges, texts = self.config.merges, self.stream.held_out
-        tasks = self.stream.seen(index) if merges else (self.stream.tasks[index],)
+        merges, texts, tasks = self.config.merges, self.stream.held_out, self._scored(index)
         measured = self.scorer.score_loaded(model, labels, head, [*tasks, *texts], answers)
         of_tasks, of_texts = measured[: len(tasks)], measured[len(tasks) :]
         past = self.folder.record(index - 1).scores if index and not merges else {}
@@ -519,6 +524,12 @@ def make_penalties(config: RunConfig, built: TaskModel, start: TaskStart) -> lis
     if strategy.ewc_weight and start.curvature is not None:
         penalties.append(
             ElasticWeights(built.model, TASK_ADAPTER, Curvature.load(start.curvature), strategy.ewc_weight)
+        )
+    if strategy.drift_weight and start.curvature is not None:
+        penalties.append(
+            OutputDrift(
+                built.model, TASK_ADAPTER, Curvature.load(start.curvature), strategy.drift_weight, start.offset()
+            )
         )
     if strategy.olora_weight and start.running is not None:
         penalties.append(OrthogonalSubspaces(built.model, TASK_ADAPTER, MERGED_ADAPTER, strategy.olora_weight))

@@ -13,7 +13,7 @@ from pm_hf.errors import InputError, raise_all
 from pm_hf.files import expand, same_files
 from pm_hf.measuring.analytic_head import HeadStatistics
 from pm_hf.merging.curvature import Curvature
-from pm_hf.merging.lowrank import LowRank, balanced, compact_svd, weighted_sum
+from pm_hf.merging.lowrank import LowRank, add, balanced, compact_svd, weighted_sum
 from pm_hf.merging.methods.base import Start
 from pm_hf.merging.methods.linear import SEQUENTIAL
 from pm_hf.models.loading import resolve_base
@@ -59,9 +59,8 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
     curvature, head, pool, writers = find_beside(adapter, CURVATURE_FILE, STATISTICS_FILE, POOL_FILE, WRITERS_FOLDER)
     state = StreamState(adapter.path, curvature, head, adapter.path, pool, writers)
     problems = _adapter_misfits(config, stream, adapter)
-    elastic = config.strategy.ewc_weight > 0
-    if elastic and state.curvature is None:
-        problems.append(f"strategy.ewc_weight needs {CURVATURE_FILE} beside it")
+    if state.curvature is None:
+        problems += [f"strategy.{name} needs {CURVATURE_FILE} beside it" for name in config.curvature_penalties]
     if config.keeps_pool and state.pool is None:
         problems.append(f"strategy.replay generated needs {POOL_FILE} beside it, the rows of its tasks")
     if config.keeps_pool and state.pool is not None:
@@ -198,6 +197,15 @@ class TaskStart:
         """Whose values that are held whole go on: embeddings, norms, and the rows of a head that all tasks share. They
         start where the backbone starts."""
         return self.frozen if self.train_from == "last" and self.frozen is not None else self.running
+
+    def offset(self) -> dict[str, LowRank] | None:
+        """{module: where the training starts less the running merge, (out, in)}; None where it starts there."""
+        if self.running is None or self.train_from == "merged":
+            return None
+        merged, frozen = self.running.products(), {} if self.frozen is None else self.frozen.products()
+        return {
+            name: add(*([frozen[name]] if name in frozen else []), past.scale(-1.0)) for name, past in merged.items()
+        }
 
 
 def start_task(config: RunConfig, state: StreamState, index: int) -> TaskStart:

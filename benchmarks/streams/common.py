@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from environment import ROOT
 from grid import STREAMS
@@ -39,24 +40,31 @@ def data_folder(name: str, options: argparse.Namespace) -> Path:
     return options.runs / name / "data" if STREAMS[name].recipe else options.data / STREAMS[name].data
 
 
+def base_folder(name: str, options: argparse.Namespace) -> Path:
+    """Where the base is that a recipe makes."""
+    return options.runs / name / "base"
+
+
 def pictures_folder(name: str, options: argparse.Namespace) -> Path:
     """Where the pictures of the stream's YAML are kept as the model takes them."""
     return options.runs / "pictures" / Path(STREAMS[name].config).stem
 
 
 def prepare(name: str, options: argparse.Namespace) -> None:
-    """What is made on this machine before the runs of a stream: data of a recipe, pictures as the model takes them."""
-    recipe, folder = STREAMS[name].recipe, data_folder(name, options)
-    if recipe and not (folder / "made").exists():
-        sys.path.insert(0, str(ROOT / "recipes"))
-        importlib.import_module(recipe).write(options.data / "text", folder)
-        (folder / "made").touch()
-    if STREAMS[name].data == "image112":
+    """What is made on this machine before the runs of a stream: data and base of recipes, pictures as the model takes
+    them."""
+    stream = STREAMS[name]
+    for recipe, place in ((stream.recipe, data_folder), (stream.base_recipe, base_folder)):
+        if recipe and not ((folder := place(name, options)) / "made").exists():
+            sys.path.insert(0, str(ROOT / "recipes"))
+            importlib.import_module(recipe).write(options.data / "text", folder)
+            (folder / "made").touch()
+    if stream.data == "image112":
         from pictures import keep
 
         from pm_hf.config.loading import load_config
 
-        config = load_config(ROOT / "configs" / STREAMS[name].config, values=files(name, options.runs, options))
+        config = load_config(ROOT / "configs" / stream.config, values=files(name, options.runs, options))
         keep(config, pictures_folder(name, options), options.jobs)
 
 
@@ -76,6 +84,8 @@ def files(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any
     changes: dict[str, Any] = {"data_dir": str(data_folder(name, options)), "output_dir": str(folder)}
     if STREAMS[name].data in PICTURES:
         changes["model.base"] = str(options.models / backbone(name))
+    if STREAMS[name].base_recipe:
+        changes["model.base"] = str(base_folder(name, options))
     return changes
 
 
@@ -83,6 +93,8 @@ def data_settings(name: str, seed: int, folder: Path, options: argparse.Namespac
     """(the stream's YAML, settings for this machine's files and the stream's order and length)."""
     stream, changes = STREAMS[name], files(name, folder, options)
     source = ROOT / "configs" / stream.config
+    if not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        changes["training.bf16"] = False  # emulated there, five times slower than float32
     listed = yaml.safe_load(source.read_text(encoding="utf-8"))["stream"]
     if "tasks" in listed and (stream.orders or stream.tasks):
         changes["stream.tasks"] = tasks(source, seed if stream.orders else 0, stream.tasks)
@@ -122,8 +134,8 @@ def class_groups(labels: Sequence[str], groups: int, seed: int, count: int | Non
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
-    """What the step.json of each task of a run says of time, coefficient, search and written rows."""
-    kept = ("task", "seconds", "coefficient", "search", "replay")
+    """What the step.json of each task of a run says of time, scores, coefficient, search and written rows."""
+    kept = ("task", "seconds", "scores", "coefficient", "search", "replay", "step_seconds", "device", "versions")
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("task-*/step.json"))]
     return [{key: step[key] for key in kept if key in step} for step in found]
 

@@ -61,7 +61,7 @@ CORE = ("sequential", "average", "pm", "best", "frozen", "joint", "joint_lda")
 ENGINES = ("coma", "cofima", "magmax", "opcm", "slao", "sfa", "ewc", "olora", "base_kl", "replay", "individual")
 LDA = ("pm_gram_lda", "pm_lda", "average_lda", "gram_lda", "best_no_drift", "best_local", "best_average", "first_lda")
 REST = ("merge_only", "pm_trace", "pm_gram", *LDA, *ENGINES)
-LANGUAGE = ("sequential", "average", "slao", "pm", "replay", "best", "joint", "frozen", "classifier", "untouched")
+LANGUAGE = ("sequential", "average", "slao", "pm", "replay", "best", "joint", "frozen", "untouched")
 TEXTS = ("sequential", "average", "pm", "pm_trace", "joint", "untouched")
 
 
@@ -78,6 +78,7 @@ class Stream:
     orders: bool = False  # seed k starts with task k; ± is then the 95 % t interval
     shuffled: bool = False  # seed k > 0 shuffles the classes before they are put into groups
     recipe: str | None = None  # file in recipes/ that makes the data of --data/text
+    base_recipe: str | None = None  # file in recipes/ that makes the base of --data/text
 
 
 # named as their file in configs/; those with `tasks` are the first ones of another
@@ -114,6 +115,15 @@ STREAMS = {
         None,
         True,
         "make_chats",
+    ),
+    "t5-text": Stream(
+        "a small T5 of recipes/make_t5.py, four text sets",
+        "language/t5-text.yaml",
+        "text",
+        ("sequential", "average", "slao", "replay", "best", "joint", "untouched"),
+        tuple(ANSWERS.items()),
+        orders=True,
+        base_recipe="make_t5",
     ),
     "smollm2-domains": Stream(
         *("SmolLM2-135M, 4 domains of text and code", "smollm2/domains.yaml", "text", TEXTS, tuple(TEXT.items())),

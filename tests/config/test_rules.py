@@ -59,9 +59,12 @@ WRITTEN = {"strategy__replay": "generated"}
         (
             "average",
             {"merge__coefficient": "find"},
-            "merge.coefficient: expected float or search or null, found 'find'",
+            "merge.coefficient: expected float or average or fisher or search or null, found 'find'",
         ),
-        ("average", {"merge__coefficient": 1.5}, "merge.coefficient: must be search or in [0, 1]"),
+        ("average", {"merge__coefficient": 1.5}, "merge.coefficient: must be average or fisher or search or in [0, 1]"),
+        ("average", {"merge__coefficient": "fisher"}, "fisher is the closed form of merge.method pm"),
+        ("pm_gram", {"merge__coefficient": "fisher"}, "found pm with gram"),
+        ("pm_gram", {"merge__coefficient": "average"}, "freedom free has no single coefficient"),
         ("magmax", WRITTEN | {"merge__coefficient": "search"}, "which merge.method magmax with train_from"),
         (
             "average",

@@ -217,7 +217,7 @@ def test_every_stream_names_a_config_and_known_methods(suite):
     for name, stream in suite.STREAMS.items():
         path = ROOT / "configs" / stream.config
         assert path.is_file(), name
-        assert name.endswith(path.stem) or stream.tasks, "a stream is named as its file"
+        assert name in (path.stem, f"{path.parent.name}-{path.stem}") or stream.tasks, "a stream is named as its file"
         for method in [*stream.methods, *(() if stream.orders else suite.PRESETS["methods"].methods)]:
             load_config(path, values=suite.VARIANTS.get(method, {"method": method}))
 

@@ -8,15 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pm_hf.adapters.folder import replace_head
+from pm_hf.adapters.folder import folded_tasks, replace_head
 from pm_hf.config.schema import HeadSettings, RunConfig
-from pm_hf.data.stream import Task
+from pm_hf.data.stream import Task, sample_classes
 from pm_hf.errors import InputError
 from pm_hf.measuring.analytic_head import HeadStatistics, held_out_temperature, merge_temperature, ridge_drift
+from pm_hf.measuring.head_search import NODES, head_search
+from pm_hf.measuring.line_search import Point
 from pm_hf.measuring.scores import Scorer
 from pm_hf.merging.lowrank import LowRank
-from pm_hf.models.lora import find_head, head_matrix
-from pm_hf.models.task_model import TaskModel
+from pm_hf.models.contexts import scaled_adapter
+from pm_hf.models.lora import adapted_layers, find_head, head_matrix
+from pm_hf.models.task_model import TASK_ADAPTER, TaskModel
 from pm_hf.runs.paths import TaskPaths
 from pm_hf.runs.start import TaskStart
 
@@ -34,6 +37,10 @@ class HeadPolicy:
     def curvature_heads(self, built: TaskModel, start: TaskStart) -> dict[str, LowRank] | None:
         """{head: its [weight | bias] before the task, (rows, in + 1)} of a head that belongs into the curvature."""
         return None
+
+    def search(self, built: TaskModel, task: Task, start: TaskStart, rows: int) -> list[Point]:
+        """What the coefficient of a trained task is searched with, measured on about so many of its rows; nothing."""
+        return []
 
     def after_merge(self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None, *, trained: bool) -> None:
         """Give the merge its final rows; trained: whether the task trained the backbone."""
@@ -60,8 +67,8 @@ class AnalyticHead(HeadPolicy):
     With `training: seen` a task's rows start there and compete with the fixed rows of every class seen.
     """
 
-    def __init__(self, settings: HeadSettings, scorer: Scorer) -> None:
-        self.settings, self.scorer = settings, scorer
+    def __init__(self, settings: HeadSettings, scorer: Scorer, seed: int) -> None:
+        self.settings, self.scorer, self.seed = settings, scorer, seed
         self._kept: tuple[tuple[Path, str], Tensor] | None = None  # of `_features_before`
 
     def check(self, built: TaskModel) -> None:
@@ -119,6 +126,32 @@ class AnalyticHead(HeadPolicy):
         weight, bias = (value if statistics.temperature else value / temperature for value in statistics.solve())
         replace_head(paths.merged, module, weight, bias, statistics.labels)
 
+    def search(self, built: TaskModel, task: Task, start: TaskStart, rows: int) -> list[Point]:
+        """J(α) against draws of the earlier classes, see `head_search`.
+
+        Half of the rows, at most, are those held out of the training (`Task.eval`). The task adapter is scaled.
+        """
+        assert start.running is not None
+        seed, settings, features = self.seed + start.index, self.settings, dict[float, Tensor]()
+        held_out = sample_classes(task.eval, rows // 2, seed)
+        fitted = sample_classes(task.train, rows - len(held_out), seed)
+        model, layers = built.model.to(self.scorer.device), adapted_layers(built.model, TASK_ADAPTER)
+        for share in NODES:
+            with scaled_adapter(list(layers.values()), TASK_ADAPTER, share):
+                features[share] = self.scorer.features_of(model, fitted.with_rows(held_out), task.own, str(built.head))
+        return head_search(
+            _load_statistics(start.statistics),
+            {share: values[: len(fitted)] for share, values in features.items()},
+            fitted.labels,
+            {share: values[len(fitted) :] for share, values in features.items()},
+            held_out.labels,
+            earlier=folded_tasks(start.running),
+            ridge=settings.ridge,
+            drift=settings.drift == "ridge",
+            one_mean_per_task=settings.means == "task",
+            seed=seed,
+        )
+
     def _features_before(self, running: Path, task: Task, head: str) -> Tensor:
         """The task's features under the running merge, (n, d); the last ones are kept: a merge line has several merges
         of one task into one running merge."""
@@ -133,7 +166,7 @@ def head_policy(config: RunConfig, scorer: Scorer) -> HeadPolicy:
     if not config.kind.has_head:
         return HeadPolicy()
     if config.analytic_head:
-        return AnalyticHead(config.head, scorer)
+        return AnalyticHead(config.head, scorer, config.seed)
     return LinearHead(in_curvature=config.shared_head and config.sums_curvature)
 
 

@@ -151,7 +151,7 @@ def test_a_class_with_a_mean_for_each_domain_is_right_where_one_of_them_says_so(
     (first, labels), (second, _) = rows_of((0, 1), 60, seed=40), rows_of((0, 1), 60, seed=41)
     known = statistics(first, labels)
     form = FORM | {"one_mean_per_task": True, "ridge": 1.0}
-    swapped = {a: second + 6.0 for a in NODES}  # the second domain stands elsewhere, and nothing moves
+    swapped = dict.fromkeys(NODES, second + 6.0)  # the second domain stands elsewhere, and nothing moves
     points = head_search(known, swapped, labels, swapped, labels, earlier=1, **form)
     assert {round(point["objective"], 9) for point in points} == {round(points[0]["objective"], 9)}
     assert points[0]["new"] < 0.2

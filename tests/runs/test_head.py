@@ -207,7 +207,7 @@ def test_the_coefficient_is_searched_against_draws_of_the_earlier_classes(tiny_b
     config = load_config(tmp_path / "run" / "config.yaml")
     stream = load_stream(config)
     run = Run(config, stream)
-    for index, (known, fitted, labels, held_out, held_labels, options) in enumerate(searched, start=1):
+    for index, (known, fitted, labels, _, held_labels, options) in enumerate(searched, start=1):
         task, before = stream.tasks[index], run.folder.task(index - 1)
         assert sorted(held_labels) == sorted(task.eval.labels)
         assert sorted(labels) == sorted(task.train.labels)  # 44 of at least 64 rows

@@ -53,8 +53,9 @@ def _stream_problems(config: RunConfig) -> list[str]:
         problems.append("stream.scenario: domain_column makes a domain_incremental stream")
     if stream.class_groups is not None and stream.scenario == "domain_incremental":
         problems.append("stream.scenario: class_groups makes a class_incremental stream")
-    if config.kind.has_head == (config.head.kind == "none"):
-        expected = "linear or lda" if config.kind.has_head else "none: a language model has no class head"
+    fine = ("linear", "lda") if config.kind.has_head else ("none",) if config.trains else ("none", "lda")
+    if config.head.kind not in fine:
+        expected = "linear or lda" if config.kind.has_head else "none, or with trains: false lda (method: frozen)"
         problems.append(f"head.kind: {stream.kind} needs {expected}, found {config.head.kind}")
     foreign = dict.fromkeys(name for kind in STREAM_KINDS.values() for name in kind.settings)
     given_otherwise = [name for name in foreign if getattr(stream, name) != getattr(StreamSettings, name)]
@@ -106,7 +107,7 @@ def _merge_problems(config: RunConfig) -> list[str]:
 def _search_problems(config: RunConfig) -> list[str]:
     """Why there is no merge line θ + αΔ to search, or nothing to search it with."""
     merge, method, problems = config.merge, config.merging_method, list[str]()
-    if not (config.rehearses or config.analytic_head):
+    if not (config.rehearses or (config.analytic_head and config.kind.has_head)):
         needed = "head.kind: lda" if config.kind.has_head else "strategy.replay: generated"
         problems.append(
             "merge.coefficient: search measures the earlier tasks on their written rows, or on draws of their classes; "

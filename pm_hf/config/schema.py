@@ -190,10 +190,12 @@ class HeadSettings:
     __pydantic_config__ = MODEL
 
     kind: Literal["linear", "lda", "none"] | None = setting(
-        None, "trained rows, the analytic head (linear discriminant analysis), or none (language models)"
+        None,
+        "trained rows, the analytic head (linear discriminant analysis), or none; language models: none, or lda for "
+        "analytic answers without training",
     )
     means: Literal["class", "task"] | None = setting(
-        None, "lda: one mean for each class, or for each class and task (null: so for domains)"
+        None, "lda: one mean for each class, or for each class and task (null: so for domains and language models)"
     )
     training: Literal["task", "seen"] = setting(
         "task", "lda: trained against the task's classes; seen: from analytic rows, against all classes seen"
@@ -286,7 +288,8 @@ class RunConfig:
 
     @property
     def analytic_head(self) -> bool:
-        """Whether the head's rows are computed from class statistics (linear discriminant analysis)."""
+        """Whether the head's rows, or what answers are chosen by, are computed from class statistics (linear
+        discriminant analysis)."""
         return self.head.kind == "lda"
 
     @property

@@ -24,6 +24,7 @@ class HeadStatistics:
     labels: C names in row order; a class with several means (see `added`) has as many rows of its name.
     counts (C,), means (C, d), scatter (d, d) = Σ_x (x − μ_c)(x − μ_c)ᵀ, float64.
     covariance, center, temperature: set once the head is frozen (strict mode), None before.
+    layer: of a language model, whose hidden states the features are; None of a classifier.
     """
 
     labels: list[str] = field(default_factory=list)
@@ -33,6 +34,7 @@ class HeadStatistics:
     covariance: Tensor | None = None
     center: Tensor | None = None
     temperature: float | None = None
+    layer: int | None = None
 
     def moved(self, drift: Tensor) -> "HeadStatistics":
         """The statistics as seen through a feature drift W (d, d): μ ← Wμ, scatter ← W·scatter·Wᵀ."""
@@ -81,9 +83,8 @@ class HeadStatistics:
         """Σ = (1−ρ)·scatter/(N−C) + ρ·tr(·)/d·I with ρ of oracle approximating shrinkage (Chen et al. 2010, eq. 23)."""
         freedom = max(float(self.counts.sum()) - len(self.labels), 1.0)
         sample, d = self.scatter / freedom, self.scatter.shape[0]
-        trace, square = sample.trace(), (sample**2).sum()
-        rho = float(((1 - 2 / d) * square + trace**2) / ((freedom + 1 - 2 / d) * (square - trace**2 / d)))
-        rho = min(max(rho, 0.0), 1.0) if rho == rho else 1.0
+        trace = sample.trace()
+        rho = float(_shrinkage(trace, (sample**2).sum(), freedom, d))
         return (1 - rho) * sample + rho * trace / d * torch.eye(d, dtype=torch.float64)
 
     def solve(self) -> tuple[Tensor, Tensor]:
@@ -109,8 +110,9 @@ class HeadStatistics:
         tensors = {"counts": self.counts, "means": self.means, "scatter": self.scatter}
         if self.covariance is not None and self.center is not None:
             tensors |= {"covariance": self.covariance, "center": self.center}
-        header = json.dumps({"labels": self.labels, "temperature": self.temperature})
-        save_tensors(tensors, Path(path), {"format": HEAD_FORMAT, "head": header})
+        header = {"labels": self.labels, "temperature": self.temperature}
+        header |= {} if self.layer is None else {"layer": self.layer}
+        save_tensors(tensors, Path(path), {"format": HEAD_FORMAT, "head": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "HeadStatistics":
@@ -131,7 +133,7 @@ class HeadStatistics:
         header = as_record(content, _Header, subject, way_out)
         problem = _shape_problem(len(header.labels), tensors)
         raise_all([f"{problem}; {way_out}"] * bool(problem), subject)
-        return cls(header.labels, temperature=header.temperature, **tensors)
+        return cls(header.labels, temperature=header.temperature, layer=header.layer, **tensors)
 
 
 @dataclass
@@ -140,6 +142,7 @@ class _Header:
 
     labels: list[str]
     temperature: float | None = None
+    layer: int | None = None
 
 
 def _shape_problem(count: int, tensors: Mapping[str, Tensor]) -> str | None:
@@ -155,6 +158,61 @@ def _shape_problem(count: int, tensors: Mapping[str, Tensor]) -> str | None:
         if not bool(tensor.isfinite().all()):
             return f"{name}: expected finite numbers"
     return None
+
+
+def _shrinkage(trace: Tensor, square: Tensor, freedom: float | Tensor, d: int) -> Tensor:
+    """ρ in [0, 1] of oracle approximating shrinkage (Chen et al. 2010, eq. 23) of sample covariances (d, d) with these
+    traces and sums of squared entries."""
+    rho = ((1 - 2 / d) * square + trace**2) / ((freedom + 1 - 2 / d) * (square - trace**2 / d))
+    return rho.clamp(0.0, 1.0).nan_to_num(1.0)
+
+
+def leave_one_out(features: Tensor, targets: Tensor) -> Tensor:
+    """Logits of each row under the analytic head of all other rows, (n, C) float64, up to a constant of the row.
+
+    features (n, d); targets (n,): each row's class of 0 … C − 1. Without its only row a class cannot be chosen: −inf
+    there. All zeros where no feature varies within a class.
+
+    Closed form, and so n heads for about the price of one: without row x of class c, r = x − μ_c and n_c rows,
+    μ_c ← μ_c − r/(n_c − 1), scatter ← scatter − n_c/(n_c − 1)·r rᵀ, which is of rank one, and ρ follows from the trace
+    and the squares of the new scatter. All in the eigenbasis of the scatter, in the span of the rows.
+    """
+    features = features.double()
+    d, classes = features.shape[1], int(targets.max()) + 1
+    rows = features - features.mean(0)
+    if len(rows) < d:
+        rows = torch.linalg.qr(rows.T, mode="r").R.T  # coordinates in their span, (n, n)
+    one_hot = torch.nn.functional.one_hot(targets, classes).double()
+    sizes = one_hot.sum(0)[targets]
+    means = (one_hot.T @ rows) / one_hot.sum(0)[:, None]
+    residuals = rows - means[targets]
+    values, axes = torch.linalg.eigh(residuals.T @ residuals)
+    if not float(values.sum()) > 0:
+        return torch.zeros(len(rows), classes, dtype=torch.float64)
+    values = values.clamp(min=0.0)
+    rows, means, residuals = rows @ axes, means @ axes, residuals @ axes
+    alone = sizes < 2
+    others = (sizes - 1).clamp(min=1.0)
+    weight = torch.where(alone, 0.0, sizes / others)  # of r rᵀ, which is 0 where a row is alone
+    lengths = (residuals**2).sum(1)
+    freedom = (len(rows) - 1 - (classes - alone.double())).clamp(min=1.0)
+    trace = (values.sum() - weight * lengths) / freedom
+    square = (values**2).sum() - 2 * weight * (residuals**2 @ values) + weight**2 * lengths**2
+    rho = _shrinkage(trace, square / freedom**2, freedom, d)
+    scale = (1 - rho) / freedom
+    inverse = 1 / (scale[:, None] * values + (rho * trace / d)[:, None])  # D⁻¹ of each row, Σ = D − scale·weight·r rᵀ
+    rr, rx = (residuals**2 * inverse).sum(1), (residuals * rows * inverse).sum(1)
+    gain = scale * weight / (1 - scale * weight * rr)  # Σ⁻¹v = D⁻¹v + gain·(rᵀD⁻¹v)·D⁻¹r (Sherman and Morrison)
+    mr = (residuals * inverse) @ means.T
+    products = (rows * inverse) @ means.T + (gain * rx)[:, None] * mr  # μᵀΣ⁻¹x, (n, C)
+    norms = inverse @ (means**2).T + gain[:, None] * mr**2  # μᵀΣ⁻¹μ
+    own = torch.arange(len(rows)), targets
+    step, more = 1 / others, 1 + gain * rr
+    norms[own] += -2 * step * more * mr[own] + step**2 * more * rr
+    products[own] -= step * more * rx
+    logits = products - norms / 2
+    logits[own] = logits[own].where(~alone, -torch.inf)
+    return logits
 
 
 def ridge_drift(before: Tensor, after: Tensor, ridge: float) -> Tensor:

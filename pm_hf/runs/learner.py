@@ -1,7 +1,6 @@
 """The loop over tasks: train, measure, merge, score, write; continue, extend. The only file that knows the order."""
 
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,9 +29,10 @@ from pm_hf.distributed import (
     process_count,
     process_index,
 )
-from pm_hf.environment import conditions, release_memory
+from pm_hf.environment import conditions, process_peak_memory_mb, release_memory
 from pm_hf.errors import InputError
 from pm_hf.files import locked, make_folder
+from pm_hf.measuring.analytic_head import HeadStatistics
 from pm_hf.measuring.curvature import estimate_curvature
 from pm_hf.measuring.line_search import Point, smallest_within_error
 from pm_hf.measuring.scores import Scorer, cut_note
@@ -49,10 +49,10 @@ from pm_hf.models.task_model import (
 )
 from pm_hf.runs.folder import ForgettingError, RunFolder, finished_labels, log_finished_task
 from pm_hf.runs.head import head_policy
-from pm_hf.runs.paths import TaskPaths
+from pm_hf.runs.paths import STATISTICS_FILE, TaskPaths
 from pm_hf.runs.records import Report, TaskRecord, primary_metric
 from pm_hf.runs.rehearsal import Rehearsal, Rehearsed, replay_note
-from pm_hf.runs.start import TaskStart, adapter_to_fold, check_fold, load_start, start_task
+from pm_hf.runs.start import TaskStart, adapter_to_fold, check_fold, find_beside, load_start, start_task
 from pm_hf.runs.tracking import Tracking
 from pm_hf.training.callbacks import EarlyStopping, SequentialAveraging, Stop, stop_on_sigterm
 from pm_hf.training.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, OutputDrift, Penalty
@@ -118,16 +118,20 @@ def evaluate(config: RunConfig, adapter: str | os.PathLike) -> Evaluation:
     stream = load_stream(config, finished_labels(config))
     run = Run(config, stream, opened.path)
     head, tasks, left_out = None, [*(stream.scored or stream.tasks), *stream.held_out], dict[str, str]()
+    answers, labels = run.head.answers(find_beside(opened, STATISTICS_FILE)[0]), None
     if config.kind.has_head:
         if len(opened.labels) != 1:
             raise InputError(f"adapter {opened.path} has no labels.json with one head, so its rows have no names")
         head, labels = next(iter(opened.labels.items()))
+    elif answers is not None:
+        labels = answers.labels
+    if labels is not None:
         left_out = {task.name: reason for task in tasks if (reason := _lacking(task, labels)) is not None}
         tasks = [task for task in tasks if task.name not in left_out]
     if not tasks:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise InputError(f"adapter {opened.path} knows the labels of none of the config's tasks: {reasons}")
-    scores = run.scorer.score(opened.path, head, tasks)
+    scores = run.scorer.score(opened.path, head, tasks, answers)
     named = dict(zip([task.name for task in tasks], scores, strict=True))
     notes, base = run.scorer.cut_notes(tasks), {"base_model_name_or_path": resolve_base(config.model.base)}
     if base_name(opened.config) != base_name(base):
@@ -215,11 +219,12 @@ class Run:
         def finish() -> None:
             """What process 0 does with the trained task."""
             merge = self._merge(paths, start, trained)
-            self.head.after_merge(paths, task, start, trained.head, trained=self._trains(index))
+            of_head = self.head.after_merge(paths, task, start, trained.head, trained=self._trains(index))
             (model, labels), replay = self.scorer.load(paths.merged, trained.head), {}
             if self.rehearsal is not None and written is not None:
                 replay = self.rehearsal.finish(model, written, rehearsed, start, paths)
-            scores, held_out = self._scores(model, labels, trained.head, index)
+            answers = self.head.answers(paths.statistics)
+            scores, held_out = self._scores(model, labels, trained.head, index, answers)
             record = TaskRecord(
                 task=task.name,
                 labels=list(task.labels),
@@ -235,14 +240,16 @@ class Run:
                 training=trained.record,
                 scores=scores,
                 held_out=held_out,
+                confusions=self.scorer.confusions(self._scored(index)),
                 replay=replay,
                 search=trained.search,
                 seconds=time.perf_counter() - began,
-                process_peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                process_peak_memory_mb=process_peak_memory_mb(),
                 conditions=conditions(),
                 notes=[
                     *notes,
                     *rehearsed.notes,
+                    *of_head,
                     *self._learning_notes(task, trained, index),
                     *self._truncation_notes(task, trained, index),
                     *([replay_note(replay)] if replay else []),
@@ -501,16 +508,19 @@ class Run:
         note = None if trained.search else "no written row of an earlier task to search with: 1/t"
         return replace(report, coefficient=replace(report.coefficient, source="line_search", note=note))
 
+    def _scored(self, index: int) -> Sequence[Task]:
+        """The tasks that are scored after a task."""
+        return self.stream.seen(index) if self.config.merges else (self.stream.tasks[index],)
+
     def _scores(
-        self, model: nn.Module, labels: Sequence[str], head: str | None, index: int
+        self, model: nn.Module, labels: Sequence[str], head: str | None, index: int, answers: HeadStatistics | None
     ) -> tuple[dict[str, list[float | None]], dict[str, dict[str, float]]]:
         """({metric: one score for each task seen}, {text that is never trained on: {metric: score}}) of a merge.
 
         Where tasks are not merged, each keeps the scores of its own adapter.
         """
-        merges, texts = self.config.merges, self.stream.held_out
-        tasks = self.stream.seen(index) if merges else (self.stream.tasks[index],)
-        measured = self.scorer.score_loaded(model, labels, head, [*tasks, *texts])
+        merges, texts, tasks = self.config.merges, self.stream.held_out, self._scored(index)
+        measured = self.scorer.score_loaded(model, labels, head, [*tasks, *texts], answers)
         of_tasks, of_texts = measured[: len(tasks)], measured[len(tasks) :]
         past = self.folder.record(index - 1).scores if index and not merges else {}
         before: list[float | None] = [] if merges else [None] * index

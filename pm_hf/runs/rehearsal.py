@@ -104,7 +104,7 @@ class Rehearsal:
         old = rows.shrunk(max(1, SEARCH_ROWS // len(rows.tasks))).examples(self.encoder)
         layers = list(adapted_layers(built.model, TASK_ADAPTER).values())
         model = built.model.to(self.scorer.device)
-        scorer, losses = self._language_scorer(model), {}
+        scorer, losses = self.scorer.language_scorer(model), {}
         for alpha in COEFFICIENT_GRID:
             with scaled_adapter(layers, TASK_ADAPTER, alpha):
                 losses[alpha] = scorer.row_losses(held_out), scorer.row_losses(old)
@@ -150,7 +150,7 @@ class Rehearsal:
         step.json."""
         began, before, assignment = time.perf_counter(), rehearsed.pool, written.assignment
         answers = self._answers([row.asked for row in before.rows], start.index + 1)
-        rows = self._labelled(self._language_scorer(model), assignment, written.collected.texts, answers)
+        rows = self._labelled(self.scorer.language_scorer(model), assignment, written.collected.texts, answers)
         after = Pool((*before.shrunk(self._share(len(before.tasks) + 1)).rows, *rows))
         kept: dict[str, Any] = {"pool_rows": 0, "samples": []}
         if written.adapter is None:
@@ -216,7 +216,7 @@ class Rehearsal:
 
         def label() -> list[PoolRow]:
             assert start.running is not None
-            scorer = self._language_scorer(self.scorer.load(start.running.path, None)[0])
+            scorer = self.scorer.language_scorer(self.scorer.load(start.running.path, None)[0])
             return [row for task, of_task in texts for row in self._labelled(scorer, task, of_task, answers)]
 
         rows = on_main_process(label)
@@ -230,7 +230,7 @@ class Rehearsal:
             return []
         longest = max(1, min(BASE_TOKENS, encoder.max_length - 2))
         writer = on_all_processes(lambda: base_writer(self.config, encoder, longest, self.scorer.autocast))
-        scorer = self._language_scorer(writer.model.to(self.scorer.device))
+        scorer = self.scorer.language_scorer(writer.model.to(self.scorer.device))
         texts = [text for text in writer.write([""] * count, f"{self.config.seed}/base") if text.strip()]
         return on_main_process(lambda: self._with_tokens(scorer, Rows([""] * len(texts), texts), BASE))
 
@@ -272,9 +272,6 @@ class Rehearsal:
             PoolRow(task, "", prompt, completion, {}, tokens)
             for prompt, completion, tokens in zip(prompts, rows.labels, soft, strict=True)
         ]
-
-    def _language_scorer(self, model: Any) -> LanguageScorer:
-        return LanguageScorer(model, self.encoder, self.scorer.batch_size, self.scorer.autocast)
 
 
 def replay_note(replay: dict[str, Any]) -> str:

@@ -344,6 +344,19 @@ def test_best_of_a_language_model_rehearses_and_its_coefficient_can_be_another()
     assert load_config(plain, values={"merge.coefficient": "fisher"}).measures_curvature
 
 
+def test_a_language_model_that_is_not_trained_has_analytic_answers():
+    stream = {"kind": "causal-lm", "tasks": [{"name": "a", "train": "t.csv", "test": "t.csv"}]}
+    frozen = load_config(small(method="frozen", stream=stream))
+    assert (frozen.head.kind, frozen.head.means, frozen.trains) == ("lda", "task", False)
+    assert not preset_notes(frozen)
+    bare = load_config(small(method="frozen", stream=stream, head__kind="none"))
+    assert (bare.head.kind, bare.trains) == ("none", False)  # the base, untouched
+    average = load_config(frozen, values={"method": "average"})
+    assert (average.head.kind, average.trains) == ("none", True)
+    assert load_config(average, values={"method": "frozen"}).head.kind == "lda"
+    assert load_config(small(method="joint", trains=False, stream=stream)).head.kind == "none"
+
+
 def test_list_of_tasks_reads_back_equal(tmp_path):
     config = load_config(small(stream__class_groups=None, stream__tasks=[{"name": "a", "train": "t.csv"}]))
     save_config(config, tmp_path / "config.yaml")

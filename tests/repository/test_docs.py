@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,7 @@ from test_architecture import GROUND, MAY_IMPORT
 import pm_hf
 from pm_hf.config.loading import load_config
 from pm_hf.config.presets import PRESETS
+from pm_hf.config.schema import LoraSettings, RunConfig
 from pm_hf.merging import METHODS as MERGING
 
 DOCS = [page for page in PAGES if page.startswith("docs/")]
@@ -51,7 +53,7 @@ def anchor(heading):
 def test_navigation_lists_every_page_once():
     pages = nav(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     assert sorted(f"docs/{page}" for page in pages) == DOCS
-    assert len(DOCS) == 18
+    assert len(DOCS) == 19
 
 
 @pytest.mark.parametrize("page", [*PAGES, *LINKING])
@@ -102,6 +104,15 @@ def test_method_page_has_the_tables_of_the_code():
     assert [row[0] for row in cells[count:]] == [*presets, *presets]  # in words, and their settings
 
 
+def test_settings_page_has_every_setting():
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    tables = module(ROOT / "docs" / "tables.py")
+    assert tables.with_tables(page) == page, "run: python docs/tables.py"
+    names = {f"`{field.name}`" for field in fields(RunConfig) if not is_dataclass(getattr(RunConfig(), field.name))}
+    names |= {f"`{field.name}`" for field in fields(LoraSettings)}
+    assert names <= {line.split("|")[1].strip() for line in page.split("\n") if line.startswith("| `")}
+
+
 def test_architecture_page_says_what_the_tests_hold():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \|$", page, flags=re.M)
@@ -124,6 +135,14 @@ def test_results_page_is_that_of_the_results_with_its_pictures():
     assert re.findall(r"\]\((?!http)(\S+)\)", page) == [path.relative_to(ROOT).as_posix() for path in hooks.pictures()]
     assert len(hooks.pictures()) == 2
     assert all(path.is_file() for path in hooks.pictures())
+
+
+def test_figures_of_the_choice_of_methods_are_lines_of_the_results():
+    text = (ROOT / "docs" / "choose.md").read_text(encoding="utf-8")
+    measured = (ROOT / "results" / "README.md").read_text(encoding="utf-8").split("\n")
+    table = [line for line in text.split("\n") if line.startswith("|") and line.count("|") == 9]
+    assert len(table) == 8
+    assert set(table) <= set(measured)
 
 
 def test_every_public_name_is_on_the_api_page():

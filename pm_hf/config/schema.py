@@ -176,7 +176,8 @@ class MergeSettings:
     coefficient: Annotated[Number, Field(ge=0, le=1)] | Literal["average", "fisher", "search"] | None = setting(
         None,
         "of every task but the first: a number; average: 1/t; fisher: the published closed form (method pm); search: "
-        "the best on held-out rows and the pool (strategy.replay); null: the method's",
+        "the best on held-out rows and what stands for earlier tasks, the pool (strategy.replay) or draws of their "
+        "classes (head.kind lda); null: the method's",
     )
     max_rank: Whole | None = setting(64, "rank kept; null: exact, the rank grows with every task", ge=1)
     on_zero_curvature: Literal["error", "average"] = setting("average", "pm: refuse, or 1/t; the same as in `options`")
@@ -313,7 +314,7 @@ class RunConfig:
 
     @property
     def searches(self) -> bool:
-        """Whether the coefficient is searched for on held-out rows and the pool."""
+        """Whether the coefficient is searched for on held-out rows and what stands for the earlier tasks."""
         return self.merge.coefficient == "search"
 
     @property

@@ -221,10 +221,26 @@ def ridge_drift(before: Tensor, after: Tensor, ridge: float) -> Tensor:
     W = (FₙᵀFₒ + λI)(FₒᵀFₒ + λI)⁻¹ with λ = ridge·tr(FₒᵀFₒ)/d: ridge regression towards the identity.
     """
     old, new = before.double(), after.double()
-    d = old.shape[1]
-    gram = old.T @ old
+    gram, damping = _damped(old, ridge)
+    return torch.linalg.solve(gram, (new.T @ old + damping).T).T
+
+
+def drift_residuals(before: Tensor, after: Tensor, drift: Tensor, ridge: float) -> Tensor:
+    """What W = `drift` of `ridge_drift` misses of each row when that row is left out of the regression, (n, d).
+
+    (F_n − W F_o)ᵢ/(1 − hᵢ), hᵢ = fᵢᵀ(FₒᵀFₒ + λI)⁻¹fᵢ, λ as with all rows (leave-one-out of ridge regression): the
+    residuals of the fitted rows themselves shrink to nothing where there are no more rows than features.
+    """
+    old, new = before.double(), after.double()
+    leverage = (torch.linalg.solve(_damped(old, ridge)[0], old.T).T * old).sum(1, keepdim=True)
+    return (new - old @ drift.T) / (1 - leverage)
+
+
+def _damped(old: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """(FₒᵀFₒ + λI, λI)."""
+    gram, d = old.T @ old, old.shape[1]
     damping = ridge * gram.trace() / d * torch.eye(d, dtype=torch.float64)
-    return torch.linalg.solve(gram + damping, (new.T @ old + damping).T).T
+    return gram + damping, damping
 
 
 def fit_temperature(logits: Tensor, targets: Tensor) -> float:
@@ -254,7 +270,7 @@ def class_logits(logits: Tensor, labels: Sequence[str]) -> tuple[Tensor, list[st
 
 def merge_temperature(statistics: HeadStatistics, features: Tensor, truth: Sequence[str]) -> float:
     """Temperature of the untempered head on features (n, d) with labels `truth` (n,)."""
-    return fit_temperature(*_class_scores(statistics, features, truth))
+    return fit_temperature(*class_scores(statistics, features, truth))
 
 
 def held_out_temperature(
@@ -277,14 +293,14 @@ def held_out_temperature(
         held = turn == fold
         part = known.added(features[~held], targets[~held], labels, one_mean_per_task=one_mean_per_task)
         if held.any() and float(part.scatter.trace()) > 0:
-            logits, classes = _class_scores(part, features[held], [truth[row] for row in held.nonzero()[:, 0].tolist()])
+            logits, classes = class_scores(part, features[held], [truth[row] for row in held.nonzero()[:, 0].tolist()])
             scores.append(logits)
             answers.append(classes)
     return fit_temperature(torch.cat(scores), torch.cat(answers)) if scores else 1.0
 
 
-def _class_scores(statistics: HeadStatistics, features: Tensor, truth: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """(untempered logits (n, C) of the classes, index of each row's class)."""
+def class_scores(statistics: HeadStatistics, features: Tensor, truth: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """(untempered logits (n, C) of the classes, index of each row's class (n,)) for features (n, d), labels (n,)."""
     weight, bias = replace(statistics, temperature=None).solve()
     logits, classes = class_logits(features.double() @ weight.T + bias, statistics.labels)
     return logits, torch.tensor([classes.index(label) for label in truth])

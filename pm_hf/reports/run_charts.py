@@ -141,7 +141,8 @@ def _loss_chart(run: Report, place: int) -> Chart:
 
 
 def search_charts(run: Report, place: int, runs: int) -> list[Chart]:
-    """What the coefficient of each task was searched with: losses of held-out new rows and of the pool."""
+    """What the coefficient of each task was searched with: losses of held-out new rows and of the earlier tasks', the
+    pool or draws of their classes."""
     drawn = []
     for t, record in enumerate(run.records, start=1):
         if record is None or not record.search or record.coefficient is None:
@@ -149,13 +150,14 @@ def search_charts(run: Report, place: int, runs: int) -> list[Chart]:
         x, chosen = [point["coefficient"] for point in record.search], record.coefficient.used
         sums = dict(zip(x, [point["objective"] for point in record.search], strict=True))
         series = [Series("objective", x, list(sums.values()), colour=0, shape=0)]
-        series.append(Series("written rows, a task", x, [p["old"] for p in record.search], colour=1, shape=1))
+        rows, unit = ("written", "token") if record.replay else ("drawn", "row")
+        series.append(Series(f"{rows} rows, a task", x, [p["old"] for p in record.search], colour=1, shape=1))
         series.append(Series("new rows held out", x, [p["new"] for p in record.search], colour=2, shape=2))
         series.append(Series(f"chosen {chosen:.1f}", [chosen], [sums[chosen]], line=False, colour=3, shape=3))
         where = f"task {t}, {record.task}" + (f", {run.label}" if runs > 1 else "")
         about = "Chosen is the smallest coefficient within one standard error of the smallest objective."
         name = f"search-{t}" if runs == 1 else f"search-{place}-{t}"
-        title, unit = f"Search of the coefficient of {where}", "cross-entropy, nats a token"
+        title, unit = f"Search of the coefficient of {where}", f"cross-entropy, nats a {unit}"
         drawn.append(Chart(name, title, "coefficient α", unit, series, about, _marks(series)))
     return drawn
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pm_hf.adapters.folder import replace_head
+from pm_hf.adapters.folder import folded_tasks, replace_head
 from pm_hf.config.schema import HeadSettings, RunConfig
 from pm_hf.data.rows import Rows
-from pm_hf.data.stream import Task, sample
+from pm_hf.data.stream import Task, sample, sample_classes
 from pm_hf.errors import InputError
 from pm_hf.measuring.analytic_head import (
     HeadStatistics,
@@ -25,10 +25,13 @@ from pm_hf.measuring.analytic_head import (
     merge_temperature,
     ridge_drift,
 )
+from pm_hf.measuring.head_search import NODES, head_search
+from pm_hf.measuring.line_search import Point
 from pm_hf.measuring.scores import Scorer
 from pm_hf.merging.lowrank import LowRank
-from pm_hf.models.lora import find_head, head_matrix
-from pm_hf.models.task_model import TaskModel
+from pm_hf.models.contexts import scaled_adapter
+from pm_hf.models.lora import adapted_layers, find_head, head_matrix
+from pm_hf.models.task_model import TASK_ADAPTER, TaskModel
 from pm_hf.runs.paths import STATISTICS_FILE, TaskPaths
 from pm_hf.runs.start import TaskStart
 
@@ -48,6 +51,10 @@ class HeadPolicy:
     def curvature_heads(self, built: TaskModel, start: TaskStart) -> dict[str, LowRank] | None:
         """{head: its [weight | bias] before the task, (rows, in + 1)} of a head that belongs into the curvature."""
         return None
+
+    def search(self, built: TaskModel, task: Task, start: TaskStart, rows: int) -> list[Point]:
+        """What the coefficient of a trained task is searched with, measured on about so many of its rows; nothing."""
+        return []
 
     def after_merge(
         self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None, *, trained: bool
@@ -149,6 +156,33 @@ class AnalyticHead(HeadPolicy):
         if self.settings.strict and statistics.temperature is None:
             statistics = statistics.frozen(temperature)
         return statistics, temperature
+
+    def search(self, built: TaskModel, task: Task, start: TaskStart, rows: int) -> list[Point]:
+        """J(α) against draws of the earlier classes, see `head_search`.
+
+        Half of the rows, at most, are those held out of the training (`Task.eval`). The task adapter is scaled.
+        """
+        assert start.running is not None
+        seed, settings = self.scorer.config.seed + start.index, self.settings
+        features = dict[float, Tensor]()
+        held_out = sample_classes(task.eval, rows // 2, seed)
+        fitted = sample_classes(task.train, rows - len(held_out), seed)
+        model, layers = built.model.to(self.scorer.device), adapted_layers(built.model, TASK_ADAPTER)
+        for share in NODES:
+            with scaled_adapter(list(layers.values()), TASK_ADAPTER, share):
+                features[share] = self.scorer.features_of(model, fitted.with_rows(held_out), task.own, str(built.head))
+        return head_search(
+            _load_statistics(start.statistics),
+            {share: values[: len(fitted)] for share, values in features.items()},
+            fitted.labels,
+            {share: values[len(fitted) :] for share, values in features.items()},
+            held_out.labels,
+            earlier=folded_tasks(start.running),
+            ridge=settings.ridge,
+            drift=settings.drift == "ridge",
+            one_mean_per_task=settings.means == "task",
+            seed=seed,
+        )
 
     def _features_before(self, running: Path, task: Task, head: str) -> Tensor:
         """The task's features under the running merge, (n, d); the last ones are kept: a merge line has several merges

@@ -61,6 +61,9 @@ from pm_hf.training.task_trainer import precision, train, training_arguments
 
 __all__ = ["ForgettingError", "evaluate", "learn"]
 
+SEARCH_COST = 0.1  # of the training's time, that the search of a classifier's coefficient takes
+LEAST_SEARCH_ROWS = 64
+
 
 def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> Report:
     """Run a stream of tasks, or continue it after the last finished one, and return its report.
@@ -272,7 +275,7 @@ class Run:
         stop.check()
         curvature = self._measure(built, task, start)
         stop.check()
-        search = on_main_process(lambda: self._search(built, task, start, rehearsed))
+        search = on_main_process(lambda: self._search(built, task, start, rehearsed, record))
         stop.check()
         on_main_process(lambda: self._save(built, task, self.folder.task(start.index).adapter))
         return TrainedTask(built.head, record, curvature, search)
@@ -450,11 +453,19 @@ class Run:
         on_main_process(lambda: curvature.save(path))
         return Curvature.load(path)  # from here on it is read a chunk at a time
 
-    def _search(self, built: TaskModel, task: Task, start: TaskStart, rehearsed: Rehearsed) -> list[Point]:
+    def _search(
+        self, built: TaskModel, task: Task, start: TaskStart, rehearsed: Rehearsed, record: TrainingRecord | None
+    ) -> list[Point]:
         """What the coefficient is chosen by where it is searched for; the first task is taken as it is."""
-        if self.rehearsal is None or not self.config.searches or start.running is None:
+        if not self.config.searches or start.running is None or record is None:
             return []
-        return self.rehearsal.search(built, task, rehearsed.pool)
+        if self.rehearsal is not None:
+            return self.rehearsal.search(built, task, rehearsed.pool)
+        args = training_arguments(self.config, self.folder.path, start.index)
+        batch = args.train_batch_size * args.gradient_accumulation_steps * process_count()
+        # three passes without gradients over this share of the rows that were trained on, of which each took three too
+        rows = max(LEAST_SEARCH_ROWS, int(SEARCH_COST * record.optimizer_steps * batch))
+        return self.head.search(built, task, start, rows)
 
     def _save(self, built: TaskModel, task: Task, path: Path) -> None:
         factors, saved, peft_config = task_tensors(built.model, self.config.stream.kind)

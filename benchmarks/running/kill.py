@@ -15,6 +15,7 @@ byte, and every step.json without its seconds, megabytes and digests.
 """
 
 import argparse
+import importlib
 import hashlib
 import os
 import random
@@ -114,11 +115,10 @@ def docstrings(folder: Path) -> None:
 def prompts(folder: Path) -> None:
     """Prompts and answers of three tasks and a tiny language model, as the tests have them; run.json: settings."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from helpers.rehearsal import settings
-    from helpers.streams import write_language_data
-
+    settings = importlib.import_module("helpers.rehearsal").settings
+    write = importlib.import_module("helpers.streams").write_language_data
     folder.mkdir(parents=True)
-    write_json(folder / "run.json", settings(write_language_data(folder), ""))
+    write_json(folder / "run.json", settings(write(folder), ""))
 
 
 @dataclass(frozen=True)

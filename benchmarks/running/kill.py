@@ -15,8 +15,8 @@ byte, and every step.json without its seconds, megabytes and digests.
 """
 
 import argparse
-import importlib
 import hashlib
+import importlib
 import os
 import random
 import shutil

@@ -51,7 +51,7 @@ class HeadStatistics:
     def with_directions(self, count: int) -> "HeadStatistics":
         """The statistics with `count` directions a class: the largest ones, or zeros where they are not known."""
         directions = torch.zeros(len(self.labels), count, self.means.shape[1])
-        if self.kept:
+        if len(self.labels) and self.kept:
             directions[:, : self.kept] = self.directions[:, :count]
         return replace(self, directions=directions)
 
@@ -81,6 +81,7 @@ class HeadStatistics:
         directions = torch.zeros(len(names), self.kept, d)
         if len(self.labels):
             means[: len(self.labels)] = self.means
+        if len(self.labels) and self.kept:
             directions[: len(self.labels)] = self.directions
         for place, (index, label) in enumerate(present):
             rows = features[targets == index]
@@ -146,7 +147,7 @@ class HeadStatistics:
             tensors |= {"covariance": self.covariance, "center": self.center}
         header = {"labels": self.labels, "temperature": self.temperature}
         header |= {} if self.layer is None else {"layer": self.layer}
-        if self.kept:
+        if len(self.labels) and self.kept:
             tensors |= {"directions": self.directions}
         header |= {"losses": self.losses} if self.losses else {}
         save_tensors(tensors, Path(path), {"format": HEAD_FORMAT, "head": json.dumps(header)})

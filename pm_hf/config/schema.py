@@ -202,6 +202,11 @@ class HeadSettings:
     )
     drift: Literal["ridge", "none"] = setting("ridge", "lda: how old class means follow the backbone")
     ridge: Number = setting(1.0, "lda: λ = ridge · tr(FᵀF)/d of the drift regression", gt=0)
+    solver: Literal["lda", "bound", "search"] = setting(
+        "lda",
+        "lda: rows are the discriminants, or minimise a bound of the expected loss with each class's own covariance; "
+        "search: those that lose less on rows held out in turn",
+    )
     strict: Flag = setting(False, "lda: freeze backbone and covariance after task 1, old rows stay bit-identical")
 
 

@@ -31,7 +31,7 @@ setup(
         "safetensors>=0.8",
         "huggingface_hub>=1.5",
         "psutil>=5",
-        "pydantic>=2.7",
+        "pydantic>=2.10",
         "pyyaml>=6",
         "tqdm>=4.60",
     ],

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from grid import STREAMS
 from tqdm import tqdm
 
 SHARED = ROOT.parent / "shared"
+PICTURES = ("image", "image112")  # folders of data whose backbones are in --models
 
 
 def lacking_input(names: list[str], options: argparse.Namespace) -> str | None:
@@ -25,14 +27,30 @@ def lacking_input(names: list[str], options: argparse.Namespace) -> str | None:
         folder = options.data / STREAMS[name].data
         if not folder.is_dir():
             return f"{name} needs data in {folder}; name the folder that has it with --data"
-        if STREAMS[name].data == "image" and not options.backbone.is_dir():
-            return f"{name} needs a ViT in {options.backbone}; name another with --backbone"
+        base = options.models / backbone(name)
+        if STREAMS[name].data in PICTURES and not base.is_dir():
+            return f"{name} needs a ViT in {base}; name the folder that has it with --models"
     return None
 
 
 def data_folder(name: str, options: argparse.Namespace) -> Path:
     """Where the stream's files are."""
-    return options.runs / name / "data" if name == "smollm2-domains" else options.data / STREAMS[name].data
+    return options.runs / name / "data" if STREAMS[name].recipe else options.data / STREAMS[name].data
+
+
+def prepare(name: str, options: argparse.Namespace) -> None:
+    """Data that a recipe makes on this machine."""
+    recipe, folder = STREAMS[name].recipe, data_folder(name, options)
+    if recipe and not (folder / "made").exists():
+        sys.path.insert(0, str(ROOT / "recipes"))
+        importlib.import_module(recipe).write(options.data / "text", folder)
+        (folder / "made").touch()
+
+
+def backbone(name: str) -> str:
+    """The folder's name of the stream's backbone."""
+    text = (ROOT / "configs" / STREAMS[name].config).read_text(encoding="utf-8")
+    return Path(yaml.safe_load(text)["model"]["base"]).name
 
 
 def anywhere(config: dict[str, Any]) -> dict[str, Any]:
@@ -45,8 +63,8 @@ def data_settings(name: str, seed: int, folder: Path, options: argparse.Namespac
     stream = STREAMS[name]
     source = ROOT / "configs" / stream.config
     changes: dict[str, Any] = {"data_dir": str(data_folder(name, options)), "output_dir": str(folder)}
-    if stream.data == "image":
-        changes["model.base"] = str(options.backbone)
+    if stream.data in PICTURES:
+        changes["model.base"] = str(options.models / backbone(name))
     if stream.orders or stream.tasks:
         changes["stream.tasks"] = tasks(source, seed if stream.orders else 0, stream.tasks)
     return source, changes

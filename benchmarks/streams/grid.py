@@ -17,6 +17,7 @@ NAMES = {
     "olora": "O-LoRA",
     "base_kl": "KL to the base",
     "replay": "replay, 5 rows a class",
+    "written": "written rows, α by search",
     "merge_only": "merging alone (Fisher α)",
     "pm": "P&M: perturbation + Fisher α",
     "pm_trace": "P&M, each task's Fisher over its mean",
@@ -39,6 +40,7 @@ NAMES = {
 # rows that are no method of their own: a method, and what is changed of it
 VARIANTS: dict[str, dict[str, Any]] = {
     "untouched": {"method": "joint", "trains": False},  # the base is scored and left alone
+    "written": {"method": "average", "strategy.replay": "generated", "merge.coefficient": "search"},
     "pm_lda": {"method": "pm", "head.kind": "lda"},
     "average_lda": {"method": "average", "head.kind": "lda"},
     "gram_lda": {"method": "pm_gram_lda", "perturbation.scale": 0.0},
@@ -61,7 +63,7 @@ CORE = ("sequential", "average", "pm", "best", "frozen", "joint", "joint_lda")
 ENGINES = ("coma", "cofima", "magmax", "opcm", "slao", "sfa", "ewc", "olora", "base_kl", "replay", "individual")
 LDA = ("pm_gram_lda", "pm_lda", "average_lda", "gram_lda", "best_no_drift", "best_local", "best_average", "first_lda")
 REST = ("merge_only", "pm_trace", "pm_gram", *LDA, *ENGINES)
-RIVALS = ("sequential", "average", "olora", "slao", "sfa", "merge_only", "pm", "pm_trace", "joint", "untouched")
+LANGUAGE = ("sequential", "average", "slao", "pm", "replay", "best", "joint", "frozen", "classifier", "untouched")
 TEXTS = ("sequential", "average", "pm", "pm_trace", "joint", "untouched")
 
 
@@ -76,6 +78,7 @@ class Stream:
     columns: Sequence[tuple[str, str]] = tuple(CLASSES.items())  # (title, key)
     tasks: int | None = None  # the first so many tasks of the YAML only
     orders: bool = False  # seed k starts with task k; ± is then the 95 % t interval
+    recipe: str | None = None  # file in recipes/ that makes the data of --data/text
 
 
 # named as their file in configs/; four-sets is the first four tasks of ten-sets
@@ -87,21 +90,38 @@ STREAMS = {
     "pacs": Stream("PACS, 4 domains", "image/pacs.yaml", "image"),
     "tiny-imagenet-50": Stream("Tiny-ImageNet-50, 10 x 5 classes", "image/tiny-imagenet-50.yaml", "image"),
     "cifar10": Stream("CIFAR-10, 5 x 2 classes", "image/cifar10.yaml", "image"),
+    "mini-imagenet": Stream("mini-ImageNet-100, 10 x 10 classes", "focus/mini-imagenet.yaml", "image112"),
+    "cifar100": Stream("CIFAR-100, 10 x 10 classes", "focus/cifar100.yaml", "image112"),
+    "pacs-112": Stream("PACS at 112 pixels, 4 domains", "focus/pacs-112.yaml", "image112"),
+    "grocery": Stream("groceries, 9 x 9 classes", "focus/grocery.yaml", "image112"),
     "smollm2-text": Stream(
-        "SmolLM2-135M, four text sets", "smollm2/text.yaml", "text", RIVALS, tuple(ANSWERS.items()), orders=True
+        "SmolLM2-135M, four text sets", "smollm2/text.yaml", "text", LANGUAGE, tuple(ANSWERS.items()), orders=True
     ),
     "smollm2-eight": Stream(
-        "SmolLM2-135M, eight text sets", "smollm2/eight.yaml", "text", RIVALS, tuple(ANSWERS.items()), orders=True
+        "SmolLM2-135M, eight text sets", "smollm2/eight.yaml", "text", LANGUAGE, tuple(ANSWERS.items()), orders=True
+    ),
+    "smollm2-chat": Stream(
+        "SmolLM2-135M, four skills as chats",
+        "smollm2/chat.yaml",
+        "text",
+        LANGUAGE,
+        tuple(ANSWERS.items()),
+        None,
+        True,
+        "make_chats",
+    ),
+    "t5-text": Stream(
+        "a small T5 of recipes/make_t5.py, four text sets",
+        "language/t5-text.yaml",
+        "text",
+        ("sequential", "average", "replay", "written", "joint", "untouched"),
+        tuple(ANSWERS.items()),
+        orders=True,
     ),
     "smollm2-domains": Stream(
-        *(
-            "SmolLM2-135M, 4 domains of text and code",
-            "smollm2/domains.yaml",
-            "text",
-            TEXTS,
-            tuple(TEXT.items()),
-        ),
+        *("SmolLM2-135M, 4 domains of text and code", "smollm2/domains.yaml", "text", TEXTS, tuple(TEXT.items())),
         orders=True,
+        recipe="make_domains",
     ),
 }
 

@@ -25,85 +25,77 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ablation import held_out
-from common import SHARED, anywhere, data_settings, lacking_input, pooled, steps
+from common import SHARED, anywhere, data_settings, lacking_input, pooled, prepare, steps
 from environment import ROOT, environment
 from grid import STREAMS
 from tables import spread
 
-from pm_hf.adapters.folder import open_adapter
 from pm_hf.config.loading import load_config
-from pm_hf.data.pool import Pool, PoolRow, in_turns
-from pm_hf.data.writing import WritingForm
+from pm_hf.data.pool import in_turns
 from pm_hf.files import write_json
 from pm_hf.models.language_model import IGNORED, predicts_next_token, target_mask
 from pm_hf.runs import learner
 from pm_hf.runs.learner import learn
 from pm_hf.runs.rehearsal import Rehearsal, Written
+from pm_hf.runs.writers import Collected
 from pm_hf.training import writer
 
 
 class RunningWriter(Rehearsal):
     """The writer is trained on the running merge, not on the base."""
 
-    def write(self, task, index, pool, paths, stop):
-        build, merged = writer.build_task_model, None if pool is None else open_adapter(pool.parent / "merged")
-        with mock.patch.object(
-            writer,
-            "build_task_model",
-            lambda model, lora, labels, frozen, *rest, **more: build(model, lora, labels, merged, *rest, **more),
-        ):
-            return super().write(task, index, pool, paths, stop)
+    def rehearsed(self, start, stop):  # noqa: D102
+        self.running = start.running
+        return super().rehearsed(start, stop)
+
+    def write(self, *arguments):  # noqa: D102
+        build = writer.build_task_model
+
+        def from_running(model, lora, labels, frozen, *rest, **more):
+            return build(model, lora, labels, self.running, *rest, **more)
+
+        with mock.patch.object(writer, "build_task_model", from_running):
+            return super().write(*arguments)
 
 
 class Agreeing(Rehearsal):
     """Twice as many rows are written, and those kept first that the merge gives the answer they were written for."""
 
-    factor = 2
+    def _assignment(self, task, index, count):
+        return super()._assignment(task, index, 2 * count)
 
-    def write(self, task, index, pool, paths, stop):
-        self.factor = 2
-        try:
-            return super().write(task, index, pool, paths, stop)
-        finally:
-            self.factor = 1
-
-    def _share(self, pool):
-        return self.factor * super()._share(pool)
-
-    def _labelled(self, scorer, written, task, answers):
-        rows = super()._labelled(scorer, written, task, answers)
+    def _labelled(self, scorer, assignment, texts, answers):
+        rows = super()._labelled(scorer, assignment, texts, answers)
         return sorted(rows, key=lambda row: row.completion != row.asked)[: len(rows) // 2]
 
 
 class Hard(Rehearsal):
     """Labels are the merge's likeliest answer alone."""
 
-    def _labelled(self, scorer, written, task, answers):
-        rows = super()._labelled(scorer, written, task, answers)
-        return [replace(row, answers={row.completion: 1.0}) for row in rows]
+    def _labelled(self, *arguments):
+        return [replace(row, answers={row.completion: 1.0}) for row in super()._labelled(*arguments)]
 
 
 class Asked(Rehearsal):
     """Labels are the answers that the rows were written for."""
 
-    def _labelled(self, scorer, written, task, answers):
-        return [
-            PoolRow(row.task, row.asked, row.prompt, row.asked, {row.asked: 1.0}, [])
-            for row in super()._labelled(scorer, written, task, answers)
-        ]
+    def _labelled(self, *arguments):
+        rows = super()._labelled(*arguments)
+        return [replace(row, completion=row.asked, answers={row.asked: 1.0}) for row in rows]
 
 
 class Real(Rehearsal):
     """Training rows in place of written ones, labelled by the merge as those are."""
 
-    def write(self, task, index, pool, paths, stop):
-        form, count = WritingForm.of(task), self._share(Pool() if pool is None else Pool.load(pool))
-        groups: dict[str, list[tuple[str, str]]] = {answer: [] for answer in form.answers}
-        for text, label in zip(form.texts(task.train), task.train.labels, strict=True):
+    def write(self, task, index, pool, paths, stop):  # noqa: D102
+        assignment = self._assignment(task, index, self._share(len(pool.tasks) + 1))
+        groups: dict[str, list[tuple[str, str]]] = {answer: [] for answer in assignment.form.answers}
+        for text, label in zip(assignment.form.texts(task.train), task.train.labels, strict=True):
             groups[label].append((label, text))
-        texts = in_turns(groups.values())[:count]
+        texts = in_turns(groups.values())[: assignment.count]
         counts = {"kept": len(texts), "copies": 0, "doubles": 0, "empty": 0}
-        return Written(form, texts, counts, 0, {"writer": 0.0, "write": 0.0})
+        adapter = writer.WriterAdapter({}, {}, (), 0)
+        return Written(assignment, adapter, Collected(texts, counts), 0, {"writer": 0.0, "write": 0.0})
 
 
 class OwnAnswers:
@@ -114,7 +106,7 @@ class OwnAnswers:
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = torch.tensor(tokens)
 
-    def __call__(self, model, batch, logits):
+    def __call__(self, model, batch, logits):  # noqa: D102
         labels = batch["labels"]
         chosen = logits[target_mask(labels, shifted=predicts_next_token(model))].float()
         own = self.tokens.to(logits.device)
@@ -130,10 +122,10 @@ def own_answers() -> Iterator[None]:
     """OwnAnswers in every task's training."""
     train = learner.Run._train
 
-    def with_penalty(self, built, task, start, stop):
+    def with_penalty(self, built, task, *arguments):
         tokens = sorted({token for answer in task.own for token in self.encoder.completion("", answer)})
-        with mock.patch.object(learner, "make_penalties", lambda *_: [OwnAnswers(tokens)]):
-            return train(self, built, task, start, stop)
+        with mock.patch.object(learner, "make_penalties", return_value=[OwnAnswers(tokens)]):
+            return train(self, built, task, *arguments)
 
     with mock.patch.object(learner.Run, "_train", with_penalty):
         yield
@@ -149,41 +141,28 @@ def writing(**training: Any):
     return lambda: mock.patch.dict(writer.WRITER_TRAINING, training)
 
 
-GENERATED: dict[str, Any] = {
-    "method": "average",
-    "strategy.replay": "generated",
-    "merge.coefficient": "search",
-}
-ONE = {"merge.coefficient": 1.0}
-# {name in paths: (title, settings, what else is patched)}
+ONE = {"method": "best", "merge.coefficient": 1.0}
+# {name in paths: (title, settings, what else is patched)}; each differs from the first in one thing
 CELLS: dict[str, tuple[str, dict[str, Any], tuple]] = {
+    "best": ("`best`: written rows, α by search", {"method": "best"}, ()),
+    "one": ("α = 1", ONE, ()),
+    "mean": ("α = 1/t", {"method": "best", "merge.coefficient": None}, ()),
+    "rows-128": ("128 rows", {"method": "best", "strategy.pool_rows": 128}, ()),
+    "rows-256": ("256 rows", {"method": "best", "strategy.pool_rows": 256}, ()),
+    "rows-1024": ("1024 rows", {"method": "best", "strategy.pool_rows": 1024}, ()),
+    "no-samples": ("no samples of the base", {"method": "best", "strategy.base_samples": 0}, ()),
+    "epochs-2": ("writer 2 epochs", {"method": "best"}, (writing(num_train_epochs=2),)),
+    "epochs-8": ("writer 8 epochs", {"method": "best"}, (writing(num_train_epochs=8),)),
+    "faster": ("writer's learning rate 2e-3", {"method": "best"}, (writing(learning_rate=2e-3),)),
+    "running": ("writer from the running merge", {"method": "best"}, (kind(RunningWriter),)),
+    "hard": ("hard labels of the merge", {"method": "best"}, (kind(Hard),)),
+    "asked": ("labels: what was asked for", {"method": "best"}, (kind(Asked),)),
+    "agreeing": ("half of twice as many, the agreeing first", {"method": "best"}, (kind(Agreeing),)),
+    "own": ("loss over the task's own answers", {"method": "best"}, (own_answers,)),
+    "perturbed": ("perturbed, ε = 0.5", {"method": "best", "perturbation.scale": 0.5}, ()),
+    "real": ("training rows in place of written ones", {"method": "best"}, (kind(Real),)),
     "joint": ("joint training", {"method": "joint"}, ()),
     "sequential": ("sequential", {"method": "sequential"}, ()),
-    "written": ("written rows, α by search, 512 rows, writer from the base, 2 epochs, soft labels", GENERATED, ()),
-    "one": ("α = 1", GENERATED | ONE, ()),
-    "mean": ("α = 1/t", GENERATED | {"merge.coefficient": None}, ()),
-    "epochs-4": ("writer 4 epochs", GENERATED, (writing(num_train_epochs=4),)),
-    "epochs-8": ("writer 8 epochs", GENERATED, (writing(num_train_epochs=8),)),
-    "rows-128": ("128 rows", GENERATED | {"strategy.pool_rows": 128}, ()),
-    "rows-256": ("256 rows", GENERATED | {"strategy.pool_rows": 256}, ()),
-    "rows-1024": ("1024 rows", GENERATED | {"strategy.pool_rows": 1024}, ()),
-    "running": ("writer from the running merge", GENERATED, (kind(RunningWriter),)),
-    "hard": ("hard labels of the merge", GENERATED, (kind(Hard),)),
-    "asked": ("labels: what was asked for", GENERATED, (kind(Asked),)),
-    "agreeing": ("half of twice as many, the agreeing first", GENERATED, (kind(Agreeing),)),
-    "agreeing-4": (
-        "the same, writer 4 epochs",
-        GENERATED,
-        (kind(Agreeing), writing(num_train_epochs=4)),
-    ),
-    "own": ("loss over the task's own answers", GENERATED, (own_answers,)),
-    "perturbed": ("perturbed, ε = 0.5", GENERATED | {"perturbation.scale": 0.5}, ()),
-    "real": ("training rows in place of written ones", GENERATED, (kind(Real),)),
-    "best-guess": (
-        "1024 rows, agreeing first, writer 4 epochs, α = 1",
-        GENERATED | ONE | {"strategy.pool_rows": 1024},
-        (kind(Agreeing), writing(num_train_epochs=4)),
-    ),
 }
 
 
@@ -197,10 +176,12 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time, one thread each")
     parser.add_argument("--runs", type=Path, default=Path("runs/rehearsal"), help="folder for the runs themselves")
     options = parser.parse_args()
-    options.backbone = None
+    options.models = SHARED / "models"
     if lacking := lacking_input(options.streams, options):
         parser.error(lacking)
     asked = [(name, cell, seed) for name in options.streams for seed in options.seeds for cell in options.cells]
+    for name in options.streams:
+        prepare(name, options)
     failed = pooled(cell_result, [job for job in asked if not result_path(*job).exists()], options)
     (ROOT / "results" / "rehearsal" / "table.md").write_text(text := table(), encoding="utf-8")
     print(text)

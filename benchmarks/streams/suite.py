@@ -6,7 +6,7 @@ python benchmarks/streams/suite.py --preset methods    every other method and st
 python benchmarks/streams/suite.py --streams pacs --methods pm best --seeds 0 1     what you name
 python benchmarks/streams/suite.py --table             only the tables and pictures of what is in results/
 
-The data are in --data (text/, image/); streams of pictures need --backbone. --jobs: processes that work on runs side
+The data are in --data (text/, image/); streams of pictures need --models. --jobs: processes that work on runs side
 by side, one thread each. What has a result is not run again, and a run that was stopped is continued by the same
 command. A seed is also an order where the stream is said to have orders: seed k starts with task k. Written are
 results/streams/STREAM/METHOD-seedK.json, the stream's table.md and methods.png, and the tables of results/README.md.
@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import SHARED, anywhere, data_folder, data_settings, lacking_input, pooled
+from common import SHARED, anywhere, data_settings, lacking_input, pooled, prepare, steps
 from environment import ROOT, environment
-from grid import NAMES, PRESETS, STREAMS, VARIANTS
+from grid import LANGUAGE, NAMES, PRESETS, STREAMS, VARIANTS
 from tables import result_path, write, write_readme
 
 from pm_hf.files import write_json
@@ -44,7 +44,7 @@ def main() -> int:
     what.add_argument("--streams", nargs="+", choices=list(STREAMS))
     what.add_argument("--table", action="store_true", help="only write the tables")
     parser.add_argument("--data", type=Path, default=SHARED / "data", help="folder with text/ and image/")
-    parser.add_argument("--backbone", type=Path, default=SHARED / "models" / "vit-tiny-imagenet150", help="of pictures")
+    parser.add_argument("--models", type=Path, default=SHARED / "models", help="folder with the ViTs")
     parser.add_argument("--methods", nargs="+", choices=list(NAMES))
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
@@ -84,15 +84,6 @@ def run_missing(asked: list[Job], options: argparse.Namespace) -> int:
     return pooled(run, missing, options, done=len(asked) - len(missing))
 
 
-def prepare(name: str, options: argparse.Namespace) -> None:
-    """Data that a recipe makes on this machine."""
-    if name == "smollm2-domains" and not (data_folder(name, options) / "general-test.jsonl").exists():
-        sys.path.insert(0, str(ROOT / "recipes"))
-        from make_domains import write as write_domains
-
-        write_domains(options.data / "text", data_folder(name, options))
-
-
 def run(job: Job, options: argparse.Namespace) -> None:
     """One run and its result."""
     from pm_hf.config.loading import load_config
@@ -105,6 +96,8 @@ def run(job: Job, options: argparse.Namespace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     config = anywhere(load_config(folder / "config.yaml").to_dict())
     origin = {"stream": stream.title, "preset": options.preset, "config": config}
+    if stream.methods is LANGUAGE:
+        origin["steps"] = steps(folder)
     write_json(path, {**origin, **report.to_dict(), "method": job.method, **environment()})
 
 

@@ -10,7 +10,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,17 +59,25 @@ class ModelSource:
 class ModelNames:
     """Names of one model class. modules: all of them; layers: the same, numbers as #. whole: from the base's own
     configuration, else from the default one of its class, in which parts may be of another architecture than the
-    base's."""
+    base's. guessed: the class is the checkpoint's, as the adapter says nothing of its own: it may have been trained on
+    the same model with another head, or without one."""
 
     title: str
     modules: frozenset[str]
     layers: frozenset[str]
     whole: bool
     model: Any
+    guessed: bool = False
 
     def has(self, module: str) -> bool:
         """Whether the class has a module of this name."""
         return _numberless(module) in self.layers
+
+    def has_under_any_head(self, module: str) -> bool:
+        """Whether the class has it, or where that is guessed the same model with another head or without one."""
+        prefix = f"{self.model.base_model_prefix}."
+        other = module.removeprefix(prefix) if module.startswith(prefix) else prefix + module
+        return self.has(module) or (self.guessed and self.has(other))
 
     def foreign(self, modules: Iterable[str]) -> list[str]:
         """Those of the modules that the model does not have, by number too, and that PEFT does not convert."""
@@ -116,7 +124,7 @@ class ModelNames:
         return {module: _numbered(layer, module) for module, layer in only.items()}
 
     def _may_have(self, module: str) -> bool:
-        if self.has(module):
+        if self.has_under_any_head(module):
             return True
         lists = {name.partition(".#")[0] for name in self.layers if ".#" in name}
         return not self.whole and _numberless(module).partition(".#")[0] in lists
@@ -182,7 +190,8 @@ def _build(source: ModelSource, text: str | None) -> list[ModelNames]:
         for name in own_classes:
             if name not in built and hasattr(transformers, name):
                 built[name] = getattr(transformers, name)(config)
-        return [_names(name, model, True) for name, model in built.items()]
+        guessed = source.task not in AUTO_CLASSES
+        return [replace(_names(name, model, True), guessed=guessed) for name, model in built.items()]
 
 
 def _architectures(text: str | None) -> list[str]:

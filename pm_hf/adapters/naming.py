@@ -75,7 +75,8 @@ def _renamed(adapter: Adapter, models: Sequence[ModelNames], apart: bool) -> Ada
     adapters name these layers otherwise, so that a place that only one layer of the class has tells too."""
     saved = {name.rpartition(".")[0].removesuffix(".base_layer") for name in adapter.saved}
     plain = [m for m, layout in adapter.layouts.items() if layout.kind != "fused" and ".base_layer" not in m]
-    unknown = [name for name in {*plain, *saved} if not any(model.has(name) for model in models)]
+    known = [model.has if apart else model.has_under_any_head for model in models]
+    unknown = [name for name in {*plain, *saved} if not any(has(name) for has in known)]
     for model in models if unknown else ():
         new = (model.placed(unknown) if apart or model.whole else {}) | model.renamed(unknown)
         every = [new.get(name, name) for name in {*adapter.layouts, *saved}]

@@ -18,8 +18,7 @@ class StreamKind:
     pipeline: the task's name on the Hub. rows: what a row holds, and so how it is read. has_head: whether the model has
     a classification head (otherwise it is a language model). settings: those of `stream` that only kinds which name
     them have a use for. method: what stands for `method:` where a YAML has none. training: what stands for a learning
-    rate and what goes with it, and for the epochs. They are chosen on held-out training rows (results/defaults), the
-    language models' method by results/streams.
+    rate and what goes with it, and for the epochs. They are chosen on held-out training rows (results/defaults).
     """
 
     auto_model: str
@@ -73,7 +72,7 @@ STREAM_KINDS: dict[str, StreamKind] = {
         "text-generation",
         rows="prompts",
         has_head=False,
-        method="average",
+        method="best",
         training=_LANGUAGE_TRAINING,
         settings=_PROMPT_SETTINGS,
     ),
@@ -83,7 +82,7 @@ STREAM_KINDS: dict[str, StreamKind] = {
         "text-generation",
         rows="prompts",
         has_head=False,
-        method="average",
+        method="best",
         training=_LANGUAGE_TRAINING,
         settings=_PROMPT_SETTINGS,
     ),

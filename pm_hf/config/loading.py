@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pm_hf.config.presets import PRESETS, forget_preset, kind_of, preset_default
 from pm_hf.config.rules import value_problems
 from pm_hf.config.schema import RunConfig
 from pm_hf.config.training import training_values
-from pm_hf.config.typed import as_number, brief, convert, from_mapping
+from pm_hf.config.typed import Settings, as_number, brief
 from pm_hf.config.yaml_text import parse_value, read_yaml
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import write_text
@@ -59,7 +60,7 @@ def load_config(
     fill_defaults(raw, preset_defaults(method, raw))
     if isinstance(raw.get("training"), dict):
         raw["training"] = training_values(raw["training"], problems)
-    config = from_mapping(RunConfig, raw, "", problems)
+    config = run_settings().read(raw, problems)
     if config.stream.scenario is None:
         config.stream.scenario = (
             "domain_incremental" if config.stream.domain_column is not None else "class_incremental"
@@ -72,6 +73,12 @@ def load_config(
     problems += [problem for problem in value_problems(config) if problem.partition(":")[0] not in told]
     raise_all(problems, name)
     return config
+
+
+@cache
+def run_settings() -> Settings:
+    """All settings of a run."""
+    return Settings(RunConfig)
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -90,8 +97,8 @@ def _fill_training(raw: dict, defaults: Mapping[str, float | str]) -> None:
     """Put in an alpha of twice the rank; a learning rate, with the head's, a schedule and a batch size; epochs where no
     number of steps is given."""
     lora = raw.get("lora")
-    rank = convert(int, lora.get("r"), "lora.r", []) if isinstance(lora, Mapping) else None  # in any spelling
-    if isinstance(rank, int) and not isinstance(rank, bool) and rank > 0:
+    rank = as_number(lora.get("r")) if isinstance(lora, Mapping) else None
+    if isinstance(rank, int | float) and not isinstance(rank, bool) and rank > 0:
         fill_defaults(raw, {"lora": {"alpha": 2 * rank}})
     training = {} if raw.get("training") is None else raw["training"]
     if not isinstance(training, Mapping):

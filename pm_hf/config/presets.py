@@ -56,6 +56,14 @@ PRESETS = {
 }
 
 
+# what a method sets for a kind of stream without class heads where that is something else; chosen on held-out training
+# rows, results/rehearsal
+LANGUAGE_PRESETS = {
+    "best": (rehearsing := _preset("average", 0.0, None, "global", "none", replay="generated"))
+    | {"merge": rehearsing["merge"] | {"coefficient": "search"}},
+}
+
+
 def kind_of(raw: Mapping) -> StreamKind:
     """The kind of stream asked for; the default's row for one that does not exist, so that other problems are found."""
     stream = raw.get("stream")
@@ -64,21 +72,32 @@ def kind_of(raw: Mapping) -> StreamKind:
 
 
 def preset_notes(config: RunConfig) -> list[str]:
-    """What a method cannot do for the kind of stream that it was asked for."""
-    if config.kind.has_head or config.analytic_head or PRESETS[config.method]["head"]["kind"] != "lda":
-        return []
+    """What a method, or a setting, cannot do for the kind of stream that it was asked for."""
+    notes = []
+    if config.rehearses and config.strategy.base_samples and config.stream.kind == "seq2seq-lm":
+        notes.append("strategy.base_samples is left out: an encoder-decoder says nothing of its own without an input")
+    row = LANGUAGE_PRESETS.get(config.method, PRESETS[config.method])
+    if config.kind.has_head or config.analytic_head or row["head"]["kind"] != "lda":
+        return notes
     return [
+        *notes,
         f"method {config.method} is for classifiers: {config.stream.kind} has no class head, so its analytic head is "
-        f"left out and its merge is all that remains; the default here is {config.kind.method}"
+        f"left out and its merge is all that remains; the default here is {config.kind.method}",
     ]
 
 
+def preset_row(method: str, kind: StreamKind) -> dict:
+    """What the method sets for a kind of stream. A language model has no head, and its answers are analytic only where
+    it is not trained."""
+    if kind.has_head:
+        return PRESETS[method]
+    row = LANGUAGE_PRESETS.get(method, PRESETS[method])
+    return row | {"head": {"kind": "none"}} if row["trains"] else row
+
+
 def preset_defaults(method: str, raw: Mapping) -> dict:
-    """What the method sets; how the analytic head is trained only where there is one. A language model has no head, and
-    its answers are analytic only where it is not trained."""
-    row, head = PRESETS[method], raw.get("head")
-    if not kind_of(raw).has_head and row["trains"]:
-        return row | {"head": {"kind": "none"}}
+    """What the method sets; how the analytic head is trained only where there is one."""
+    row, head = preset_row(method, kind_of(raw)), raw.get("head")
     asked = head.get("kind") if isinstance(head, Mapping) else None
     return row if asked in (None, "lda") else row | {"head": {"kind": row["head"]["kind"]}}
 
@@ -86,9 +105,10 @@ def preset_defaults(method: str, raw: Mapping) -> dict:
 def forget_preset(raw: dict, method: Any) -> None:
     """Another method is asked for: settings that equal the old method's defaults are the new method's to decide."""
     before = raw.get("method") or kind_of(raw).method
-    if not isinstance(before, str) or before not in PRESETS or method in (None, before):
+    if not isinstance(before, str) or before not in PRESETS or method is None or method == before:
         return
-    for group, defaults in preset_defaults(before, raw).items():
+    old = preset_row(before, kind_of(raw))
+    for group, defaults in old.items():
         if not isinstance(defaults, dict):
             raw.pop(group, None)
         elif isinstance(raw.get(group), dict):

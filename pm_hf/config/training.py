@@ -2,13 +2,34 @@
 
 import enum
 import json
-import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
+from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from pm_hf.config.typed import as_number, brief, convert, join, nested_faults
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic's; typing's from Python 3.12 on
+
+from pm_hf.config.typed import (
+    MODEL,
+    Anything,
+    Choices,
+    Flag,
+    Keyed,
+    Named,
+    Number,
+    Settings,
+    Text,
+    Whole,
+    as_number,
+    brief,
+    join,
+    nested_faults,
+    options,
+)
+
+TAKEN = {int: Whole, float: Number, str: Text, bool: Flag, dict: Keyed, Any: Anything}
 
 # TrainingArguments that the learner decides itself
 MANAGED_ARGUMENTS = frozenset(
@@ -49,84 +70,92 @@ BELOW_ONE = ("adam_beta1", "adam_beta2")  # in [0, 1)
 
 
 def training_values(training: Mapping[Any, Any], problems: list[str]) -> dict[str, Any]:
-    """The values in the types of their fields, those of the learner left as they are; what is wrong is left out and
-    added to the problems.
+    """The values in the types of their fields; what is wrong, or the learner's to decide, is left out and added to the
+    problems.
 
     Integers of float fields stay integers, so that what was saved stays the same.
     """
     if not training:
         return {}
-    known = _hints()
-    unknown = [join("", key) for key in training if key not in known]
+    settings = training_settings()
+    known, managed = settings.json["properties"], sorted(MANAGED_ARGUMENTS & training.keys())
+    unknown = sorted(join("", key if isinstance(key, str) else brief(key)) for key in training.keys() - known.keys())
+    unknown = [name for name in unknown if name not in managed]
     if unknown:
-        problems.append(f"training: {', '.join(sorted(unknown))} are not fields of TrainingArguments")
-    values = {}
-    for name, given in training.items():
-        if name in unknown or name not in known:
-            continue
-        before, value = len(problems), given
-        if name not in MANAGED_ARGUMENTS:
-            value = convert(known[name], given, f"training.{name}", problems)
-            if isinstance(given, int) and isinstance(value, float):
-                value = given
-            if isinstance(value, str) and value.startswith("{") and dict in map(_kind, get_args(known[name])):
-                problems += _json_problems(name, value)
-            problems += [] if len(problems) > before else _range_problems(name, value)
-        if len(problems) == before:
-            values[name] = value
-    managed = sorted(MANAGED_ARGUMENTS & values.keys())
+        meant = ", ".join(dict.fromkeys(near for name in unknown for near in settings.meant(f"training.{name}", known)))
+        guess = f"; did you mean {meant}?" if meant else ""
+        problems.append(f"training: {', '.join(unknown)} are not fields of TrainingArguments{guess}")
     if managed:
         problems.append(f"training: {', '.join(managed)} are decided by pm_hf, which never uploads; remove them")
+    read = settings.read({name: value for name, value in training.items() if name in known}, problems)
+    values = {}
+    for name in (name for name in training if name in read):
+        takes_mapping = any(option.get("type") == "object" for option in options(known[name]))
+        if told := _text_problems(name, read[name], takes_mapping):
+            problems += told
+        else:
+            is_integer = isinstance(training[name], int) and isinstance(read[name], float)
+            values[name] = training[name] if is_integer else read[name]
     return values
 
 
-def _kind(hint: Any) -> Any:
-    return get_origin(hint) or hint
-
-
-def _json_problems(name: str, text: str) -> list[str]:
-    """What is wrong with a mapping that stands as JSON in a text, as TrainingArguments takes it."""
-    try:
-        return list(nested_faults(json.loads(text), f"training.{name}"))
-    except (ValueError, RecursionError):
-        return [f"training.{name}: expected JSON, found {brief(text)}"]
-
-
-def _range_problems(name: str, value: Any) -> list[str]:
-    if name == "optim_args" and value:
-        settings = [part.partition("=")[2].strip() for part in value.split(",")]
+def _text_problems(name: str, value: Any, takes_mapping: bool) -> list[str]:
+    """What is wrong with numbers inside a text: `key=value,key=value`, or JSON where a mapping is taken too."""
+    if not isinstance(value, str) or not value:
+        return []
+    if name == "optim_args":
         if any(part.count("=") != 1 for part in value.split(",")):
             return [f"training.optim_args: expected key=value,key=value, found {brief(value)}"]
-        problems = list[str]()
-        for number in settings:
-            convert(Any, as_number(number), "training.optim_args", problems)
-        return problems
-    if isinstance(value, bool) or not isinstance(value, int | float):
+        inside: Any = [as_number(part.partition("=")[2].strip()) for part in value.split(",")]
+        return [f"training.optim_args: {fault}" for _, fault in nested_faults(inside)]
+    if not takes_mapping or not value.startswith("{"):
         return []
-    if name in BELOW_ONE:
-        return [] if 0 <= value < 1 else [f"training.{name}: must be in [0, 1), found {brief(value)}"]
-    low, high = RANGES.get(name, (None, None))
-    if low is None or low <= value <= (value if high is None else high):
-        return []
-    limits = f"at least {low:g}" if high is None else f"in [{low:g}, {high:g}]"
-    return [f"training.{name}: must be {limits}, found {brief(value)}"]
+    try:
+        return [f"training.{name}{place}: {fault}" for place, fault in nested_faults(json.loads(value))]
+    except (ValueError, RecursionError):
+        return [f"training.{name}: expected JSON, found {brief(value)}"]
 
 
 @cache
-def _hints() -> dict[str, Any]:
-    """{field: its type}, with the choices of fields that have some."""
+def training_settings() -> Settings:
+    """What `training:` may hold: the fields of TrainingArguments that are not the learner's, and OWN_FIELDS."""
     from transformers import TrainingArguments  # seconds
 
-    hints = get_type_hints(TrainingArguments, include_extras=True)
-    typed = {field.name: _settable(hints[field.name], field.metadata) for field in fields(TrainingArguments)}
-    return typed | dict.fromkeys(MANAGED_ARGUMENTS, Any) | OWN_FIELDS | WIDER
+    hints = get_type_hints(TrainingArguments, include_extras=True) | OWN_FIELDS | WIDER
+    settable = {}
+    for argument in fields(TrainingArguments):
+        if argument.name not in MANAGED_ARGUMENTS:
+            settable[argument.name] = _field(argument.name, hints[argument.name], argument.metadata)
+    settable |= {name: _field(name, hint, {}) for name, hint in OWN_FIELDS.items()}
+    typed_dict: Any = TypedDict
+    kind = typed_dict("TrainingValues", settable, total=False)
+    kind.__pydantic_config__ = MODEL
+    return Settings(kind, "training")
 
 
-def _settable(hint: Any, metadata: Mapping) -> Any:
+def _field(name: str, hint: Any, metadata: Mapping) -> Any:
     """What YAML can say of a type: the values of an enum where the field takes its text too, no objects."""
-    options = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
-    if choices := metadata.get("choices"):
-        options = [Annotated[str, tuple(choices)] if option is str else option for option in options]
-    if any(isinstance(option, type) and issubclass(option, enum.Enum) for option in options):
-        options.remove(str)
-    return Union[tuple(option for option in options if not is_dataclass(option))]  # noqa: UP007
+    alternatives = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    texts = Annotated[str, Choices(tuple(choices))] if (choices := metadata.get("choices")) else Text
+    has_enum = any(isinstance(option, type) and issubclass(option, enum.Enum) for option in alternatives)
+    taken = [
+        texts if option is str else _taken(option)
+        for option in sorted(alternatives, key=lambda option: option is not str)  # a number in quotes stays text
+        if not (is_dataclass(option) or option is NoneType or (option is str and has_enum))
+    ]
+    inner: Any = Union[tuple(taken)] if taken else None  # noqa: UP007
+    if len(taken) > 1:
+        inner = Annotated[inner, Field(union_mode="left_to_right")]
+    limits: dict[str, Any] = dict(zip(("ge", "le"), RANGES[name], strict=True)) if name in RANGES else {}
+    limits |= {"ge": 0, "lt": 1} if name in BELOW_ONE else {}
+    nullable = Union[inner, None] if NoneType in alternatives else inner  # noqa: UP007
+    return Annotated[nullable, Field(description=metadata.get("help"), **limits)]
+
+
+def _taken(option: Any) -> Any:
+    """A type of TrainingArguments as that of a setting."""
+    if isinstance(option, type) and issubclass(option, enum.Enum):
+        return Annotated[str, Choices(tuple(member.value for member in option))]
+    if get_origin(option) is list:
+        return list[_taken(get_args(option)[0])]  # type: ignore[misc]
+    return Named if get_origin(option) is dict else TAKEN.get(option, option)

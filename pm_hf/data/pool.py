@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from pm_hf.models.language_model import IGNORED
 
 SOFT_TOKENS, SOFT_WEIGHTS = "soft_tokens", "soft_weights"  # columns of a batch
 MOST_CHOICES = 20  # answers of a row, or tokens of a position, that keep a probability
+BASE = ""  # in place of a task's name: what the untouched base says of its own; no task has this name
 
 SoftTarget = dict[int, float]  # {token id: probability} of one target position
 
@@ -26,9 +28,9 @@ SoftTarget = dict[int, float]  # {token id: probability} of one target position
 class PoolRow:
     """A written prompt, and its soft target.
 
-    task: whose rows it stands for. asked: the answer that it was written for, "" for free text. completion: what is
-    likeliest after the prompt. answers: {answer: probability} of a closed list. tokens: of free text, for each target
-    token of the completion [[token ids], [probabilities]].
+    task: whose rows it stands for, BASE for a sample of the base. asked: the answer that it was written for, "" for
+    free text. completion: what is likeliest after the prompt. answers: {answer: probability} of a closed list. tokens:
+    of free text, for each target token of the completion [[token ids], [probabilities]].
     """
 
     task: str
@@ -43,7 +45,8 @@ class PoolRow:
 class Pool:
     """The rows of all tasks so far, task by task; the rows of a task take turns in the answers they were written for.
 
-    Its size does not depend on the number of tasks.
+    Before them may stand samples of the base, which are rehearsed and belong to no task. Its size does not depend on
+    the number of tasks.
     """
 
     rows: tuple[PoolRow, ...] = ()
@@ -51,13 +54,24 @@ class Pool:
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks that have rows, in the order of the rows."""
-        return list(dict.fromkeys(row.task for row in self.rows))
+        return list(dict.fromkeys(row.task for row in self.of_tasks.rows))
+
+    @property
+    def of_tasks(self) -> "Pool":
+        """The rows of the tasks alone."""
+        return Pool(tuple(row for row in self.rows if row.task != BASE))
+
+    @property
+    def of_base(self) -> "Pool":
+        """The samples of the base alone."""
+        return Pool(tuple(row for row in self.rows if row.task == BASE))
 
     def shrunk(self, per_task: int) -> "Pool":
-        """The first `per_task` rows of each task: as many of each answer as before, give or take one."""
+        """The first `per_task` rows of each task: as many of each answer as before, give or take one. The samples of
+        the base stay."""
         left = dict.fromkeys(self.tasks, per_task)
-        kept = []
-        for row in self.rows:
+        kept = list(self.of_base.rows)
+        for row in self.of_tasks.rows:
             left[row.task] -= 1
             if left[row.task] >= 0:
                 kept.append(row)
@@ -77,11 +91,20 @@ class Pool:
             raise InputError(f"{path} is no pool of written rows: {error}") from error
 
     def examples(self, encoder: CausalEncoder | Seq2SeqEncoder) -> list[dict]:
-        """The encoder's examples of prompts and completions, with `soft`: the SoftTarget of each target token."""
+        """The encoder's examples of prompts and completions, with `soft`: the SoftTarget of each target token.
+
+        A sample of the base has no more target tokens than the tasks' rows on average, spread over its text: the loss is
+        a mean over tokens, and a sample should not weigh as much as twenty answers.
+        """
         rows = Rows([row.prompt for row in self.rows], [row.completion for row in self.rows])
-        examples = encoder.examples(rows)
-        return [
+        examples = [
             example | {"soft": _soft_targets(row, targets(example), encoder)}
+            for row, example in zip(self.rows, encoder.examples(rows), strict=True)
+        ]
+        sizes = [len(example["soft"]) for row, example in zip(self.rows, examples, strict=True) if row.task != BASE]
+        most = max(1, round(fmean(sizes))) if sizes else None
+        return [
+            example if most is None or row.task != BASE else _with_fewer_targets(example, most)
             for row, example in zip(self.rows, examples, strict=True)
         ]
 
@@ -134,6 +157,18 @@ def targets(example: Mapping[str, Any]) -> list[int]:
 def hard_targets(example: Mapping[str, Any]) -> list[SoftTarget]:
     """The example's own target tokens as soft targets."""
     return [{token: 1.0} for token in targets(example)]
+
+
+def _with_fewer_targets(example: dict, most: int) -> dict:
+    """The example with `most` of its target tokens at most, evenly spread."""
+    places = [place for place, token in enumerate(example["labels"]) if token != IGNORED]
+    if len(places) <= most:
+        return example
+    kept = [(2 * number + 1) * len(places) // (2 * most) for number in range(most)]
+    labels = [IGNORED] * len(example["labels"])
+    for number in kept:
+        labels[places[number]] = example["labels"][places[number]]
+    return example | {"labels": labels, "soft": [example["soft"][number] for number in kept]}
 
 
 def _soft_targets(row: PoolRow, tokens: list[int], encoder: CausalEncoder | Seq2SeqEncoder) -> list[SoftTarget]:

@@ -11,6 +11,8 @@ from pm_hf.data.rows import Rows
 from pm_hf.data.stream import Task
 from pm_hf.errors import InputError
 
+MOST_REPEATS = 4  # times that a writer sees a rare answer's row in an epoch
+
 
 @dataclass(frozen=True)
 class WritingForm:
@@ -48,6 +50,11 @@ class WritingForm:
             single_line=not any("\n" in _inner(text, before, after) for text in texts),
         )
 
+    @property
+    def closed(self) -> bool:
+        """Whether there are answers to write for, not free text."""
+        return self.answers != ("",)
+
     def source(self, answer: str) -> str | Messages:
         """What the writer is asked for a text with this answer."""
         asked = f"Answer: {answer.strip()}\nText:" if answer else "Text:"
@@ -58,14 +65,22 @@ class WritingForm:
         return [_inner(text, self.before, self.after) for text in _wholes(rows, self.plain)]
 
     def training(self, rows: Rows) -> Rows:
-        """What a writer is trained on: sources, completed by the texts; rows without a text are left out."""
-        pairs = [
-            (self.source(label if self.answers != ("",) else ""), text)
-            for label, text in zip(rows.labels, self.texts(rows), strict=True)
-            if text
-        ]
+        """What a writer is trained on: sources, completed by the texts; rows without a text are left out.
+
+        An answer with fewer rows than the mean has them several times, up to the mean and 4 times each at most, so that
+        the writer learns to write for it and does not learn its rows by heart.
+        """
+        labels = rows.labels if self.closed else [""] * len(rows)
+        pairs = [(label, text) for label, text in zip(labels, self.texts(rows), strict=True) if text]
+        by_answer: dict[str, list[str]] = {}
+        for label, text in pairs:
+            by_answer.setdefault(label, []).append(text)
+        mean = len(pairs) // max(1, len(by_answer))
+        for label, texts in by_answer.items():
+            again = (MOST_REPEATS - 1) * texts
+            pairs += [(label, text) for text in again[: max(0, mean - len(texts))]]
         space = "" if self.chat else " "
-        return Rows([source for source, _ in pairs], [space + text for _, text in pairs])
+        return Rows([self.source(label) for label, _ in pairs], [space + text for _, text in pairs])
 
     def text(self, said: str) -> str:
         """The text in what a writer has said."""
@@ -81,6 +96,22 @@ class WritingForm:
             return whole, ""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": whole}], ""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What is written for a task, and how it is answered.
+
+    count: texts. key: what their draws depend on besides the writer. answer_longest, answer_ends: of free text, tokens
+    that a completion may have and token ids that end it.
+    """
+
+    task: str
+    form: WritingForm
+    count: int
+    key: str
+    answer_longest: int = 0
+    answer_ends: tuple[int, ...] = ()
 
 
 def check_writable(task: Task) -> None:

@@ -200,12 +200,22 @@ def _synthetic_rows(run: ReleasedRun) -> str:
     if not records:
         return ""
     kept, longest = (max(record.replay[key] for record in records) for key in ("pool_rows", "longest_common_run"))
-    copies = sum(record.replay["copies"] for record in records)
+    copies, writer = (
+        (sum(record.replay["copies"] for record in records)),
+        max(record.replay.get("writer_bytes") or 0 for record in records),
+    )
+    written = f"at most {kept} at a time, " if not writer else ""
+    left = (
+        "Of the rows only the few on the report page are published."
+        if not writer
+        else f"In the run's folder no text of them is kept but of each task its writer, an adapter of at most {writer} "
+        "bytes, which writes them again before each task; none is published."
+    )
     return (
-        f"No training row of an earlier task was kept. The adapter was also trained on synthetic rows, at most {kept} "
-        "at a time, which an adapter of the base wrote after the task's rows. They were compared with training rows: "
+        f"No training row of an earlier task was kept. The adapter was also trained on synthetic rows, {written}"
+        "which an adapter of the base wrote after the task's rows. They were compared with training rows: "
         f"{copies} exact or near copies were dropped, the longest run of tokens that a kept row shares with a training "
-        f"row is {longest}. Of the rows only the few on the report page are published.\n\n"
+        f"row is {longest}. {left}\n\n"
     )
 
 

@@ -104,6 +104,7 @@ class RunFolder:
             last.statistics if last.statistics.is_file() else None,
             last.optimum if last.optimum.is_dir() else last.adapter,
             last.pool if last.pool.is_file() else None,
+            last.writers if last.writers.is_dir() else None,
         )
 
     def count_finished(self) -> int:
@@ -210,8 +211,7 @@ class RunFolder:
             needed.append(last.curvature)
         if config.analytic_head:
             needed.append(last.statistics)
-        if config.rehearses:
-            needed.append(last.pool)
+        needed += [last.pool] * config.keeps_pool + [last.writers] * config.keeps_writers
         begun_from_another = index > 1 or self.start is not None
         if record.train_from == "last" and begun_from_another and not config.merging_method.factors:
             needed.append(last.optimum)
@@ -261,6 +261,7 @@ class RunFolder:
         for older in map(self.task, range(index + 1 - kept)):
             older.curvature.unlink(missing_ok=True)
             older.pool.unlink(missing_ok=True)
+            shutil.rmtree(older.writers, ignore_errors=True)
             remove_adapter(older.optimum)
             remove_adapter(older.change)
 

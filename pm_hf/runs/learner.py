@@ -20,6 +20,7 @@ from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.data.encoders import check_encoding, check_length, check_tokens, make_encoder, match_padding
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
+from pm_hf.data.rows import Examples
 from pm_hf.data.stream import Task, TaskStream, batches, load_stream, sample
 from pm_hf.distributed import (
     OtherProcessError,
@@ -51,7 +52,7 @@ from pm_hf.runs.folder import ForgettingError, RunFolder, finished_labels, log_f
 from pm_hf.runs.head import head_policy
 from pm_hf.runs.paths import STATISTICS_FILE, TaskPaths
 from pm_hf.runs.records import Report, TaskRecord, primary_metric
-from pm_hf.runs.rehearsal import Rehearsal, replay_note
+from pm_hf.runs.rehearsal import Rehearsal, Rehearsed, replay_note
 from pm_hf.runs.start import TaskStart, adapter_to_fold, check_fold, find_beside, load_start, start_task
 from pm_hf.runs.tracking import Tracking
 from pm_hf.training.callbacks import EarlyStopping, SequentialAveraging, Stop, stop_on_sigterm
@@ -205,11 +206,12 @@ class Run:
         began, task, paths = time.perf_counter(), self.stream.tasks[index], self.folder.task(index)
         notes = on_main_process(lambda: self.folder.begin_task(index))
         start = on_all_processes(lambda: start_task(self.config, self.folder.state(index), index))
-        trained = self._train_and_measure(task, start, stop)
+        rehearsed = Rehearsed() if self.rehearsal is None else self.rehearsal.rehearsed(start, stop)
+        trained = self._train_and_measure(task, start, rehearsed, stop)
         release_memory()  # the scores load the model again, and two of them may be too many
         written = None
         if self.rehearsal is not None:
-            written = self.rehearsal.write(task, index, start.pool, paths, stop)
+            written = self.rehearsal.write(task, start, rehearsed.pool, paths, stop)
             stop.check()
 
         def finish() -> None:
@@ -218,7 +220,7 @@ class Run:
             of_head = self.head.after_merge(paths, task, start, trained.head, trained=self._trains(index))
             (model, labels), replay = self.scorer.load(paths.merged, trained.head), {}
             if self.rehearsal is not None and written is not None:
-                replay = self.rehearsal.finish(model, written, task, index, start.pool, paths)
+                replay = self.rehearsal.finish(model, written, rehearsed, start, paths)
             answers = self.head.answers(paths.statistics)
             scores, held_out = self._scores(model, labels, trained.head, index, answers)
             record = TaskRecord(
@@ -244,6 +246,7 @@ class Run:
                 notes=[
                     *notes,
                     *of_head,
+                    *rehearsed.notes,
                     *self._learning_notes(task, trained, index),
                     *self._truncation_notes(task, trained, index),
                     *([replay_note(replay)] if replay else []),
@@ -257,19 +260,19 @@ class Run:
         on_main_process(finish)
         release_memory()
 
-    def _train_and_measure(self, task: Task, start: TaskStart, stop: Stop) -> TrainedTask:
+    def _train_and_measure(self, task: Task, start: TaskStart, rehearsed: Rehearsed, stop: Stop) -> TrainedTask:
         """Train, measure and save one task."""
         built, record = on_all_processes(lambda: self._build(task, start)), None
         if start.index or not self._first_checked:  # the first one was before the folder was made, where it could be
             on_all_processes(lambda: self._check_built(built, start))
         if self._trains(start.index):
             with on_all_processes(lambda: self.head.before_training(built, task, start)):
-                record = self._train(built, task, start, stop)
+                record = self._train(built, task, start, rehearsed, stop)
             built = self._unsharded(built, task, start)
         stop.check()
         curvature = self._measure(built, task, start)
         stop.check()
-        search = on_main_process(lambda: self._search(built, task, start))
+        search = on_main_process(lambda: self._search(built, task, start, rehearsed))
         stop.check()
         on_main_process(lambda: self._save(built, task, self.folder.task(start.index).adapter))
         return TrainedTask(built.head, record, curvature, search)
@@ -373,10 +376,12 @@ class Run:
                 f"{settings.max_gib:g}; use kind: factored, fewer target_modules, or a higher limit"
             )
 
-    def _train(self, built: TaskModel, task: Task, start: TaskStart, stop: Stop) -> TrainingRecord:
+    def _train(
+        self, built: TaskModel, task: Task, start: TaskStart, rehearsed: Rehearsed, stop: Stop
+    ) -> TrainingRecord:
         args = training_arguments(self.config, self.folder.task(start.index).checkpoints, start.index)
         examples = on_all_processes(lambda: self.encoder.training(task.train.with_rows(task.replayed), task.labels))
-        cut, rehearsal = getattr(self.encoder, "cut", 0), self.rehearsal
+        cut = getattr(self.encoder, "cut", 0)
         patience = self.config.early_stopping_patience
         record = train(
             built,
@@ -391,9 +396,13 @@ class Run:
             ],
             penalties=make_penalties(self.config, built, start),
             evaluated=self.encoder.examples(task.eval, task.labels) if len(task.eval) else None,
-            rehearsed=() if rehearsal is None else on_all_processes(lambda: rehearsal.examples(start.pool)),
+            rehearsed=on_all_processes(lambda: self._rehearsed_examples(rehearsed)),
         )
         return replace(record, cut_rows=cut)
+
+    def _rehearsed_examples(self, rehearsed: Rehearsed) -> Examples:
+        encoder, pool = self.encoder, rehearsed.pool
+        return pool.examples(encoder) if isinstance(encoder, CausalEncoder | Seq2SeqEncoder) and pool.rows else []
 
     def _learning_notes(self, task: Task, trained: TrainedTask, index: int) -> list[str]:
         """What is to be said where a task was hardly learned; with a penalty in its loss nothing can be."""
@@ -439,11 +448,11 @@ class Run:
         on_main_process(lambda: curvature.save(path))
         return Curvature.load(path)  # from here on it is read a chunk at a time
 
-    def _search(self, built: TaskModel, task: Task, start: TaskStart) -> list[Point]:
+    def _search(self, built: TaskModel, task: Task, start: TaskStart, rehearsed: Rehearsed) -> list[Point]:
         """What the coefficient is chosen by where it is searched for; the first task is taken as it is."""
         if self.rehearsal is None or not self.config.searches or start.running is None:
             return []
-        return self.rehearsal.search(built, task, start.pool)
+        return self.rehearsal.search(built, task, rehearsed.pool)
 
     def _save(self, built: TaskModel, task: Task, path: Path) -> None:
         factors, saved, peft_config = task_tensors(built.model, self.config.stream.kind)

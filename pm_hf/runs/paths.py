@@ -10,6 +10,7 @@ ROWS_FILE = "rows.json"  # rows of the task that is being trained, and under whi
 CURVATURE_FILE, STATISTICS_FILE = "curvature.safetensors", "head_statistics.safetensors"
 POOL_FILE = "pool.jsonl"  # written rows of all tasks so far
 WRITER_FOLDER = "writer"  # checkpoints of the writer's training, if it was stopped
+WRITERS_FOLDER = "writers"  # the writers of all tasks so far, where they are kept in place of the pool
 PAGE_FILE, PLOTS_FOLDER = "report.html", "plots"
 LOGS_FOLDER, TRACKERS_FILE = "logs", "trackers.json"
 TASK_PREFIX = "task-"
@@ -29,7 +30,7 @@ class TaskPaths:
         self.curvature, self.statistics = folder / CURVATURE_FILE, folder / STATISTICS_FILE
         self.optimum, self.change = folder / OPTIMUM_FOLDER, folder / CHANGE_FOLDER
         self.checkpoints = folder / CHECKPOINTS_FOLDER
-        self.pool, self.writer = folder / POOL_FILE, folder / WRITER_FOLDER
+        self.pool, self.writer, self.writers = folder / POOL_FILE, folder / WRITER_FOLDER, folder / WRITERS_FOLDER
 
     @property
     def adapters(self) -> tuple[Path, Path]:
@@ -39,7 +40,7 @@ class TaskPaths:
     @property
     def results(self) -> tuple[Path, ...]:
         """All that a finished task may leave to the next one."""
-        return *self.adapters, self.optimum, self.curvature, self.statistics, self.pool
+        return *self.adapters, self.optimum, self.curvature, self.statistics, self.pool, self.writers
 
     @property
     def finished(self) -> bool:

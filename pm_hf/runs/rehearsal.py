@@ -1,13 +1,12 @@
 """Generated rehearsal: rows of the earlier tasks without having kept any.
 
-A throw-away writer makes them, the merge says what they mean, and a pool of constant size keeps them.
+A throw-away writer makes them, the merge says what they mean, and a pool of constant size keeps them; or the writers
+are kept and make them again before every task.
 """
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -17,10 +16,11 @@ from pm_hf.config.schema import RunConfig
 from pm_hf.data.chat import Prompt
 from pm_hf.data.copies import TrainingTexts
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
-from pm_hf.data.pool import MOST_CHOICES, Pool, PoolRow, in_turns, likeliest, targets
+from pm_hf.data.pool import BASE, MOST_CHOICES, Pool, PoolRow, likeliest, targets
 from pm_hf.data.rows import Rows
 from pm_hf.data.stream import Task, TaskStream
-from pm_hf.data.writing import WritingForm, check_writable
+from pm_hf.data.writing import Assignment, WritingForm, check_writable
+from pm_hf.distributed import on_all_processes, on_main_process
 from pm_hf.environment import release_memory
 from pm_hf.measuring.language_scores import LanguageScorer
 from pm_hf.measuring.line_search import COEFFICIENT_GRID, Point, search_points
@@ -29,26 +29,37 @@ from pm_hf.models.contexts import scaled_adapter
 from pm_hf.models.lora import adapted_layers
 from pm_hf.models.task_model import TASK_ADAPTER, TaskModel
 from pm_hf.runs.paths import TaskPaths
+from pm_hf.runs.start import TaskStart
+from pm_hf.runs.writers import Collected, collect, keep_writer, kept_writers, load_kept, written_again
 from pm_hf.training.callbacks import Stop
-from pm_hf.training.writer import Writer, train_writer
+from pm_hf.training.writer import WriterAdapter, base_writer, train_writer
 
-ROUNDS = 5  # how often texts are asked for in place of those that were dropped
 ADVISED_ROWS = 64  # of each task
 SAMPLES = 4  # written rows of each task that step.json and the report show
 SEARCH_ROWS = 128  # of the pool, that the coefficient is searched with
+BASE_TOKENS = 64  # of a sample of the base
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What is rehearsed beside a task. notes: what is to be said of it; seconds: what it took to make."""
+
+    pool: Pool = Pool()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was written for a task: texts by the answer they were asked for, in turns, and what was dropped.
+    """What was written for a task, and the adapter of its writer where that is kept.
 
-    counts: texts by what became of them: kept, copies, doubles, empty. longest_run: tokens that a kept text has in a
-    row as a training text has them. seconds: of the writer's training and of the writing.
+    longest_run: tokens that a text has in a row as a training text has them. seconds: of the writer's training and of
+    the writing.
     """
 
-    form: WritingForm
-    texts: list[tuple[str, str]]
-    counts: dict[str, int]
+    assignment: Assignment
+    adapter: WriterAdapter | None
+    collected: Collected
     longest_run: int
     seconds: dict[str, float]
 
@@ -63,16 +74,30 @@ class Rehearsal:
         for task in stream.tasks:
             check_writable(task)
 
-    def examples(self, pool: Path | None) -> list[dict]:
-        """What the pool gives to train on."""
-        return _load(pool).examples(self.encoder)
+    def rehearsed(self, start: TaskStart, stop: Stop) -> Rehearsed:
+        """What the earlier tasks left: the pool, or what their writers write again and the merge before this task says
+        of it; and samples of the base, which are written once, or again where nothing written is kept.
 
-    def search(self, built: TaskModel, task: Task, pool: Path | None) -> list[Point]:
+        A pure function of what they left. All processes must call this.
+        """
+        if start.running is None:
+            return Rehearsed()
+        began, notes = time.perf_counter(), list[str]()
+        if self.config.strategy.replay_pool:
+            pool = Pool() if start.pool is None else Pool.load(start.pool)
+        else:
+            pool, notes = self._written_again(start, stop)
+        base = pool.of_base.rows[: self.config.strategy.base_samples] or self._base_rows()
+        release_memory()
+        stop.check()
+        return Rehearsed(Pool((*base, *pool.of_tasks.rows)), tuple(notes), time.perf_counter() - began)
+
+    def search(self, built: TaskModel, task: Task, pool: Pool) -> list[Point]:
         """J(α) on the grid 0, .1, …, 1 for the trained task, whose adapter is scaled; [] without a written row.
 
         New rows are those held out of the training, old ones up to 128 rows of the pool, as many of each task.
         """
-        rows = _load(pool)
+        rows = pool.of_tasks
         if not rows.rows:
             return []
         held_out = self.encoder.examples(task.eval)
@@ -85,109 +110,159 @@ class Rehearsal:
                 losses[alpha] = scorer.row_losses(held_out), scorer.row_losses(old)
         return search_points(losses, len(rows.tasks))
 
-    def write(self, task: Task, index: int, pool: Path | None, paths: TaskPaths, stop: Stop) -> Written:
-        """Train a writer on the task's rows, let it write the task's share of the pool, and throw it away.
+    def write(self, task: Task, start: TaskStart, pool: Pool, paths: TaskPaths, stop: Stop) -> Written:
+        """Train a writer on the task's rows and let it write the task's share of the pool.
 
         A pure function of seed, task and training rows. All processes must call this.
         """
-        form, began = WritingForm.of(task), time.perf_counter()
-        writer = train_writer(self.config, form.training(task.train), self.encoder, index, paths.writer, [stop])
+        assignment = self._assignment(task, start.index, self._share(len(pool.tasks) + 1))
+        form, began = assignment.form, time.perf_counter()
+        writer, adapter = train_writer(
+            self.config, form.training(task.train), self.encoder, start.index, paths.writer, [stop]
+        )
         trained = time.perf_counter()
         writer.model.to(self.scorer.device)
-        key = f"{self.config.seed}/{index}/{task.name}"
-        written = self._selected(writer, form, task, self._share(_load(pool)), key)
+        training = TrainingTexts([self._tokens(text) for text in form.texts(task.train)])
+        known = set[tuple[int, ...]]()
+
+        def fate(text: str) -> str:
+            tokens = tuple(self._tokens(text))
+            if not tokens:
+                return "empty"
+            if tokens in known:
+                return "doubles"
+            if training.copied(tokens):
+                return "copies"
+            known.add(tokens)
+            return "kept"
+
+        collected = collect(writer, assignment, fate)
+        longest = max((training.longest_run(tokens) for tokens in known), default=0)
         seconds = {"writer": trained - began, "write": time.perf_counter() - trained}
         del writer
         release_memory()
-        return Written(form, *written, seconds)
+        return Written(assignment, adapter if self.config.keeps_writers else None, collected, longest, seconds)
 
     def finish(
-        self, model: nn.Module, written: Written, task: Task, index: int, pool: Path | None, paths: TaskPaths
+        self, model: nn.Module, written: Written, rehearsed: Rehearsed, start: TaskStart, paths: TaskPaths
     ) -> dict[str, Any]:
-        """Label the written rows with the model of the task's merge and save the pool; `replay` of step.json."""
-        began, before = time.perf_counter(), _load(pool)
-        seen = [*(row.asked for row in before.rows if row.asked)]
-        seen += [answer for learned in self.stream.tasks[: index + 1] for answer in learned.own]
-        rows = self._labelled(self.scorer.language_scorer(model), written, task, list(dict.fromkeys(seen)))
-        share = self._share(before)
-        after = Pool((*before.shrunk(share).rows, *rows))
-        after.save(paths.pool)
+        """Label the written rows with the model of the task's merge, save the pool or the writers; `replay` of
+        step.json."""
+        began, before, assignment = time.perf_counter(), rehearsed.pool, written.assignment
+        answers = self._answers([row.asked for row in before.rows], start.index + 1)
+        rows = self._labelled(self.scorer.language_scorer(model), assignment, written.collected.texts, answers)
+        after = Pool((*before.shrunk(self._share(len(before.tasks) + 1)).rows, *rows))
+        kept: dict[str, Any] = {"pool_rows": 0, "samples": []}
+        if written.adapter is None:
+            after.save(paths.pool)
+            shown = [{"asked": row.asked, "prompt": row.prompt, "says": row.completion} for row in rows[:SAMPLES]]
+            kept = {"pool_rows": len(after.of_tasks.rows), "samples": shown}
+        else:
+            kept["writer_bytes"] = keep_writer(
+                paths.writers, start.writers, written.adapter, assignment, written.collected.texts
+            )
         agreeing = [float(row.completion == row.asked) for row in rows if row.asked]
+        having = {answer for answer, _ in written.collected.texts}
         return {
-            "written": sum(written.counts.values()),
-            **written.counts,
+            "written": sum(written.collected.counts.values()),
+            **written.collected.counts,
             "agreement": fmean(agreeing) if agreeing else None,
             "longest_common_run": written.longest_run,
-            "rows_asked": share,
-            "pool_rows": len(after.rows),
-            "samples": [{"asked": row.asked, "prompt": row.prompt, "says": row.completion} for row in rows[:SAMPLES]],
-            "seconds": {**written.seconds, "label": time.perf_counter() - began},
+            "rows_asked": assignment.count,
+            "base_rows": len(before.of_base.rows),
+            "answers_without_rows": [answer.strip() for answer in assignment.form.answers if answer not in having],
+            **kept,
+            "seconds": {**written.seconds, "label": time.perf_counter() - began, "pool": rehearsed.seconds},
         }
 
-    def _share(self, pool: Pool) -> int:
-        """Rows of each task once one more is in the pool."""
-        return max(1, self.config.strategy.pool_rows // (len(pool.tasks) + 1))
+    def _share(self, tasks: int) -> int:
+        """Rows of each task where so many have rows; never more than half, as the second task would cut it."""
+        return max(1, self.config.strategy.pool_rows // max(tasks, 2))
 
-    def _selected(
-        self, writer: Writer, form: WritingForm, task: Task, count: int, key: str
-    ) -> tuple[list[tuple[str, str]], dict[str, int], int]:
-        """(texts, counts, longest run): `count` texts that are neither empty nor twice nor copied, as many of each
-        answer, as far as a few rounds of writing give them."""
-        training = TrainingTexts([self._tokens(text) for text in form.texts(task.train)])
-        each, more = divmod(count, len(form.answers))
-        missing = {answer: each + (at < more) for at, answer in enumerate(form.answers)}
-        kept: dict[str, list[str]] = {answer: [] for answer in form.answers}
-        counts, known, longest = Counter(kept=0, copies=0, doubles=0, empty=0), set[tuple[int, ...]](), 0
-        for number in range(ROUNDS):
-            asked = [answer for answer in form.answers for _ in range(missing[answer])]
-            if not asked:
-                break
-            said = writer.write([form.source(answer) for answer in asked], f"{key}/{number}")
-            for answer, text in zip(asked, map(form.text, said), strict=True):
-                tokens = tuple(self._tokens(text))
-                fate = self._fate(tokens, known, training)
-                counts[fate] += 1
-                if fate == "kept":
-                    known.add(tokens)
-                    kept[answer].append(text)
-                    missing[answer] -= 1
-                    longest = max(longest, training.longest_run(tokens))
-        texts = in_turns([[(answer, text) for text in texts] for answer, texts in kept.items()])
-        return texts, dict(counts), longest
+    def _assignment(self, task: Task, index: int, count: int) -> Assignment:
+        form, key = WritingForm.of(task), f"{self.config.seed}/{index}/{task.name}"
+        if form.closed or form.plain:
+            return Assignment(task.name, form, count, key)
+        longest = max(len(targets(example)) for example in self.encoder.examples(task.train))
+        ends = self.encoder.ends(self.encoder.completions(task.train))
+        return Assignment(task.name, form, count, key, longest, tuple(sorted(ends)))
 
-    def _fate(self, tokens: tuple[int, ...], known: set[tuple[int, ...]], training: TrainingTexts) -> str:
-        if not tokens:
-            return "empty"
-        if tokens in known:
-            return "doubles"
-        return "copies" if training.copied(tokens) else "kept"
+    def _answers(self, asked: Sequence[str], learned: int) -> list[str]:
+        """The answers that rows of earlier tasks were written for and those of so many tasks of the stream."""
+        own = [answer for task in self.stream.tasks[:learned] for answer in task.own]
+        return list(dict.fromkeys([*(answer for answer in asked if answer), *own]))
+
+    def _written_again(self, start: TaskStart, stop: Stop) -> tuple[Pool, list[str]]:
+        """The rows of all earlier tasks, as their writers write them again, and what is to be said of those that were
+        not the same again."""
+        folders, texts, notes = kept_writers(start.writers), list[tuple[Assignment, list[tuple[str, str]]]](), []
+        for folder in folders:
+            stop.check()
+            writer, kept = on_all_processes(
+                lambda folder=folder: load_kept(folder, self.config, self.encoder, self.scorer)  # type: ignore[misc]
+            )
+            again = written_again(writer, kept)
+            texts.append((kept.assignment, again[: self._share(len(folders))]))
+            if len(again) < len(kept.texts):
+                notes.append(
+                    f"the writer of {kept.assignment.task} wrote {len(again)} of {len(kept.texts)} texts again as they "
+                    "were; the others were not compared with training rows and are left out"
+                )
+            del writer
+            release_memory()
+        asked = [[answer for answer, _ in of_task] for _, of_task in texts]
+        before, last = [answer for of_task in asked[:-1] for answer in of_task], asked[-1] if asked else []
+        answers = list(dict.fromkeys([*self._answers(before, start.index), *filter(None, last)]))
+
+        def label() -> list[PoolRow]:
+            assert start.running is not None
+            scorer = self.scorer.language_scorer(self.scorer.load(start.running.path, None)[0])
+            return [row for task, of_task in texts for row in self._labelled(scorer, task, of_task, answers)]
+
+        rows = on_main_process(label)
+        release_memory()
+        return Pool(tuple(rows)), notes
+
+    def _base_rows(self) -> list[PoolRow]:
+        """Samples of the untouched base after nothing, with its likeliest tokens; an encoder-decoder has none."""
+        count, encoder = self.config.strategy.base_samples, self.encoder
+        if not count or not isinstance(encoder, CausalEncoder):
+            return []
+        longest = max(1, min(BASE_TOKENS, encoder.max_length - 2))
+        writer = on_all_processes(lambda: base_writer(self.config, encoder, longest, self.scorer.autocast))
+        scorer = self.scorer.language_scorer(writer.model.to(self.scorer.device))
+        texts = [text for text in writer.write([""] * count, f"{self.config.seed}/base") if text.strip()]
+        return on_main_process(lambda: self._with_tokens(scorer, Rows([""] * len(texts), texts), BASE))
 
     def _tokens(self, text: str) -> list[int]:
         """Token ids to compare texts by: case and spacing make no difference."""
         words = text.lower().split()
         return list(self.encoder.tokenizer(f" {' '.join(words)}", add_special_tokens=False)["input_ids"]) * bool(words)
 
-    def _labelled(self, scorer: LanguageScorer, written: Written, task: Task, answers: Sequence[str]) -> list[PoolRow]:
-        """The rows with the solver's distribution over the answers seen; of free text with its own completion."""
-        asked = [answer for answer, _ in written.texts]
-        pairs = [written.form.row(text) for _, text in written.texts]
+    def _labelled(
+        self,
+        scorer: LanguageScorer,
+        assignment: Assignment,
+        texts: Sequence[tuple[str, str]],
+        answers: Sequence[str],
+    ) -> list[PoolRow]:
+        """Rows with the model's distribution over the answers; of free text with its own completion."""
+        form, task = assignment.form, assignment.task
+        pairs = [form.row(text) for _, text in texts]
         rows = Rows([prompt for prompt, _ in pairs], [completion for _, completion in pairs])
         if not len(rows):
             return []
-        if task.own:
+        if form.closed:
             probabilities = scorer.answer_probabilities(rows, answers).tolist()
             soft = [likeliest(dict(zip(answers, values, strict=True))) for values in probabilities]
             return [
-                PoolRow(task.name, answer, prompt, max(target, key=lambda key: target[key]), target, [])
-                for answer, prompt, target in zip(asked, rows.inputs, soft, strict=True)
+                PoolRow(task, answer, prompt, max(target, key=lambda key: target[key]), target, [])
+                for (answer, _), prompt, target in zip(texts, rows.inputs, soft, strict=True)
             ]
-        if not written.form.plain:
-            examples = self.encoder.examples(task.train)
-            longest = max(len(targets(example)) for example in examples)
-            rows = Rows(
-                rows.inputs, scorer.completions(rows, longest, self.encoder.ends(self.encoder.completions(task.train)))
-            )
-        return self._with_tokens(scorer, rows, task.name)
+        if not form.plain:
+            said = scorer.completions(rows, assignment.answer_longest, set(assignment.answer_ends))
+            rows = Rows(rows.inputs, said)
+        return self._with_tokens(scorer, rows, task)
 
     def _with_tokens(self, scorer: LanguageScorer, rows: Rows, task: str) -> list[PoolRow]:
         prompts: Sequence[Prompt] = rows.inputs
@@ -205,9 +280,10 @@ def replay_note(replay: dict[str, Any]) -> str:
         f"{replay[key]} {name}"
         for key, name in (("copies", "near copies of training rows"), ("doubles", "doubles"), ("empty", "empty"))
     )
-    agreement = replay["agreement"]
+    agreement, writer, without = replay["agreement"], replay.get("writer_bytes"), replay["answers_without_rows"]
+    kept = "are kept" if writer is None else "passed"
     parts = [
-        f"{replay['kept']} synthetic rows of {replay['written']} written are kept ({dropped} dropped)",
+        f"{replay['kept']} synthetic rows of {replay['written']} written {kept} ({dropped} dropped)",
         f"longest run in common with a training row {replay['longest_common_run']} tokens",
     ]
     if agreement is not None:
@@ -216,8 +292,13 @@ def replay_note(replay: dict[str, Any]) -> str:
         parts.append(f"{replay['rows_asked']} were asked for")
     if replay["rows_asked"] < ADVISED_ROWS:
         parts.append(f"at least {ADVISED_ROWS} a task are advised (strategy.pool_rows)")
-    return "; ".join([*parts, f"the pool has {replay['pool_rows']}"])
-
-
-def _load(pool: Path | None) -> Pool:
-    return Pool() if pool is None else Pool.load(pool)
+    if without:
+        shown = ", ".join(without[:5]) + (", …" if len(without) > 5 else "")
+        parts.append(f"{len(without)} answers have no row ({shown})")
+    if replay["base_rows"]:
+        parts.append(f"{replay['base_rows']} samples of the base were rehearsed beside the earlier tasks")
+    if writer is not None:
+        parts.append(
+            f"no text is kept but the task's writer ({writer} bytes), which writes them again before each task"
+        )
+    return "; ".join([*parts, *([f"the pool has {replay['pool_rows']}"] if writer is None else [])])

@@ -32,6 +32,68 @@ class CoefficientFile:
 
 
 @dataclass
+class MessageFile:
+    """A message of a chat that was written."""
+
+    role: str
+    content: str
+
+
+@dataclass
+class SampleFile:
+    """A written row that is shown."""
+
+    asked: str
+    prompt: str | list[MessageFile]
+    says: str
+
+    def problem(self) -> str | None:
+        """A chat has a message."""
+        return "replay.samples: a prompt has no message" if self.prompt == [] else None
+
+
+@dataclass
+class ReplaySecondsFile:
+    """What a task's writing took; pool: what is rehearsed beside the task."""
+
+    writer: Number
+    write: Number
+    label: Number
+    pool: Number = 0
+
+
+@dataclass
+class ReplayFile:
+    """`replay` of a step.json. See `pm_hf.runs.rehearsal.Rehearsal.finish`."""
+
+    written: int
+    kept: int
+    copies: int
+    doubles: int
+    empty: int
+    agreement: Score
+    longest_common_run: int
+    rows_asked: int
+    pool_rows: int
+    samples: list[SampleFile]
+    seconds: ReplaySecondsFile
+    base_rows: int = 0
+    answers_without_rows: list[str] = field(default_factory=list)
+    writer_bytes: int | None = None
+
+
+@dataclass
+class SearchPointFile:
+    """A point of the coefficient's search. See `pm_hf.measuring.line_search.search_points`."""
+
+    coefficient: Number
+    new: Number
+    old: Number
+    objective: Number
+    error: Number
+
+
+@dataclass
 class StepFile:
     """step.json of a finished task. See `pm_hf.runs.records.TaskRecord`."""
 
@@ -48,6 +110,8 @@ class StepFile:
     test_rows: int | None = None
     scores: Scores = field(default_factory=dict)
     held_out: Texts = field(default_factory=dict)
+    replay: ReplayFile | None = None
+    search: list[SearchPointFile] = field(default_factory=list)
     seconds: Score = None
     process_peak_memory_mb: Score = None
     threads: int | None = None
@@ -71,7 +135,10 @@ class StepFile:
             return f"scores: expected as many of every metric, found {lengths}"
         if any(len(point) != 3 or None in (point[0], point[2]) for point in self.log or ()):
             return "log: expected points of step, loss and factor"
-        return None
+        used = None if self.coefficient is None else self.coefficient.used
+        if self.search and used is not None and used not in (point.coefficient for point in self.search):
+            return f"search: none of {len(self.search)} points has the coefficient {used:g}"
+        return next((p for sample in (self.replay.samples if self.replay else ()) if (p := sample.problem())), None)
 
 
 @dataclass

@@ -17,19 +17,29 @@ from pm_hf.merging.lowrank import LowRank, balanced, compact_svd, weighted_sum
 from pm_hf.merging.methods.base import Start
 from pm_hf.merging.methods.linear import SEQUENTIAL
 from pm_hf.models.loading import resolve_base
-from pm_hf.runs.paths import CURVATURE_FILE, MERGED_FOLDER, POOL_FILE, STATISTICS_FILE, RunPaths, TaskPaths
+from pm_hf.runs.paths import (
+    CURVATURE_FILE,
+    MERGED_FOLDER,
+    POOL_FILE,
+    STATISTICS_FILE,
+    WRITERS_FOLDER,
+    RunPaths,
+    TaskPaths,
+)
+from pm_hf.runs.writers import check_kept
 
 
 @dataclass(frozen=True)
 class StreamState:
     """What one task leaves to the next: running merge, sums of curvature, the head's statistics, its own optimum, the
-    pool of written rows."""
+    pool of written rows or the writers."""
 
     merged: Path | None = None
     curvature: Path | None = None
     statistics: Path | None = None
     optimum: Path | None = None
     pool: Path | None = None
+    writers: Path | None = None
 
 
 def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
@@ -46,16 +56,26 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
         return None
     adapter = open_adapter(expand(config.start_from, "start_from"))
     check_loads(adapter)
-    curvature, statistics, pool = (find_beside(adapter, name) for name in (CURVATURE_FILE, STATISTICS_FILE, POOL_FILE))
-    state = StreamState(adapter.path, curvature, statistics, adapter.path, pool)
+    state = StreamState(
+        adapter.path,
+        find_beside(adapter, CURVATURE_FILE),
+        find_beside(adapter, STATISTICS_FILE),
+        adapter.path,
+        find_beside(adapter, POOL_FILE),
+        find_beside(adapter, WRITERS_FOLDER),
+    )
     problems = _adapter_misfits(config, stream, adapter)
     elastic = config.strategy.ewc_weight > 0
     if elastic and state.curvature is None:
         problems.append(f"strategy.ewc_weight needs {CURVATURE_FILE} beside it")
-    if config.rehearses and state.pool is None:
+    if config.keeps_pool and state.pool is None:
         problems.append(f"strategy.replay generated needs {POOL_FILE} beside it, the rows of its tasks")
-    if config.rehearses and state.pool is not None:
+    if config.keeps_pool and state.pool is not None:
         Pool.load(state.pool)
+    if config.keeps_writers and state.writers is None:
+        problems.append(f"strategy.replay_pool false needs {WRITERS_FOLDER} beside it, the writers of its tasks")
+    if config.keeps_writers and state.writers is not None:
+        check_kept(state.writers)
     must_be_measured = config.merge.options.get("unmeasured_past") == "error" and config.merge.coefficient is None
     if must_be_measured and state.curvature is None:
         problems.append(f"merge.options.unmeasured_past is error, and it has no {CURVATURE_FILE} beside it")
@@ -83,12 +103,12 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
 
 
 def find_beside(adapter: Adapter, name: str) -> Path | None:
-    """What was saved with an adapter: the file of this name in its folder, in the folder above, or in the task folder
-    of the run that published it."""
+    """What was saved with an adapter: the file or folder of this name in its folder, in the folder above, or in the
+    task folder of the run that published it."""
     beside, run = [adapter.path, adapter.path.parent], RunPaths(adapter.path.parent)
     finished = [task for task in reversed(run.tasks()) if task.finished]
     beside += [task.folder for task in finished if same_files(task.merged, adapter.path)]
-    return next((folder / name for folder in beside if (folder / name).is_file()), None)
+    return next((folder / name for folder in beside if (folder / name).exists()), None)
 
 
 def _adapter_misfits(config: RunConfig, stream: TaskStream, adapter: Adapter) -> list[str]:
@@ -165,8 +185,8 @@ class TaskStart:
 
     index: its place in the stream. train_from: merged, last or base. running: the merge that it is folded into, None
     before there is one, or where nothing is merged. frozen: the adapter in place while the task trains, None: the base
-    alone. factors: the last task's adapter, whose factors the new one starts with. curvature, statistics, pool: files
-    of the sums, of the analytic head and of the written rows that the tasks before it left.
+    alone. factors: the last task's adapter, whose factors the new one starts with. curvature, statistics, pool,
+    writers: the sums, the analytic head, the written rows and the writers that the tasks before it left.
     """
 
     index: int
@@ -177,6 +197,7 @@ class TaskStart:
     curvature: Path | None = None
     statistics: Path | None = None
     pool: Path | None = None
+    writers: Path | None = None
 
     @property
     def saved(self) -> Adapter | None:
@@ -202,6 +223,7 @@ def start_task(config: RunConfig, state: StreamState, index: int) -> TaskStart:
         curvature=state.curvature,
         statistics=state.statistics,
         pool=state.pool,
+        writers=state.writers,
     )
 
 

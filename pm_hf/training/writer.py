@@ -1,9 +1,9 @@
-"""The writer: an adapter of the untouched base that writes texts like those of a task, and is thrown away."""
+"""The writer: an adapter of the untouched base that writes texts like those of a task."""
 
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from pm_hf.data.pool import targets
 from pm_hf.data.rows import Rows
 from pm_hf.distributed import gather, on_all_processes, process_count, process_index
 from pm_hf.models.contexts import seeded
-from pm_hf.models.task_model import TaskModel, build_task_model
+from pm_hf.models.loading import load_base, load_merged
+from pm_hf.models.task_model import TaskModel, build_task_model, task_tensors
 from pm_hf.training.task_trainer import precision, train, training_arguments
 
 WRITER_RANK, WRITER_ALPHA = 8, 16
-WRITER_TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 8}
+WRITER_TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 4, "per_device_train_batch_size": 8}
 SAME_AS_SOLVER = ("bf16", "fp16", "tf32", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs")
 TOP_P = 0.95
 NUCLEUS = 512  # tokens among which the top-p ones are looked for first
@@ -177,6 +178,17 @@ def _ended(said: Tensor, ends: Sequence[int]) -> Tensor:
     return torch.isin(said, torch.tensor(ends, device=said.device)).any(1)
 
 
+@dataclass(frozen=True)
+class WriterAdapter:
+    """What a writer is beside the base. factors, config: of its adapter, as PEFT stores them; ends, longest: see
+    `Writer`."""
+
+    factors: dict[str, Tensor]
+    config: dict[str, Any]
+    ends: tuple[int, ...]
+    longest: int
+
+
 def train_writer(
     config: RunConfig,
     rows: Rows,
@@ -184,10 +196,10 @@ def train_writer(
     index: int,
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
-) -> Writer:
+) -> tuple[Writer, WriterAdapter]:
     """A writer trained on sources and texts (`WritingForm.training`), from the base without any adapter.
 
-    LoRA of rank 8 on the run's target modules, learning rate 1e-3, 2 epochs, batches of 8; no perturbation. All
+    LoRA of rank 8 on the run's target modules, learning rate 1e-3, 4 epochs, batches of 8; no perturbation. All
     processes train together. folder: where the trainer leaves a checkpoint if it is told to stop.
     """
     training = {name: config.training[name] for name in SAME_AS_SOLVER if name in config.training}
@@ -211,9 +223,33 @@ def train_writer(
     built, args = on_all_processes(build), training_arguments(settings, folder, index)
     examples = on_all_processes(lambda: encoder.training(rows))
     train(built, examples, encoder.collate, args, callbacks=callbacks)
-    model = built.model.merge_and_unload()
-    dtype = precision(args)  # weights in it are read once a token, autocast would cast them every time
+    factors, _, peft_config = task_tensors(built.model, config.stream.kind)
+    ends = tuple(sorted(encoder.ends(encoder.completions(rows))))
     longest = max(len(targets(example)) for example in examples)
-    return Writer(
-        model if dtype is None else model.to(dtype), encoder, sorted(encoder.ends(encoder.completions(rows))), longest
-    )
+    model = _cast(built.model.merge_and_unload(), precision(args))
+    return Writer(model, encoder, ends, longest), WriterAdapter(factors, peft_config, ends, longest)
+
+
+def load_writer(
+    folder: Path,
+    config: RunConfig,
+    encoder: CausalEncoder | Seq2SeqEncoder,
+    ends: Sequence[int],
+    longest: int,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> Writer:
+    """The writer whose adapter is in a folder, on a device: the weights of the one that was trained, bit for bit."""
+    model = load_merged(config.model, folder, (), config.stream.kind).to(device)
+    return Writer(_cast(model.merge_and_unload(), dtype), encoder, ends, longest)
+
+
+def base_writer(config: RunConfig, encoder: CausalEncoder, longest: int, dtype: torch.dtype | None) -> Writer:
+    """The untouched base, which writes what it likes."""
+    model, _ = load_base(config.model, (), config.seed, config.stream.kind)
+    return Writer(_cast(model, dtype), encoder, sorted(encoder.ends(())), longest)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Weights in the dtype of autocast are read once a token, it would cast them every time."""
+    return model if dtype is None else model.to(dtype)

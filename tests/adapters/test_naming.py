@@ -343,6 +343,26 @@ def test_an_adapter_that_is_half_renamed_is_refused_where_nothing_tells(tmp_path
         merge_adapters([first, other], tmp_path / "out", method="average")
 
 
+@pytest.mark.parametrize("old", [False, True], ids=["today's names", "older names"])
+@pytest.mark.parametrize("headless", [True, False], ids=["base without a head", "adapter without a head"])
+def test_the_head_of_the_checkpoint_says_nothing_of_the_adapters(tmp_path, headless, old):
+    """A base saved without a head (ViTModel) is trained with one, and the other way round; PEFT names no task."""
+    whole = vit()
+    plain = whole.vit
+    (plain if headless else whole).save_pretrained(tmp_path / "base")
+    folder = adapter(
+        lambda: whole if headless else plain, tmp_path / "a", 0, tmp_path / "base", target_modules=["q_proj"]
+    )
+    edited(folder, auto_mapping=None, task_type=None)
+    names = sorted(load_file(folder / WEIGHTS))
+    assert any(name.startswith("base_model.model.vit.") for name in names) == headless
+    if old:
+        changes = [("layers", "encoder.layer"), ("n.q_proj", "n.attention.query")]
+        folder = older(folder, tmp_path / "old", changes, target_modules=["query"])
+    merge_adapters(folder, tmp_path / "merged")
+    assert sorted(load_file(tmp_path / "merged" / WEIGHTS)) == names
+
+
 def test_one_layer_under_both_names_in_one_adapter_is_refused(tmp_path):
     first, second = (on_base(tmp_path, llama, name, 1, target_modules=["q_proj"]) for name in ("first", "second"))
     tensors = load_file(second / WEIGHTS)

@@ -1,6 +1,7 @@
 """Numbers, texts and paths that no setting can have are told by the setting's name."""
 
-from typing import get_args, get_origin, get_type_hints
+from dataclasses import make_dataclass
+from typing import get_type_hints
 
 import pytest
 from helpers import refusal
@@ -8,7 +9,7 @@ from helpers import refusal
 from pm_hf.config import schema
 from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
-from pm_hf.config.typed import brief, convert
+from pm_hf.config.typed import MODEL, Flag, Keyed, Number, Settings, Text, Whole, brief, type_words
 from pm_hf.merging.coefficient import Freedom
 from pm_hf.merging.curvature import CurvatureKind
 from pm_hf.merging.methods.base import Start
@@ -22,22 +23,25 @@ def problem(**values):
     return refusal(load_config, {}, values=BASE | {key.replace("__", "."): value for key, value in values.items()})
 
 
-def floats(kind=RunConfig, path=""):
+def floats():
     """Dotted names of the settings that are numbers with a fraction."""
-    for name, hint in kind.__annotations__.items():
-        if isinstance(hint, type) and hasattr(hint, "__annotations__"):
-            yield from floats(hint, f"{path}{name}.")
-        elif hint is float or (get_origin(hint) is not list and float in get_args(hint)):
-            yield path + name
+    return [name for name, node in Settings(RunConfig).walk() if "float" in type_words(node).split(" or ")]
+
+
+def read(hint, given):
+    """(the value of a field x, the problems)."""
+    problems: list[str] = []
+    kind = make_dataclass("OneField", [("x", hint, None)], namespace={"__pydantic_config__": MODEL})
+    return Settings(kind).read({"x": given}, problems).x, problems
 
 
 def test_the_float_settings_are_found():
     assert {"strategy.ewc_weight", "merge.coefficient", "head.ridge", "max_forgetting"} <= set(floats())
-    assert len(list(floats())) >= 14
+    assert len(floats()) >= 14
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF, "nan", "-inf", "1e999"])
-@pytest.mark.parametrize("name", list(floats()))
+@pytest.mark.parametrize("name", floats())
 def test_no_setting_is_nan_or_infinite(name, value):
     assert f"{name}: expected a finite number, found " in problem(**{name: value})
 
@@ -53,35 +57,41 @@ def test_no_setting_is_larger_than_a_float32(name):
 @pytest.mark.parametrize(
     ("hint", "given", "expected"),
     [
-        (int, "10", 10),
-        (int, "1e3", 1000),
-        (int, 10.0, 10),
-        (int, str(10**18 - 1), 10**18 - 1),
-        (float, "1e-3", 1e-3),
-        (float, 2, 2.0),
-        (float | None, "2", 2.0),
-        (str | None, "1e3", "1e3"),
-        (int | str | dict, "3", "3"),
-        (int | str | dict, 3, 3),
-        (list[float], ["1", 2], [1.0, 2.0]),
-        (str | bool, "no", "no"),
+        (Whole, "10", 10),
+        (Whole, "1e3", 1000),
+        (Whole, 10.0, 10),
+        (Whole, str(10**18 - 1), 10**18 - 1),
+        (Number, "1e-3", 1e-3),
+        (Number, 2, 2.0),
+        (Number | None, "2", 2.0),
+        (Text | None, "1e3", "1e3"),
+        (list[Number], ["1", 2], [1.0, 2.0]),
+        (Text | Flag, "no", "no"),
+        (Keyed, {1: "a"}, {1: "a"}),
     ],
+    ids=str,
 )
 def test_a_number_is_its_fields_number_and_text_stays_text(hint, given, expected):
-    problems: list[str] = []
-    value = convert(hint, given, "x", problems)
+    value, problems = read(hint, given)
     assert (value, type(value), problems) == (expected, type(expected), [])
 
 
 @pytest.mark.parametrize(
-    ("hint", "given"),
-    [(int, 1.5), (int, "1.5"), (int, "ten"), (int, True), (float, "x"), (str, 3), (bool, 1), (int, None)],
+    ("hint", "name", "given"),
+    [
+        *((Whole, "int", value) for value in (1.5, "1.5", "ten", True, None)),
+        *((Number, "float", "x"), (Text, "str", 3), (Flag, "bool", 1), (Flag | None, "bool or null", "yes")),
+    ],
 )
-def test_another_type_is_a_problem(hint, given):
-    problems: list[str] = []
-    convert(hint, given, "x", problems)
-    assert len(problems) == 1
-    assert problems[0].startswith(f"x: expected {hint.__name__}, found {given!r}")
+def test_another_type_is_a_problem(hint, name, given):
+    _, (problem,) = read(hint, given)
+    assert problem.startswith(f"x: expected {name}, found {given!r}")
+
+
+@pytest.mark.parametrize(("given", "value"), [("3", "3"), (3, 3), (3.0, 3), ({"a": ["b"]}, {"a": ["b"]})])
+def test_a_number_in_quotes_is_a_files_name_where_one_may_stand(given, value):
+    read = load_config({}, values=BASE | {"stream.class_groups": given}).stream.class_groups
+    assert (read, type(read)) == (value, type(value))
 
 
 PATHS = ("output_dir", "data_dir", "model.base", "start_from", "stream.train", "stream.test", "stream.dataset")
@@ -141,18 +151,54 @@ def test_what_was_found_is_told_in_few_words(kind):
 
 def test_seeds_are_those_that_every_generator_takes():
     assert load_config({}, values=BASE | {"seed": 2**32 - 1}).seed == 2**32 - 1
-    assert problem(seed=2**32) == "config: seed: must be below 2**32"
-    assert "seed: must be at least 0" in problem(seed=-1)
+    assert problem(seed=2**32) == "config: seed: must be in [0, 4294967296), found 4294967296"
+    assert "seed: must be in [0, 4294967296), found -1" in problem(seed=-1)
 
 
 def test_a_rank_is_one_that_a_layer_may_have():
-    assert problem(lora__r=10**9) == "config: lora.r: must be at most 8192"
+    assert problem(lora__r=10**9) == "config: lora.r: must be in [1, 8192], found 1000000000"
     assert load_config({}, values=BASE | {"lora.r": 8192}).lora.r == 8192
 
 
 def test_choices_are_those_of_what_they_are_handed_to():
-    """schema.py writes them out, for the page of all settings shows its lines."""
+    """schema.py writes them out, so that a type checker knows them."""
     merge = get_type_hints(schema.MergeSettings)
     assert (merge["train_from"], merge["freedom"]) == (Start | None, Freedom | None)
     assert get_type_hints(schema.CurvatureSettings)["kind"] == CurvatureKind | None
     assert get_type_hints(schema.StrategySettings)["divergence"] == Divergence
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("lora.rank", "lora.r"),
+        ("lora_alpha", "lora.alpha"),
+        ("strem", "stream"),
+        ("merge.rank", "merge.max_rank"),
+        ("stream.max_len", "stream.max_length"),
+        ("training.lr", "training.learning_rate"),
+        ("training.epochs", "training.num_train_epochs"),
+        ("training.batch_size", "training.per_device_train_batch_size"),
+    ],
+)
+def test_a_key_that_is_none_is_told_what_it_may_mean(written, meant):
+    message = problem(**{written: 1})
+    assert f"did you mean {meant}" in message
+    assert "did you mean" not in problem(zebra=1)
+
+
+def test_a_key_of_a_task_is_told_what_it_may_mean():
+    message = problem(stream__class_groups=None, stream__tasks=[{"name": "a", "trian": "a.csv"}])
+    assert "stream.tasks[0].trian: unknown key, did you mean stream.tasks[0].train?" in message
+
+
+def test_all_problems_of_one_list_and_of_free_settings_are_told_by_their_place():
+    assert "perturbation.probabilities[1]: expected float, found 'x'" in problem(
+        perturbation__probabilities=[1, "x", 2]
+    )
+    assert "merge.options.a.b[1]: expected a finite number, found nan" in problem(merge__options={"a": {"b": [1, NAN]}})
+
+
+def test_every_setting_says_what_it_is():
+    for name, node in Settings(RunConfig).walk():
+        assert node["description"].strip(), name

@@ -30,6 +30,25 @@ STEP = {
     "threads": 1,
     "versions": {"torch": "2"},
     "files": {"merged/labels.json": [3, "ab"]},
+    "replay": {
+        "written": 5,
+        "kept": 4,
+        "copies": 1,
+        "doubles": 0,
+        "empty": 0,
+        "agreement": 0.5,
+        "longest_common_run": 2,
+        "rows_asked": 4,
+        "pool_rows": 8,
+        "seconds": {"writer": 1.5, "write": 2, "label": 0.5},
+        "samples": [
+            {"asked": "a", "prompt": "x", "says": "b"},
+            {"asked": "", "prompt": [{"role": "user", "content": "x"}], "says": "b"},
+        ],
+    },
+    "search": [
+        {"coefficient": alpha, "new": 1.5, "old": 2, "objective": 3.5, "error": 0.25} for alpha in (0, 0.4, 1.0)
+    ],
     "a key of a newer version": {"x": [1]},
 }
 POINT = {"coefficient": 0, "predicted": None, "loss_sum": 1.0, "loss_mean": 0.5, "score": 0.5}
@@ -63,6 +82,18 @@ BAD_STEP = {  # path: values
     "versions": [["torch"], {"torch": 2}],
     "notes": [3, [3], "x"],
     "files": [[1], {"x": 3}, {"x": [1]}, {"x": ["1", "ab"]}],
+    "replay": ["x", [1], {}, 3],
+    "replay.written": ["5", None, 1.5, ...],
+    "replay.copies": [..., [1]],
+    "replay.agreement": ["0.5", float("nan"), ...],
+    "replay.base_rows": ["1", None],
+    "replay.seconds": [3, ..., {"writer": 1.5, "write": 2}, {"writer": "1", "write": 2, "label": 3}],
+    "replay.samples": [{}, ["x"], [{"asked": "a", "says": "b"}], ...],
+    "replay.samples.0.prompt": [3, [], [[]], [{"role": "user"}], [{"role": "user", "content": 3}], None],
+    "search": ["x", {}, [1], [{"coefficient": 0.4}], None],
+    "search.0.coefficient": ["0", None, ...],
+    "search.1.coefficient": [0.5],
+    "search.2.objective": [None, "1", [1], float("inf"), ...],
 }
 
 
@@ -83,6 +114,7 @@ def test_a_step_file_comes_back_as_it_stands(tmp_path):
     assert record.training.log == STEP["log"]
     assert type(record.training.log[0][0]) is int
     assert record.scores == STEP["scores"]
+    assert (record.replay, record.search) == (STEP["replay"], STEP["search"])
     assert (record.coefficient.source, record.files) == ("average", STEP["files"])
 
 

@@ -28,7 +28,7 @@ def trained(request, language_data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(pm_hf.training.writer.WRITER_TRAINING, "learning_rate", 3e-2)
         patch.setitem(pm_hf.training.writer.WRITER_TRAINING, "num_train_epochs", 20)
-        writer = train_writer(config, form.training(task.train), encoder, 0, folder / "writer")
+        writer, _ = train_writer(config, form.training(task.train), encoder, 0, folder / "writer")
     return writer, form, folder / "writer"
 
 

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import strategies as st
 
 from helpers.fuzz import REFUSED, RIGHT, check, read
-from pm_hf.config.loading import load_config, save_config
+from pm_hf.config.loading import load_config, run_settings, save_config
 from pm_hf.config.presets import PRESETS
 from pm_hf.config.schema import RunConfig
 from pm_hf.config.typed import LARGEST
@@ -53,6 +53,7 @@ VALID = {
     "max_forgetting": st.floats(-1, 1),
     "head.ridge": st.floats(1e-9, 1e9),
     "strategy.replay_per_class": st.integers(0, 10**9),
+    "strategy.base_samples": st.integers(0, 10**9),
     "training.learning_rate": st.floats(0, 1e9),
     "training.num_train_epochs": st.floats(0, 1e9) | st.integers(0, 10**9),
     "training.max_steps": st.integers(-1, 10**9),
@@ -89,20 +90,13 @@ VALUES = st.recursive(
 )
 
 
-def names(kind: type = RunConfig, path: str = "") -> list[str]:
-    """Dotted names of all settings and of their groups."""
-    found = []
-    for name, hint in kind.__annotations__.items():
-        inner = isinstance(hint, type) and hasattr(hint, "__annotations__")
-        found += [path + name] + (names(hint, f"{path}{name}.") if inner else [])
-    return found
-
-
 TRAINING = ("learning_rate", "head_learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_kwargs", "optim")
 TRAINING += ("optim_args", "optim_target_modules", "report_to", "fsdp", "fsdp_config", "debug", "zebra", "bf16")
 TRAINING += ("adam_beta2", "warmup_steps", "save_strategy", "save_steps", "logging_steps", "eval_strategy", "deepspeed")
 TRAINING += ("lr_scheduler_type", "per_device_train_batch_size", "accelerator_config", "neftune_noise_alpha", "seed")
-ODD_NAMES = st.sampled_from([*names(), *(f"training.{name}" for name in TRAINING), "zebra"])
+ODD_NAMES = st.sampled_from(
+    [*(name for name, _ in run_settings().walk()), *(f"training.{name}" for name in TRAINING), "zebra"]
+)
 METHODS = st.fixed_dictionaries({}, optional={"method": st.sampled_from([*PRESETS, "zebra"])})
 
 LINES = ["output_dir: out", "model: {base: tiny}", "stream: {class_groups: 2}", "seed: 3", "lora: &l {r: 2}"]

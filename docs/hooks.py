@@ -1,4 +1,4 @@
-"""What the pages take from elsewhere when they are built: `<!-- settings -->` and `<!-- results -->`."""
+"""What the pages take from elsewhere when they are built: `<!-- results -->`."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from markdown import Extension, Markdown
 
 ROOT = Path(__file__).parents[1]
-RESULTS, SETTINGS = ROOT / "results", ROOT / "pm_hf" / "config" / "schema.py"
+RESULTS = ROOT / "results"
 LINK = re.compile(r"(!?)\[([^]]+)\]\((?!http)([^)#]+)\)")
 
 
@@ -36,12 +36,7 @@ def on_files(files: Any, config: Any) -> None:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """mkdocs calls it for every page."""
-    return markdown.replace("<!-- settings -->", settings()).replace("<!-- results -->", results())
-
-
-def settings() -> str:
-    """The file of all settings."""
-    return f"```python\n{SETTINGS.read_text(encoding='utf-8')}```"
+    return markdown.replace("<!-- results -->", results())
 
 
 def results() -> str:

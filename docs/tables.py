@@ -1,4 +1,4 @@
-"""The tables of methods.md, made from the code: python docs/tables.py writes them between their marks."""
+"""The tables of methods.md and settings.md, from the code: python docs/tables.py writes them between their marks."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from pm_hf.config.presets import PRESETS
+from pm_hf.config.reference import SettingRow, setting_rows, task_rows
 from pm_hf.config.schema import StrategySettings
 from pm_hf.merging.methods import METHODS
 
-PAGE = Path(__file__).with_name("methods.md")
+PAGES = [Path(__file__).with_name(name) for name in ("methods.md", "settings.md")]
 BLOCK = re.compile(r"(<!-- ([\w ]+) -->\n\n).*?(<!-- end -->)", re.S)
 OFF = StrategySettings()
 
 
 def main() -> None:
     """Write the tables as they are now."""
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def with_tables(text: str) -> str:
@@ -51,6 +53,20 @@ def stream_methods() -> str:
     return table([*head, "`curvature`", "`head.kind`", "further"], [_stream_row(*pair) for pair in PRESETS.items()])
 
 
+def settings() -> str:
+    """A table a group of settings, those without a group first, and one of what a task says."""
+    groups: dict[str, list[SettingRow]] = {}
+    for row in setting_rows():
+        groups.setdefault(row.name.rpartition(".")[0], []).append(row)
+    groups["stream.tasks"] = task_rows()
+    parts = []
+    for group, rows in groups.items():
+        lines = [[f"`{row.name.rpartition('.')[2]}`", row.takes, f"`{row.default}`", row.about] for row in rows]
+        heading = [f"## {group}"] if group else []
+        parts.append("\n\n".join([*heading, table(["setting", "takes", "default", "what it is"], lines)]))
+    return "\n\n".join(parts)
+
+
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A Markdown table."""
     names = list(head)
@@ -79,6 +95,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "merging methods": merging_methods,
     "merging options": merging_options,
     "stream methods": stream_methods,
+    "settings": settings,
 }
 
 

@@ -1,8 +1,9 @@
-"""The command line: pm-hf train | merge | evaluate | inspect | report | methods | push."""
+"""The command line: pm-hf train, merge, evaluate, inspect, report, methods, export, push, help, schema, completion."""
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from pm_hf.errors import InputError
 from pm_hf.text import printable_lines
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
+SHELLS = ("bash", "zsh", "fish")
+MUCH_LOST = 0.1  # part of an update that rounding loses, above which an export says the way out
 INTERRUPTED, CLOSED_PIPE = 128 + signal.SIGINT, 128 + getattr(signal, "SIGPIPE", 13)  # as a shell names those signals
 
 
@@ -98,7 +101,17 @@ def _reports_errors() -> bool:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Only change: a wrong argument is one line on stderr."""
+    """Only changes: a wrong argument is one line on stderr; the help of a command that takes settings lists them."""
+
+    takes_settings = False
+
+    def format_help(self) -> str:
+        """argparse's, and the settings."""
+        if not self.takes_settings:
+            return super().format_help()
+        from pm_hf.config.reference import settings_help
+
+        return f"{super().format_help()}\nsettings:\n{settings_help(_columns())}\n"
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -112,11 +125,14 @@ def entry() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="pm-hf", description="Continual fine-tuning by merging LoRA adapters.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="store_true", help="print the versions of pm_hf and what it stands on")
+    parser.set_defaults(run=_version_or_help)
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     train = commands.add_parser("train", help="run a stream of tasks, or continue it", allow_abbrev=False)
     train.add_argument("--config", required=True, help="YAML file")
     train.epilog = "Any setting of the YAML follows as key=value, --key value or --flag, dotted: lora.r=4"
+    train.takes_settings = True
     train.set_defaults(run=_train)
 
     merge = commands.add_parser("merge", help="fold a task adapter into a running merge, or merge several adapters")
@@ -174,8 +190,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", help="folder to write; default: the only run's, of several: report")
     report.set_defaults(run=_report)
 
-    methods = commands.add_parser("methods", help="the merging methods")
+    methods = commands.add_parser("methods", help="the merging methods, or those of a stream")
+    methods.add_argument("--stream", action="store_true", help="what each `method:` of a run's YAML sets")
     methods.set_defaults(run=_methods)
+
+    export = commands.add_parser("export", help="base and merged adapter as one checkpoint that needs no PEFT")
+    export.add_argument("adapter", metavar="RUN_OR_ADAPTER", help="output_dir of a run, adapter folder or Hub id")
+    export.add_argument("--output", required=True, help="folder to write")
+    export.add_argument("--base", help="base model: folder or Hub id; default: the one that the run or adapter names")
+    export.add_argument("--dtype", help="fp32, bf16 or fp16 for all weights; default: as the base stores each")
+    export.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    export.set_defaults(run=_export)
 
     push = commands.add_parser("push", help="publish a finished run on the Hub: its adapters, card and report")
     push.add_argument("folder", metavar="RUN", help="output_dir of the run")
@@ -183,10 +208,60 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument(
         "--base-model-id", "--base_model_id", metavar="ID", help="the base model on the Hub; default: model.base"
     )
+    push.add_argument("--license", metavar="ID", help="licence of the adapter, as the Hub writes it: apache-2.0")
+    push.add_argument("--language", metavar="ID", help="language of its texts: en")
     push.add_argument("--public", action="store_true", help="a public repository; default: private")
     push.add_argument("--dry-run", action="store_true", help="print the files and the card, use no network")
     push.set_defaults(run=_push)
+
+    explain = commands.add_parser("help", help="what a setting of a run is: type, range, default, unit, who sets it")
+    explain.add_argument(
+        "setting", nargs="?", metavar="SETTING", help="dotted, or a group: lora.r, merge, training.bf16"
+    )
+    explain.set_defaults(run=_help)
+
+    schema = commands.add_parser("schema", help="JSON Schema of a run's YAML, for editors: pm-hf schema > FILE")
+    schema.set_defaults(run=_schema)
+
+    completion = commands.add_parser("completion", help="completion script of a shell: pm-hf completion bash > FILE")
+    completion.add_argument("shell", choices=SHELLS)
+    completion.set_defaults(run=_completion)
     return parser
+
+
+def _version_or_help(options: argparse.Namespace) -> int:
+    if not options.version:
+        _say(_parser().format_help().rstrip())
+        return DONE
+    from importlib.metadata import version
+
+    _say(", ".join(f"{name} {version(name)}" for name in ("pm_hf", "torch", "transformers", "peft")))
+    return DONE
+
+
+def _help(options: argparse.Namespace) -> int:
+    from pm_hf.config.reference import setting_help, settings_help
+
+    _say(setting_help(options.setting, _columns()) if options.setting else settings_help(_columns()))
+    return DONE
+
+
+def _schema(_: argparse.Namespace) -> int:
+    from pm_hf.config.reference import json_schema
+
+    _say(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+    return DONE
+
+
+def _completion(options: argparse.Namespace) -> int:
+    import shtab
+
+    _say(shtab.complete(_parser(), options.shell))
+    return DONE
+
+
+def _columns() -> int:
+    return min(shutil.get_terminal_size().columns, 120)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -222,7 +297,10 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
     from pm_hf.adapters.merge import merge_adapters
+    from pm_hf.reports.merge_card import write_merge_card
 
     report = merge_adapters(
         options.adapters,
@@ -258,6 +336,8 @@ def _merge(options: argparse.Namespace) -> int:
     _say(f"largest error {report.error:.2e} of the truncation, {report.cast_error:.2e} of the storage dtype")
     memory = "" if report.peak_memory_mb is None else f", peak memory {report.peak_memory_mb:.0f} MB"
     _say(f"{report.seconds:.2f} s{memory}")
+    if not options.dry_run and not write_merge_card(Path(options.output), report):
+        _say("note: README.md was written by hand and is kept")
     _say("dry run: nothing written" if options.dry_run else f"written: {options.output}")
     return DONE
 
@@ -316,8 +396,11 @@ def _report(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _methods(_: argparse.Namespace) -> int:
+def _methods(options: argparse.Namespace) -> int:
     from pm_hf.merging.methods import METHODS
+
+    if options.stream:
+        return _stream_methods()
 
     for name, method in METHODS.items():
         kinds = " and ".join(kind for kind, has in (("fold", method.fold), ("several", method.batch)) if has)
@@ -329,16 +412,62 @@ def _methods(_: argparse.Namespace) -> int:
     return DONE
 
 
+def _stream_methods() -> int:
+    from pm_hf.config.presets import PRESETS
+    from pm_hf.config.reference import as_yaml, method_settings
+
+    for name in PRESETS:
+        for streams, row in method_settings(name).items():
+            _say(f"{name}, {streams}:" if streams else f"{name}:")
+            _say("    " + "  ".join(f"{setting}={as_yaml(value)}" for setting, value in row.items()))
+    return DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    from pm_hf.config.loading import load_config
+    from pm_hf.models.export import export_model
+    from pm_hf.runs.paths import RunPaths
+
+    adapter, base, revision = options.adapter, options.base, None
+    run = RunPaths(options.adapter)
+    if run.config.is_file():
+        model = load_config(run.config).model
+        adapter = run.merged
+        if base is None and model.gguf_file is not None:
+            made = f"run {run.folder} was trained on {model.gguf_file}, whose weights are quantised"
+            raise InputError(f"{made}; give the model that it was made from: --base")
+        base, revision = (model.base, model.revision) if base is None else (base, None)
+    kind = options.dtype
+    report = export_model(
+        adapter, options.output, base=base, revision=revision, dtype=kind, overwrite=options.overwrite
+    )
+    if report.rounding:
+        worst = max(report.rounding, key=lambda name: report.rounding[name])
+        lost = report.rounding[worst]
+        way_out = "; --dtype fp32 keeps them" if lost > MUCH_LOST else ""
+        _say(f"{len(report.rounding)} weights updated; rounding loses up to {lost:.1e} of an update ({worst}){way_out}")
+    for name in report.untied:
+        _say(f"{name} has weights of its own now: the adapter changes the other table of tokens, or this one")
+    if report.left_out:
+        named = ", ".join(report.left_out[:3])
+        _say(f"{report.model_class} does not have {len(report.left_out)} tensors of the base, left out: {named}")
+    memory = "" if report.peak_memory_mb is None else f", peak memory {report.peak_memory_mb:.0f} MB"
+    _say(f"{report.seconds:.2f} s{memory}, {report.shards} files of weights")
+    _say(f"written: {report.folder}, load it with {report.model_class}.from_pretrained")
+    return DONE
+
+
 def _push(options: argparse.Namespace) -> int:
     from pm_hf.reports.hub import build_upload, push
 
+    card = {"base_model_id": options.base_model_id, "license": options.license, "language": options.language}
     if options.dry_run:
-        upload = build_upload(options.folder, options.repo, base_model_id=options.base_model_id)
+        upload = build_upload(options.folder, options.repo, **card)
         for name, size in upload.sizes().items():
             _say(f"{size:>12,d}  {name}")
         _say(f"\n{upload.card}\ndry run: nothing uploaded to {upload.repo}")
         return DONE
-    _say(push(options.folder, options.repo, base_model_id=options.base_model_id, public=options.public))
+    _say(push(options.folder, options.repo, **card, public=options.public))
     return DONE
 
 

@@ -3,7 +3,7 @@
 python recipes/make_t5.py --data ../shared/data/text [--output runs/t5-text/base]
 
 1.1 million parameters (width 128, 2 + 2 layers, a byte-level BPE of 2,048 tokens trained here), 2,600 steps of 32 rows,
-about eight minutes on one core. It has read clinc150, banking77, agnews and news20 (24 words of a text), never the sets
+about nine minutes on one core. It has read clinc150, banking77, agnews and news20 (24 words of a text), never the sets
 that the stream's tasks are made of, nor a text that is in one of them too. Three kinds of rows in equal shares: spans
 of a text to be filled in (T5, arXiv 1910.10683, section 3.1.4: .15 of the tokens, spans of 3), the label of a text, the
 text of a label. Adafactor, whose steps are relative to a weight's size as in that paper: AdamW leaves T5's large

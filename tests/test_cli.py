@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 import pm_hf.adapters.merge
 from pm_hf.adapters.inspection import describe, relate
-from pm_hf.cli import main
+from pm_hf.cli import SHELLS, main
 from pm_hf.merging.methods import METHODS
 
 
@@ -135,12 +136,11 @@ BAD = {
     "inspect": (["inspect", "none"], "adapter none is not a folder"),
     "inspect second": (["inspect", "TASK", "none", "--json"], "adapter none is not a folder"),
     "train": (["train", "--config", "none.yaml"], "config none.yaml does not exist"),
-    "train override": (["train", "--config", "YAML", "speed=3"], "speed: unknown key; valid: "),
+    "train override": (["train", "--config", "YAML", "speed=3"], "speed: unknown key, did you mean seed?; valid: "),
     "train yaml": (["train", "--config", "FILE"], "expected a mapping of settings"),
     "argument": (["merge", "TASK", "--output", "out", "--speed", "3"], "unrecognised arguments: --speed 3"),
     "no number": (["merge", "TASK", "--output", "out", "--max-rank", "x"], "expected a number or full, found 'x'"),
     "no output": (["merge", "TASK"], "required: --output"),
-    "no command": ([], "required: COMMAND"),
     "command": (["melt"], "invalid choice: 'melt'"),
 }
 
@@ -199,3 +199,67 @@ def test_console_script_ends_with_the_exit_code(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith(f"pm-hf: adapter {tmp_path / 'none'} is not a folder: expected a local folder or")
     assert done.stderr.count("\n") == 1
+
+
+def test_without_a_command_the_help_is_printed(capsys):
+    code, printed, errors = run(capsys)
+    assert (code, errors) == (0, "")
+    assert printed.startswith("usage: pm-hf")
+    assert all(f"    {command} " in printed for command in ("train", "merge", "help", "schema"))
+
+
+def test_version_names_what_pm_hf_stands_on(capsys):
+    from importlib.metadata import version
+
+    code, printed, _ = run(capsys, "--version")
+    assert code == 0
+    assert all(f"{name} {version(name)}" in printed for name in ("torch", "transformers", "peft"))
+
+
+def test_help_loads_none_of_the_large_libraries():
+    program = (
+        "import sys\nfrom pm_hf.cli import main\n"
+        "for arguments in ([], ['--version'], ['merge', '--help']):\n"
+        "    try:\n        main(arguments)\n    except SystemExit:\n        pass\n"
+        "print(sorted({'torch', 'numpy', 'pydantic', 'transformers', 'rich', 'yaml'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["help"]])
+def test_settings_are_listed_with_defaults_and_units(capsys, monkeypatch, arguments):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, printed, errors = run(capsys, *arguments)
+    assert (code, errors) == (0, "")
+    assert "stream.max_length  int (tokens), at least 1; default 128\n    longest input" in printed
+    assert ("--config" in printed) == (arguments[0] == "train")
+
+
+def test_a_setting_that_is_none_is_one_line(capsys):
+    assert run(capsys, "help", "lora.rank") == (2, "", "pm-hf: lora.rank: no such setting; did you mean lora.r?\n")
+    assert run(capsys, "help", "lora.r")[1].startswith("lora.r  int, in [1, 8192]; default 8\n    rank\n")
+
+
+def test_the_schema_is_json(capsys):
+    code, printed, errors = run(capsys, "schema")
+    assert (code, errors) == (0, "")
+    assert json.loads(printed)["properties"]["seed"]["type"] == "integer"
+
+
+def test_methods_of_a_stream_are_listed_with_what_they_set(capsys):
+    code, printed, _ = run(capsys, "methods", "--stream")
+    assert code == 0
+    lines = printed.splitlines()
+    assert "perturbation.scale=0.5" in lines[lines.index("pm:") + 1]
+    assert "strategy.replay=generated" in lines[lines.index("best, language models:") + 1]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion_scripts_are_what_a_shell_reads(capsys, shell):
+    pytest.importorskip("shtab", reason="completion needs shtab")
+    code, printed, errors = run(capsys, "completion", shell)
+    assert (code, errors) == (0, "")
+    assert all(command in printed for command in ("train", "inspect", "allow-missing", "dry-run"))
+    if program := shutil.which(shell):
+        subprocess.run([program, "-n"], input=printed, text=True, check=True, capture_output=True)

@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import SHARED, anywhere, data_settings, lacking_input, pooled
+from common import SHARED, anywhere, data_settings, lacking_input, pictures_folder, pooled, prepare
 from environment import ROOT, environment
 from grid import STREAMS
+from pictures import kept
 from tables import spread
 
 from pm_hf.config.loading import load_config
@@ -40,6 +41,7 @@ PROJECTION = 2048  # random features of RanPAC
 RIDGES = tuple(10.0**power for power in range(9))  # RanPAC's, chosen on a fifth of its training rows
 DRAWS = 200  # features drawn a class for an aligned head
 DIRECTIONS, OWN_SHARE = 16, 0.3  # k and β of the bound head
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where heads that are trained are trained
 
 
 SEEN: dict[str, Any] = {"method": "best", "merge.on_zero_curvature": "average"}  # whose head.training is seen
@@ -107,6 +109,8 @@ def main() -> int:
     if lacking := lacking_input(options.streams, options):
         parser.error(lacking)
     asked = [(name, cell, seed) for name in options.streams for seed in options.seeds for cell in options.cells]
+    for name in options.streams:
+        prepare(name, options)
     failed = pooled(cell_result, [job for job in asked if not result_path(*job).exists()], options)
     (ROOT / "results" / "ablation" / "table.md").write_text(text := table(), encoding="utf-8")
     print(text)
@@ -123,13 +127,14 @@ def cell_result(job: tuple[str, str, int], options: argparse.Namespace) -> None:
     name, cell, seed = job
     folder = options.runs / name / f"{cell}-{seed}"
     source, changes = data_settings(name, seed, folder, options)
-    report = learn(source, seed=seed, **(changes | held_out(source, changes) | CELLS[cell][1]))
-    config = load_config(folder / "config.yaml")
-    scores = {} if config.head.kind == "lda" else {"linear": report.metrics["ACC"]}
-    run = Run(config, load_stream(config))
-    accuracies: dict[str, Any] = {cell: scores | heads(run, cell)}
-    if cell == "fisher":
-        accuracies[FIRST] = heads(run, FIRST)
+    with kept(pictures_folder(name, options)):
+        report = learn(source, seed=seed, **(changes | held_out(source, changes) | CELLS[cell][1]))
+        config = load_config(folder / "config.yaml")
+        scores = {} if config.head.kind == "lda" else {"linear": report.metrics["ACC"]}
+        features = Features(Run(config, load_stream(config)))
+        accuracies: dict[str, Any] = {cell: scores | heads(features, cell)}
+        if cell == "fisher":
+            accuracies[FIRST] = heads(features, FIRST)
     path = result_path(*job)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
@@ -153,28 +158,29 @@ def held_out(source: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Features:
-    """Input of the head under the merges of one run, read once."""
+    """Input of the head under the merges of one run; each merge is loaded, and each part read, once."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.tasks = run, run.stream.tasks
         self.scored = run.stream.scored or run.stream.tasks  # joint training has one task, and is scored on each
-        self.known: dict[tuple[int, int, bool], Tensor] = {}
+        self._models: dict[int, nn.Module] = {}
+        self._known: dict[tuple[int, int, bool], Tensor] = {}
 
     def of(self, merge: int, task: int, *, test: bool = False) -> Tensor:
         """Features (n, d) of a task's rows under the merge after task `merge`."""
         key = (merge, task, test)
-        if key not in self.known:
-            part, folder = (self.scored if test else self.tasks)[task], self.run.folder
+        if key not in self._known:
+            part, head = (self.scored if test else self.tasks)[task], str(self.run.folder.record(merge).head)
+            if merge not in self._models:
+                self._models[merge] = self.run.scorer.load(self.run.folder.task(merge).merged, head)[0]
             rows = part.test if test else part.train
-            head = str(folder.record(merge).head)
-            self.known[key] = self.run.scorer.features(folder.task(merge).merged, rows, part.own, head).double()
-        return self.known[key]
+            self._known[key] = self.run.scorer.features_of(self._models[merge], rows, part.own, head).double()
+        return self._known[key]
 
 
-def heads(run: Run, cell: str) -> dict[str, float]:
+def heads(features: Features, cell: str) -> dict[str, float]:
     """{head: ACC, the mean over tasks of the accuracy among all classes} on the features of the last merge."""
-    features = Features(run)
-    tasks = features.tasks
+    run, tasks = features.run, features.tasks
     end = 0 if cell == FIRST else len(tasks) - 1
     labels = list(dict.fromkeys(label for task in tasks for label in task.own))
     train = [(features.of(end, i), _targets(task, labels, test=False)) for i, task in enumerate(tasks)]
@@ -250,10 +256,10 @@ def _bound(statistics: HeadStatistics, own: list[Tensor]) -> Callable[[Tensor], 
     J(W, b) = mean_c log Σ_j exp((w_j − w_c)ᵀμ_c + b_j − b_c + ½(w_j − w_c)ᵀΣ_c(w_j − w_c)) + 1e-4·mean(W²) with
     Σ_c = (1 − β)Σ + βU_cᵀU_c, Jensen's inequality for N(μ_c, Σ_c); β = 0 is near the analytic head.
     """
-    weight, bias = (part.clone().requires_grad_() for part in statistics.solve())
-    means, shared = statistics.means, statistics.pooled_covariance()
+    weight, bias = (part.to(DEVICE).requires_grad_() for part in statistics.solve())
+    means, shared = statistics.means.to(DEVICE), statistics.pooled_covariance().to(DEVICE)
     widest = max(len(directions) for directions in own)
-    stacked = torch.stack([torch.nn.functional.pad(u, (0, 0, 0, widest - len(u))) for u in own])  # (C, k, d)
+    stacked = torch.stack([torch.nn.functional.pad(u, (0, 0, 0, widest - len(u))) for u in own]).to(DEVICE)  # (C, k, d)
     optimiser = torch.optim.LBFGS([weight, bias], max_iter=100, history_size=10, line_search_fn="strong_wolfe")
 
     def objective() -> Tensor:
@@ -269,7 +275,7 @@ def _bound(statistics: HeadStatistics, own: list[Tensor]) -> Callable[[Tensor], 
         return loss
 
     optimiser.step(objective)
-    solved = weight.detach(), bias.detach()
+    solved = weight.detach().cpu(), bias.detach().cpu()
     return lambda rows: class_logits(rows @ solved[0].T + solved[1], statistics.labels)[0]
 
 
@@ -293,11 +299,10 @@ def _aligned(statistics: HeadStatistics, labels: list[str]) -> Callable[[Tensor]
 
 def _logistic(rows: Tensor, truth: Tensor) -> Callable[[Tensor], Tensor]:
     """Multinomial logistic regression on standardised features with the penalty ½‖W‖² beside the sum of the losses
-    (scikit-learn's default), on a GPU where there is one: 20,000 draws of 100 classes take a minute on a core."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    (scikit-learn's default): 20,000 draws of 100 classes take a minute on a core."""
     mean, deviation = rows.mean(0), rows.std(0).clamp(min=1e-12)
-    inputs, targets = ((rows - mean) / deviation).to(device, torch.float32), truth.to(device)
-    layer = torch.nn.Linear(rows.shape[1], int(truth.max()) + 1, device=device)
+    inputs, targets = ((rows - mean) / deviation).to(DEVICE, torch.float32), truth.to(DEVICE)
+    layer = torch.nn.Linear(rows.shape[1], int(truth.max()) + 1, device=DEVICE)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
     optimiser = torch.optim.LBFGS(layer.parameters(), max_iter=300, history_size=10, line_search_fn="strong_wolfe")
@@ -319,18 +324,19 @@ def _random_projection(rows: Tensor, truth: Tensor, classes: int) -> Callable[[T
     generator = torch.Generator().manual_seed(0)
     projection = torch.randn(rows.shape[1], PROJECTION, generator=generator, dtype=torch.float64)
     project = lambda inputs: (inputs @ projection).relu()  # noqa: E731
+    rows, truth, projection = rows.to(DEVICE), truth.to(DEVICE), projection.to(DEVICE)
     hidden, answers = project(rows), torch.nn.functional.one_hot(truth, classes).double()
     order = torch.randperm(len(rows), generator=generator)
     held, kept = order[: len(rows) // 5], order[len(rows) // 5 :]
     gram, pull = hidden[kept].T @ hidden[kept], hidden[kept].T @ answers[kept]
-    unit = torch.eye(PROJECTION, dtype=torch.float64)
+    unit = torch.eye(PROJECTION, dtype=torch.float64, device=DEVICE)
     scored = [
         ((hidden[held] @ torch.linalg.solve(gram + ridge * unit, pull)).argmax(1) == truth[held]).sum()
         for ridge in RIDGES
     ]
     ridge = RIDGES[int(torch.stack(scored).argmax())]
     weight = torch.linalg.solve(hidden.T @ hidden + ridge * unit, hidden.T @ answers)
-    return lambda inputs: project(inputs) @ weight
+    return lambda inputs: (project(inputs.to(DEVICE)) @ weight).cpu()
 
 
 def table() -> str:

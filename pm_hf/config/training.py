@@ -1,5 +1,6 @@
 """`training:`, typed and range-checked from the fields of TrainingArguments."""
 
+import dataclasses
 import enum
 import json
 from collections.abc import Mapping
@@ -43,6 +44,12 @@ MANAGED_ARGUMENTS = frozenset(
 
 # what PMConfig adds to them and `training` may set
 OWN_FIELDS = {"head_learning_rate": float | None}
+OWN_ABOUT: dict[str, dict[str, Any]] = {
+    "head_learning_rate": {
+        "help": "The learning rate of the classification head; null: learning_rate.",
+        "default": None,
+    }
+}
 WIDER = {"fsdp": bool | str | list[str] | None}  # fields that take more than their annotation says
 
 
@@ -125,8 +132,8 @@ def training_settings() -> Settings:
     settable = {}
     for argument in fields(TrainingArguments):
         if argument.name not in MANAGED_ARGUMENTS:
-            settable[argument.name] = _field(argument.name, hints[argument.name], argument.metadata)
-    settable |= {name: _field(name, hint, {}) for name, hint in OWN_FIELDS.items()}
+            settable[argument.name] = _field(argument.name, hints[argument.name], _about(argument))
+    settable |= {name: _field(name, hint, OWN_ABOUT[name]) for name, hint in OWN_FIELDS.items()}
     typed_dict: Any = TypedDict
     kind = typed_dict("TrainingValues", settable, total=False)
     kind.__pydantic_config__ = MODEL
@@ -149,7 +156,15 @@ def _field(name: str, hint: Any, metadata: Mapping) -> Any:
     limits: dict[str, Any] = dict(zip(("ge", "le"), RANGES[name], strict=True)) if name in RANGES else {}
     limits |= {"ge": 0, "lt": 1} if name in BELOW_ONE else {}
     nullable = Union[inner, None] if NoneType in alternatives else inner  # noqa: UP007
-    return Annotated[nullable, Field(description=metadata.get("help"), **limits)]
+    default = {"default": metadata["default"]} if "default" in metadata else None
+    return Annotated[nullable, Field(description=metadata.get("help"), json_schema_extra=default, **limits)]
+
+
+def _about(argument: dataclasses.Field) -> dict[str, Any]:
+    """What a field's metadata say, with its default where YAML can have it."""
+    default = argument.default.value if isinstance(argument.default, enum.Enum) else argument.default
+    plain = default is None or isinstance(default, bool | int | float | str)
+    return {**argument.metadata} | ({"default": default} if plain else {})
 
 
 def _taken(option: Any) -> Any:

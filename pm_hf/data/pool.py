@@ -93,8 +93,8 @@ class Pool:
     def examples(self, encoder: CausalEncoder | Seq2SeqEncoder) -> list[dict]:
         """The encoder's examples of prompts and completions, with `soft`: the SoftTarget of each target token.
 
-        A sample of the base has no more target tokens than the tasks' rows on average, spread over its text: the loss is
-        a mean over tokens, and a sample should not weigh as much as twenty answers.
+        A sample of the base has no more target tokens than the tasks' rows on average, spread over its text: the loss
+        is a mean over tokens, and a sample should not weigh as much as twenty answers.
         """
         rows = Rows([row.prompt for row in self.rows], [row.completion for row in self.rows])
         examples = [

@@ -19,19 +19,27 @@ FACTORS: tuple[tuple[str, int, Callable[[float], bool]], ...] = (  # (name, shap
 
 
 Cost = Callable[[TaskRecord], float | None]
-COSTS: tuple[tuple[str, Cost, str, str], ...] = (  # (name, what of a record, title, unit)
-    ("time-of-each-task", lambda record: record.seconds, "Time of each task", "seconds"),
+COSTS: tuple[tuple[str, Cost, str, str, str], ...] = (  # (name, what of a record, title, unit, a sentence)
+    (
+        "time-of-each-task",
+        lambda record: record.seconds,
+        "Time of each task",
+        "seconds",
+        "Training, curvature, merge and scores together.",
+    ),
     (
         "peak-memory-of-the-process",
         lambda record: record.process_peak_memory_mb,
         "Peak memory of the process up to each task",
         "MiB",
+        "The largest resident memory since the process began, which another run before in the same process raises too.",
     ),
     (
         "truncation-error-of-each-merge",
         lambda record: record.merge_error,
         "Truncation error of each merge",
         "relative error",
+        "What merge.max_rank cuts off, in relation to the norm of the merged update.",
     ),
 )
 
@@ -47,9 +55,9 @@ def charts(runs: list[Report]) -> list[Chart]:
         _coefficient_chart(runs),
         *(_loss_chart(run, place) for place, run in enumerate(runs, start=1)),
     ]
-    for file, cost, title, unit in COSTS:
+    for file, cost, title, unit, about in COSTS:
         values = [[None if record is None else cost(record) for record in run.records] for run in runs]
-        drawn.append(Chart(file, title, "task", unit, _of_runs(runs, values)))
+        drawn.append(Chart(file, title, "task", unit, _of_runs(runs, values), about))
     drawn += [chart for place, run in enumerate(runs, start=1) for chart in search_charts(run, place, len(runs))]
     drawn += [chart for place, run in enumerate(runs, start=1) for chart in line_charts(run, place, len(runs))]
     return [chart for chart in drawn if chart.points]
@@ -59,7 +67,8 @@ def means_chart(runs: list[Report]) -> Chart:
     """Mean score on the tasks seen after each task, one line a run."""
     means = [_means(run, place) for place, run in enumerate(runs)]
     title, name = "Mean score on the tasks seen", metric_name(runs[0].metric)
-    return Chart("score-after-each-task", title, "tasks learned", f"mean {name}", means)
+    about = "After each task, the mean over the tasks learned until then; it may fall as tasks are added."
+    return Chart("score-after-each-task", title, "tasks learned", f"mean {name}", means, about)
 
 
 def plot_means(runs: list[Report], path: Path) -> None:
@@ -94,7 +103,8 @@ def _coefficient_chart(runs: list[Report]) -> Chart:
         longest = max(len(of_run.x) for of_run in series)
         inverse = [1 / t for t in _count(longest)]
         series.append(Series("1/t", _count(longest), inverse, colour=7, shape=5, dash=1))
-    return Chart("coefficients", "Coefficient of each task, and 1/t", "task", "coefficient", series)
+    about = "With what weight each task was folded in; 1/t would make the merge the mean of the tasks."
+    return Chart("coefficients", "Coefficient of each task, and 1/t", "task", "coefficient", series, about)
 
 
 def _loss_chart(run: Report, place: int) -> Chart:

@@ -1,7 +1,6 @@
 """The loop over tasks: train, measure, merge, score, write; continue, extend. The only file that knows the order."""
 
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from pm_hf.adapters.folder import base_name, merge_record, open_adapter, save_ad
 from pm_hf.adapters.merge import MergeReport, merge_adapters
 from pm_hf.adapters.naming import check_loads
 from pm_hf.config.loading import load_config
-from pm_hf.config.schema import RunConfig
+from pm_hf.config.schema import PENALTY_CURVATURES, RunConfig
 from pm_hf.data.encoders import check_encoding, check_length, check_tokens, make_encoder, match_padding
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.data.rows import Examples
@@ -31,7 +30,7 @@ from pm_hf.distributed import (
     process_count,
     process_index,
 )
-from pm_hf.environment import conditions, release_memory
+from pm_hf.environment import conditions, process_peak_memory_mb, release_memory
 from pm_hf.errors import InputError
 from pm_hf.files import locked, make_folder
 from pm_hf.measuring.analytic_head import HeadStatistics
@@ -57,7 +56,7 @@ from pm_hf.runs.rehearsal import Rehearsal, Rehearsed, replay_note
 from pm_hf.runs.start import TaskStart, adapter_to_fold, check_fold, find_beside, load_start, start_task
 from pm_hf.runs.tracking import Tracking
 from pm_hf.training.callbacks import EarlyStopping, SequentialAveraging, Stop, stop_on_sigterm
-from pm_hf.training.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, Penalty
+from pm_hf.training.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, OutputDrift, Penalty
 from pm_hf.training.record import TrainingRecord
 from pm_hf.training.task_trainer import precision, train, training_arguments
 
@@ -117,7 +116,7 @@ def evaluate(config: RunConfig, adapter: str | os.PathLike) -> Evaluation:
     stream = load_stream(config, finished_labels(config))
     run = Run(config, stream, opened.path)
     head, tasks, left_out = None, [*(stream.scored or stream.tasks), *stream.held_out], dict[str, str]()
-    answers, labels = run.head.answers(find_beside(opened, STATISTICS_FILE)), None
+    answers, labels = run.head.answers(find_beside(opened, STATISTICS_FILE)[0]), None
     if config.kind.has_head:
         if len(opened.labels) != 1:
             raise InputError(f"adapter {opened.path} has no labels.json with one head, so its rows have no names")
@@ -244,12 +243,12 @@ class Run:
                 replay=replay,
                 search=trained.search,
                 seconds=time.perf_counter() - began,
-                process_peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                process_peak_memory_mb=process_peak_memory_mb(),
                 conditions=conditions(),
                 notes=[
                     *notes,
-                    *of_head,
                     *rehearsed.notes,
+                    *of_head,
                     *self._learning_notes(task, trained, index),
                     *self._truncation_notes(task, trained, index),
                     *([replay_note(replay)] if replay else []),
@@ -410,7 +409,8 @@ class Run:
     def _learning_notes(self, task: Task, trained: TrainedTask, index: int) -> list[str]:
         """What is to be said where a task was hardly learned; with a penalty in its loss nothing can be."""
         strategy, classes = self.config.strategy, None
-        if trained.record is None or strategy.ewc_weight or strategy.olora_weight or strategy.base_kl_weight:
+        penalties = (*PENALTY_CURVATURES, "olora_weight", "base_kl_weight")
+        if trained.record is None or any(getattr(strategy, name) for name in penalties):
             return []
         if self.config.kind.has_head:
             against = self.stream.seen(index) if self.config.head.training == "seen" else [task]
@@ -440,6 +440,7 @@ class Run:
             labels=settings.labels,
             shrinkage=spec.shrinkage if spec.kind == "gram" else None,
             normalisation=settings.normalisation,
+            at=settings.at,
             previous=Curvature.load(start.curvature) if config.sums_curvature and start.curvature is not None else None,
             heads=self.head.curvature_heads(built, start),
             merged=start.running.products() if moved and start.running is not None else None,
@@ -465,10 +466,10 @@ class Run:
     def _merge(self, paths: TaskPaths, start: TaskStart, trained: TrainedTask) -> MergeReport:
         settings, method, curvature = self.config.merge, self.config.merging_method, trained.curvature
         coefficient: float | None = None  # the first task is taken as it is
-        if start.running is not None and settings.coefficient == "search":
+        if start.running is not None and (self.config.averages or self.config.searches):
             tasks = merge_record(start.running)["tasks"] + 1
             coefficient = smallest_within_error(trained.search) if trained.search else 1 / tasks
-        elif start.running is not None:
+        elif start.running is not None and not self.config.computes_coefficient:
             coefficient = settings.coefficient  # type: ignore[assignment]
         if not self._trains(start.index):
             coefficient = 0.0  # nothing was trained: the running merge stays as it is
@@ -531,6 +532,12 @@ def make_penalties(config: RunConfig, built: TaskModel, start: TaskStart) -> lis
     if strategy.ewc_weight and start.curvature is not None:
         penalties.append(
             ElasticWeights(built.model, TASK_ADAPTER, Curvature.load(start.curvature), strategy.ewc_weight)
+        )
+    if strategy.drift_weight and start.curvature is not None:
+        penalties.append(
+            OutputDrift(
+                built.model, TASK_ADAPTER, Curvature.load(start.curvature), strategy.drift_weight, start.offset()
+            )
         )
     if strategy.olora_weight and start.running is not None:
         penalties.append(OrthogonalSubspaces(built.model, TASK_ADAPTER, MERGED_ADAPTER, strategy.olora_weight))

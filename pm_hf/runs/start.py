@@ -13,7 +13,7 @@ from pm_hf.errors import InputError, raise_all
 from pm_hf.files import expand, same_files
 from pm_hf.measuring.analytic_head import HeadStatistics
 from pm_hf.merging.curvature import Curvature
-from pm_hf.merging.lowrank import LowRank, balanced, compact_svd, weighted_sum
+from pm_hf.merging.lowrank import LowRank, add, balanced, compact_svd, weighted_sum
 from pm_hf.merging.methods.base import Start
 from pm_hf.merging.methods.linear import SEQUENTIAL
 from pm_hf.models.loading import resolve_base
@@ -56,18 +56,11 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
         return None
     adapter = open_adapter(expand(config.start_from, "start_from"))
     check_loads(adapter)
-    state = StreamState(
-        adapter.path,
-        find_beside(adapter, CURVATURE_FILE),
-        find_beside(adapter, STATISTICS_FILE),
-        adapter.path,
-        find_beside(adapter, POOL_FILE),
-        find_beside(adapter, WRITERS_FOLDER),
-    )
+    curvature, head, pool, writers = find_beside(adapter, CURVATURE_FILE, STATISTICS_FILE, POOL_FILE, WRITERS_FOLDER)
+    state = StreamState(adapter.path, curvature, head, adapter.path, pool, writers)
     problems = _adapter_misfits(config, stream, adapter)
-    elastic = config.strategy.ewc_weight > 0
-    if elastic and state.curvature is None:
-        problems.append(f"strategy.ewc_weight needs {CURVATURE_FILE} beside it")
+    if state.curvature is None:
+        problems += [f"strategy.{name} needs {CURVATURE_FILE} beside it" for name in config.curvature_penalties]
     if config.keeps_pool and state.pool is None:
         problems.append(f"strategy.replay generated needs {POOL_FILE} beside it, the rows of its tasks")
     if config.keeps_pool and state.pool is not None:
@@ -76,10 +69,10 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
         problems.append(f"strategy.replay_pool false needs {WRITERS_FOLDER} beside it, the writers of its tasks")
     if config.keeps_writers and state.writers is not None:
         check_kept(state.writers)
-    must_be_measured = config.merge.options.get("unmeasured_past") == "error" and config.merge.coefficient is None
+    must_be_measured = config.merge.options.get("unmeasured_past") == "error" and config.computes_coefficient
     if must_be_measured and state.curvature is None:
         problems.append(f"merge.options.unmeasured_past is error, and it has no {CURVATURE_FILE} beside it")
-    method, measured = config.merging_method, config.measures_curvature and config.merge.coefficient is None
+    method, measured = config.merging_method, config.measures_curvature and config.computes_coefficient
     if measured and method.curvature is not None and not method.sums and state.curvature is None:
         problems.append(f"merge.method {method.name} needs {CURVATURE_FILE} beside it; use the one saved with it")
     if config.measures_curvature:
@@ -102,13 +95,13 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
     return state
 
 
-def find_beside(adapter: Adapter, name: str) -> Path | None:
-    """What was saved with an adapter: the file or folder of this name in its folder, in the folder above, or in the
-    task folder of the run that published it."""
+def find_beside(adapter: Adapter, *names: str) -> list[Path | None]:
+    """What was saved with an adapter: for each name the file or folder in the adapter's folder, in the folder above, or
+    in the task folder of the run that published it."""
     beside, run = [adapter.path, adapter.path.parent], RunPaths(adapter.path.parent)
     finished = [task for task in reversed(run.tasks()) if task.finished]
     beside += [task.folder for task in finished if same_files(task.merged, adapter.path)]
-    return next((folder / name for folder in beside if (folder / name).exists()), None)
+    return [next((folder / name for folder in beside if (folder / name).exists()), None) for name in names]
 
 
 def _adapter_misfits(config: RunConfig, stream: TaskStream, adapter: Adapter) -> list[str]:
@@ -204,6 +197,15 @@ class TaskStart:
         """Whose values that are held whole go on: embeddings, norms, and the rows of a head that all tasks share. They
         start where the backbone starts."""
         return self.frozen if self.train_from == "last" and self.frozen is not None else self.running
+
+    def offset(self) -> dict[str, LowRank] | None:
+        """{module: where the training starts less the running merge, (out, in)}; None where it starts there."""
+        if self.running is None or self.train_from == "merged":
+            return None
+        merged, frozen = self.running.products(), {} if self.frozen is None else self.frozen.products()
+        return {
+            name: add(*([frozen[name]] if name in frozen else []), past.scale(-1.0)) for name, past in merged.items()
+        }
 
 
 def start_task(config: RunConfig, state: StreamState, index: int) -> TaskStart:

@@ -327,8 +327,21 @@ def test_a_method_for_classifiers_says_so_of_a_language_model():
     stream = {"kind": "causal-lm", "tasks": [{"name": "a", "train": "t.csv", "test": "t.csv"}]}
     (note,) = preset_notes(load_config(small(method="pm_gram_lda", stream=stream)))
     assert "method pm_gram_lda is for classifiers: causal-lm has no class head" in note
-    assert not preset_notes(load_config(small(method="pm", stream=stream)))
+    for method in ("pm", "best"):
+        assert not preset_notes(load_config(small(method=method, stream=stream)))
     assert not preset_notes(load_config(small(method="best")))
+
+
+def test_best_of_a_language_model_rehearses_and_its_coefficient_can_be_another():
+    stream = {"kind": "causal-lm", "tasks": [{"name": "a", "train": "t.csv", "test": "t.csv"}]}
+    config = load_config(small(method="best", stream=stream))
+    assert (config.strategy.replay, config.merge.coefficient, config.head.kind) == ("generated", 1.0, "none")
+    for other in ("average", "search", 0.5):
+        changed = load_config(small(method="best", stream=stream, merge__coefficient=other))
+        assert (changed.merge.coefficient, changed.computes_coefficient) == (other, False)
+    plain = load_config(config, values={"method": "pm"})
+    assert (plain.strategy.replay, plain.merge.coefficient, plain.measures_curvature) == ("none", None, True)
+    assert load_config(plain, values={"merge.coefficient": "fisher"}).measures_curvature
 
 
 def test_a_language_model_that_is_not_trained_has_analytic_answers():
@@ -358,7 +371,7 @@ def test_shipped_config_loads(path):
 
 
 def test_shipped_configs_were_found():
-    assert len(CONFIGS) == 18
+    assert len(CONFIGS) == 25
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,7 @@ from test_architecture import GROUND, MAY_IMPORT
 import pm_hf
 from pm_hf.config.loading import load_config
 from pm_hf.config.presets import PRESETS
+from pm_hf.config.schema import LoraSettings, RunConfig
 from pm_hf.merging import METHODS as MERGING
 
 DOCS = [page for page in PAGES if page.startswith("docs/")]
@@ -100,6 +102,15 @@ def test_method_page_has_the_tables_of_the_code():
     assert [row[1] for row in cells[: len(titles)]] == [method.about.replace("*", r"\*") for method in MERGING.values()]
     assert [row[:2] for row in cells[len(titles) : count]] == options
     assert [row[0] for row in cells[count:]] == [*presets, *presets]  # in words, and their settings
+
+
+def test_settings_page_has_every_setting():
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    tables = module(ROOT / "docs" / "tables.py")
+    assert tables.with_tables(page) == page, "run: python docs/tables.py"
+    names = {f"`{field.name}`" for field in fields(RunConfig) if not is_dataclass(getattr(RunConfig(), field.name))}
+    names |= {f"`{field.name}`" for field in fields(LoraSettings)}
+    assert names <= {line.split("|")[1].strip() for line in page.split("\n") if line.startswith("| `")}
 
 
 def test_architecture_page_says_what_the_tests_hold():

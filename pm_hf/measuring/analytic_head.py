@@ -145,7 +145,7 @@ class HeadStatistics:
         tensors = {"counts": self.counts, "means": self.means, "scatter": self.scatter}
         if self.covariance is not None and self.center is not None:
             tensors |= {"covariance": self.covariance, "center": self.center}
-        header = {"labels": self.labels, "temperature": self.temperature}
+        header: dict[str, object] = {"labels": self.labels, "temperature": self.temperature}
         header |= {} if self.layer is None else {"layer": self.layer}
         if len(self.labels) and self.kept:
             tensors |= {"directions": self.directions}

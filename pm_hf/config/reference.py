@@ -114,8 +114,8 @@ def _set_by(name: str) -> list[str]:
         for streams, row in method_settings(method).items():
             if name in row:
                 values.setdefault(as_yaml(row[name]), []).append(f"{method} ({streams})" if streams else method)
-    for kind, row in STREAM_KINDS.items():
-        if (value := flat({"training": row.training, "method": row.method}).get(name)) is not None:
+    for kind, defaults in STREAM_KINDS.items():
+        if (value := flat({"training": defaults.training, "method": defaults.method}).get(name)) is not None:
             values.setdefault(as_yaml(value), []).append(kind)
     return [f"    set to {value} by {', '.join(who)}" for value, who in values.items()]
 

@@ -252,6 +252,8 @@ def _load_train_and_test(config: RunConfig, source: Source, *, task: str = "", e
     classes = config.kind.has_head or bool(_closed_answers(rows, rows))
     by_task = values if config.stream.task_column is not None else [""] * len(rows)
     sides = _split_indices(rows, share, classes, f"test/{config.seed}", by_task)
+    if not sides[1] and not config.kind.has_head:  # every answer stands once: they are free text
+        sides = _split_indices(rows, share, False, f"test/{config.seed}", by_task)
     return [(rows.take(side), [values[i] for i in side] if values else []) for side in sides]
 
 

@@ -1,10 +1,10 @@
-# make demo and make test do everything on a fresh machine with Python 3.11
+# make demo and make test do everything on a fresh machine with Python 3.11, or another of 3.11 to 3.14: make test PYTHON=python3.13
 PYTHON ?= python3.11
 BIN := .venv/bin
 # a process for each core of a small machine; a file's tests stay in one, as they share their runs
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all fuzz check docs install clean
+.PHONY: demo test test-all fuzz check package docs install clean
 
 demo: .venv/demo
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/demo.py
@@ -23,6 +23,12 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the sdist, the wheel that is built from it, and whether PyPI would take them
+package: .venv/dev
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
 
 docs: .venv/docs
 	$(BIN)/mkdocs build --strict
@@ -50,4 +56,4 @@ install: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv runs build site fuzz-failures *.egg-info
+	rm -rf .venv runs build dist site fuzz-failures *.egg-info

@@ -1,4 +1,4 @@
-"""The command line: pm-hf init | train | merge | evaluate | inspect | report | methods | push | help | …"""
+"""The command line: pm-hf init, train, merge, evaluate, inspect, report, methods, export, push, help, schema, …"""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ from pm_hf.text import printable_lines
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 SHELLS = ("bash", "zsh", "fish")
+MUCH_LOST = 0.1  # part of an update that rounding loses, above which an export says the way out
 INTERRUPTED, CLOSED_PIPE = 128 + signal.SIGINT, 128 + getattr(signal, "SIGPIPE", 13)  # as a shell names those signals
 
 
@@ -203,12 +204,22 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--stream", action="store_true", help="what each `method:` of a run's YAML sets")
     methods.set_defaults(run=_methods)
 
+    export = commands.add_parser("export", help="base and merged adapter as one checkpoint that needs no PEFT")
+    export.add_argument("adapter", metavar="RUN_OR_ADAPTER", help="output_dir of a run, adapter folder or Hub id")
+    export.add_argument("--output", required=True, help="folder to write")
+    export.add_argument("--base", help="base model: folder or Hub id; default: the one that the run or adapter names")
+    export.add_argument("--dtype", help="fp32, bf16 or fp16 for all weights; default: as the base stores each")
+    export.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    export.set_defaults(run=_export)
+
     push = commands.add_parser("push", help="publish a finished run on the Hub: its adapters, card and report")
     push.add_argument("folder", metavar="RUN", help="output_dir of the run")
     push.add_argument("repo", metavar="REPO", help="repository owner/name, created if it is not there")
     push.add_argument(
         "--base-model-id", "--base_model_id", metavar="ID", help="the base model on the Hub; default: model.base"
     )
+    push.add_argument("--license", metavar="ID", help="licence of the adapter, as the Hub writes it: apache-2.0")
+    push.add_argument("--language", metavar="ID", help="language of its texts: en")
     push.add_argument("--public", action="store_true", help="a public repository; default: private")
     push.add_argument("--dry-run", action="store_true", help="print the files and the card, use no network")
     push.set_defaults(run=_push)
@@ -323,7 +334,10 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
     from pm_hf.adapters.merge import merge_adapters
+    from pm_hf.reports.merge_card import write_merge_card
 
     report = merge_adapters(
         options.adapters,
@@ -359,6 +373,8 @@ def _merge(options: argparse.Namespace) -> int:
     _say(f"largest error {report.error:.2e} of the truncation, {report.cast_error:.2e} of the storage dtype")
     memory = "" if report.peak_memory_mb is None else f", peak memory {report.peak_memory_mb:.0f} MB"
     _say(f"{report.seconds:.2f} s{memory}")
+    if not options.dry_run and not write_merge_card(Path(options.output), report):
+        _say("note: README.md was written by hand and is kept")
     _say("dry run: nothing written" if options.dry_run else f"written: {options.output}")
     return DONE
 
@@ -444,16 +460,51 @@ def _stream_methods() -> int:
     return DONE
 
 
+def _export(options: argparse.Namespace) -> int:
+    from pm_hf.config.loading import load_config
+    from pm_hf.models.export import export_model
+    from pm_hf.runs.paths import RunPaths
+
+    adapter, base, revision = options.adapter, options.base, None
+    run = RunPaths(options.adapter)
+    if run.config.is_file():
+        model = load_config(run.config).model
+        adapter = run.merged
+        if base is None and model.gguf_file is not None:
+            made = f"run {run.folder} was trained on {model.gguf_file}, whose weights are quantised"
+            raise InputError(f"{made}; give the model that it was made from: --base")
+        base, revision = (model.base, model.revision) if base is None else (base, None)
+    kind = options.dtype
+    report = export_model(
+        adapter, options.output, base=base, revision=revision, dtype=kind, overwrite=options.overwrite
+    )
+    if report.rounding:
+        worst = max(report.rounding, key=lambda name: report.rounding[name])
+        lost = report.rounding[worst]
+        way_out = "; --dtype fp32 keeps them" if lost > MUCH_LOST else ""
+        _say(f"{len(report.rounding)} weights updated; rounding loses up to {lost:.1e} of an update ({worst}){way_out}")
+    for name in report.untied:
+        _say(f"{name} has weights of its own now: the adapter changes the other table of tokens, or this one")
+    if report.left_out:
+        named = ", ".join(report.left_out[:3])
+        _say(f"{report.model_class} does not have {len(report.left_out)} tensors of the base, left out: {named}")
+    memory = "" if report.peak_memory_mb is None else f", peak memory {report.peak_memory_mb:.0f} MB"
+    _say(f"{report.seconds:.2f} s{memory}, {report.shards} files of weights")
+    _say(f"written: {report.folder}, load it with {report.model_class}.from_pretrained")
+    return DONE
+
+
 def _push(options: argparse.Namespace) -> int:
     from pm_hf.reports.hub import build_upload, push
 
+    card = {"base_model_id": options.base_model_id, "license": options.license, "language": options.language}
     if options.dry_run:
-        upload = build_upload(options.folder, options.repo, base_model_id=options.base_model_id)
+        upload = build_upload(options.folder, options.repo, **card)
         for name, size in upload.sizes().items():
             _say(f"{size:>12,d}  {name}")
         _say(f"\n{upload.card}\ndry run: nothing uploaded to {upload.repo}")
         return DONE
-    _say(push(options.folder, options.repo, base_model_id=options.base_model_id, public=options.public))
+    _say(push(options.folder, options.repo, **card, public=options.public))
     return DONE
 
 

@@ -12,9 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
 import torch
 
 from pm_hf.distributed import process_count
+
+try:
+    import resource
+except ImportError:  # not a Unix
+    resource = None  # type: ignore[assignment]
 
 PACKAGES = ("pm_hf", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "safetensors")
 
@@ -108,6 +114,15 @@ def anonymous_mb() -> float | None:
     except OSError:
         return None
     return int(line[1]) / 1024 if line else None
+
+
+def process_peak_memory_mb() -> float | None:
+    """Largest resident memory of this process since it began, in MiB; None where the system does not tell."""
+    if resource is None:  # Windows
+        peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
+        return None if peak is None else peak / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
 
 
 def release_memory() -> None:

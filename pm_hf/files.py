@@ -301,9 +301,13 @@ def output_problems(path: Path, *, overwrite: bool, allowed: Collection[str] | N
     try:
         if path.exists() and not overwrite:
             return [f"output {path} exists; choose another folder, or overwrite=True (--overwrite) to replace it"]
+        dangling = next((place for place in path.absolute().parents if place.is_symlink() and not place.exists()), None)
+        if dangling is not None:
+            raise FileNotFoundError(f"{dangling} is a link to what is not there")
         path = path.resolve()
         parent = next(folder for folder in path.parents if folder.exists())
-        strange = sorted({entry.name for entry in path.iterdir()} - set(allowed)) if allowed and path.exists() else []
+        names = [entry.name for entry in path.iterdir()] if allowed and path.exists() else []
+        strange = sorted(name for name in names if _target_name(name) not in (allowed or ()))
     except (OSError, ValueError, RuntimeError) as error:  # a file, a loop of links, a name that cannot be
         return [_unwritable(path, error)]
     if not parent.is_dir() or not os.access(parent, os.W_OK) or len(os.fsencode(path.name)) > LONGEST_NAME:
@@ -312,6 +316,12 @@ def output_problems(path: Path, *, overwrite: bool, allowed: Collection[str] | N
             f"may be written to, found {parent}; choose another folder"
         ]
     return [f"output {path} is not an adapter folder alone, it holds {strange[:3]}; choose another"] if strange else []
+
+
+def _target_name(name: str) -> str:
+    """What a file was to be called that a killed write left behind; else the name itself."""
+    leftover = LEFTOVER.fullmatch(name)
+    return leftover["name"] if leftover else name
 
 
 @contextmanager
@@ -340,8 +350,14 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file's content, or a folder's list of names, is on the disk.
+
+    Windows opens no folder, and syncs a file only through a handle that may write.
+    """
+    windows = sys.platform == "win32"
+    if windows and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -563,15 +579,12 @@ def _exchange(left: Path, right: Path) -> bool:
 
 def _alive(pid: int) -> bool:
     """Whether another process of this number runs."""
-    if pid == os.getpid():
-        return False
+    import psutil
+
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
+        return pid != os.getpid() and psutil.pid_exists(pid)
+    except OverflowError:  # no system has so many
         return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _unwritable(path: Path, error: Exception) -> str:

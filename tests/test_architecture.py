@@ -172,7 +172,6 @@ def test_public_names(module):
 # where a merging method may be named: its row, the presets of a stream, what two public functions do by default
 METHOD_NAMES_IN = ("merging.methods", "config.presets")
 DEFAULTS = {("adapters.merge", "pm"), ("cli", "pm"), ("measuring.learned_coefficients", "adamerging")}
-DEFAULTS |= {("config.kinds", "average")}  # the preset of that name
 # "average" is also what decides α, and what is done where the curvature is zero
 OTHER_WORDS = {(module, "average") for module in ("config.schema", "merging.coefficient", "runs.records")}
 

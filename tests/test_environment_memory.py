@@ -82,3 +82,10 @@ def test_where_the_system_does_not_tell_there_is_no_number(tmp_path, monkeypatch
 def test_a_sample_is_cheap():
     fastest = min(timeit.repeat(memory.anonymous_mb, number=10, repeat=20)) / 10
     assert fastest < 0.1 * memory.SAMPLE_INTERVAL
+
+
+@on_linux
+def test_peak_of_the_process_is_in_mib_and_no_less_than_what_it_holds():
+    block = b"\x01" * (64 * MB)
+    assert memory.anonymous_mb() <= memory.process_peak_memory_mb() < 64 * 1024
+    del block

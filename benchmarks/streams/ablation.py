@@ -14,19 +14,22 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import SHARED, anywhere, data_settings, lacking_input, pooled
+from common import SHARED, anywhere, data_settings, lacking_input, pictures_folder, pooled, prepare
 from environment import ROOT, environment
 from grid import STREAMS
+from pictures import kept
 from tables import spread
 
 from pm_hf.config.loading import load_config
@@ -40,6 +43,7 @@ PROJECTION = 2048  # random features of RanPAC
 RIDGES = tuple(10.0**power for power in range(9))  # RanPAC's, chosen on a fifth of its training rows
 DRAWS = 200  # features drawn a class for an aligned head
 DIRECTIONS, OWN_SHARE = 16, 0.3  # k and β of the bound head
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where heads that are trained are trained
 
 
 SEEN: dict[str, Any] = {"method": "best", "merge.on_zero_curvature": "average"}  # whose head.training is seen
@@ -90,7 +94,9 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
 FIRST = "first"  # a control made of the features of another cell
 TITLES = {cell: title for cell, (title, _) in CELLS.items()} | {FIRST: "first task's LoRA"}
 DRIFTS = ("lda, none", "lda, mean shift", "lda, ridge", "lda, oracle")
-HEADS = ("linear", "aligned", "bound", "bound, oracle", *DRIFTS, "lda, one mean a class", "joint head", "RanPAC")
+SHRUNK = {f"lda, shrunk {share}": share for share in (0.1, 0.3, 0.6)}  # of Σ, beyond what OAS takes
+HEADS = ("linear", "aligned", "bound", "bound, oracle", *DRIFTS, *SHRUNK, "lda, one mean a class")
+HEADS += ("joint head", "RanPAC")
 
 
 def main() -> int:
@@ -103,10 +109,13 @@ def main() -> int:
     parser.add_argument("--models", type=Path, default=SHARED / "models", help="folder with the ViTs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time, one thread each")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder for the runs themselves")
+    parser.add_argument("--features", type=Path, help="folder for the features that the heads were computed of")
     options = parser.parse_args()
     if lacking := lacking_input(options.streams, options):
         parser.error(lacking)
     asked = [(name, cell, seed) for name in options.streams for seed in options.seeds for cell in options.cells]
+    for name in options.streams:
+        prepare(name, options)
     failed = pooled(cell_result, [job for job in asked if not result_path(*job).exists()], options)
     (ROOT / "results" / "ablation" / "table.md").write_text(text := table(), encoding="utf-8")
     print(text)
@@ -123,13 +132,16 @@ def cell_result(job: tuple[str, str, int], options: argparse.Namespace) -> None:
     name, cell, seed = job
     folder = options.runs / name / f"{cell}-{seed}"
     source, changes = data_settings(name, seed, folder, options)
-    report = learn(source, seed=seed, **(changes | held_out(source, changes) | CELLS[cell][1]))
-    config = load_config(folder / "config.yaml")
-    scores = {} if config.head.kind == "lda" else {"linear": report.metrics["ACC"]}
-    run = Run(config, load_stream(config))
-    accuracies: dict[str, Any] = {cell: scores | heads(run, cell)}
-    if cell == "fisher":
-        accuracies[FIRST] = heads(run, FIRST)
+    with kept(pictures_folder(name, options)):
+        report = learn(source, seed=seed, **(changes | held_out(source, changes) | CELLS[cell][1]))
+        config = load_config(folder / "config.yaml")
+        scores = {} if config.head.kind == "lda" else {"linear": report.metrics["ACC"]}
+        features = Features(Run(config, load_stream(config)))
+        accuracies: dict[str, Any] = {cell: scores | heads(features, cell)}
+        if cell == "fisher":
+            accuracies[FIRST] = heads(features, FIRST)
+        if options.features is not None:
+            features.save(options.features / f"{name}-{cell}-{seed}.safetensors")
     path = result_path(*job)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
@@ -153,28 +165,40 @@ def held_out(source: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Features:
-    """Input of the head under the merges of one run, read once."""
+    """Input of the head under the merges of one run; each merge is loaded, and each part read, once."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.tasks = run, run.stream.tasks
         self.scored = run.stream.scored or run.stream.tasks  # joint training has one task, and is scored on each
-        self.known: dict[tuple[int, int, bool], Tensor] = {}
+        self._models: dict[int, nn.Module] = {}
+        self._known: dict[tuple[int, int, bool], Tensor] = {}
 
     def of(self, merge: int, task: int, *, test: bool = False) -> Tensor:
         """Features (n, d) of a task's rows under the merge after task `merge`."""
         key = (merge, task, test)
-        if key not in self.known:
-            part, folder = (self.scored if test else self.tasks)[task], self.run.folder
+        if key not in self._known:
+            part, head = (self.scored if test else self.tasks)[task], str(self.run.folder.record(merge).head)
+            if merge not in self._models:
+                self._models[merge] = self.run.scorer.load(self.run.folder.task(merge).merged, head)[0]
             rows = part.test if test else part.train
-            head = str(folder.record(merge).head)
-            self.known[key] = self.run.scorer.features(folder.task(merge).merged, rows, part.own, head).double()
-        return self.known[key]
+            self._known[key] = self.run.scorer.features_of(self._models[merge], rows, part.own, head).double()
+        return self._known[key]
+
+    def save(self, path: Path) -> None:
+        """Write what was read, float16, as MERGE/TASK/train or test, with the index of each row's class among those of
+        its task; for heads that are not thought of yet."""
+        sides = {False: "train", True: "test"}
+        tensors = {f"{merge}/{task}/{sides[test]}": rows.half() for (merge, task, test), rows in self._known.items()}
+        for side, tasks in (("train", self.tasks), ("test", self.scored)):
+            for index, task in enumerate(tasks):
+                tensors[f"{index}/{side}"] = _targets(task, list(task.own), test=side == "test")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, {"own": json.dumps([task.own for task in self.tasks])})
 
 
-def heads(run: Run, cell: str) -> dict[str, float]:
+def heads(features: Features, cell: str) -> dict[str, float]:
     """{head: ACC, the mean over tasks of the accuracy among all classes} on the features of the last merge."""
-    features = Features(run)
-    tasks = features.tasks
+    run, tasks = features.run, features.tasks
     end = 0 if cell == FIRST else len(tasks) - 1
     labels = list(dict.fromkeys(label for task in tasks for label in task.own))
     train = [(features.of(end, i), _targets(task, labels, test=False)) for i, task in enumerate(tasks)]
@@ -200,6 +224,7 @@ def heads(run: Run, cell: str) -> dict[str, float]:
             drift: _followed(features, drift, one_mean_per_task=domains) for drift in ("none", "mean shift", "ridge")
         }
         accuracies |= {f"lda, {drift}": score(_linear(statistics)) for drift, (statistics, _) in followed.items()}
+        accuracies |= {head: score(_shrunk(followed["ridge"][0], share)) for head, share in SHRUNK.items()}
         accuracies["aligned"] = score(_aligned(followed["ridge"][0], labels))
         accuracies["bound"] = score(_bound(*followed["ridge"]))
         if domains:
@@ -250,10 +275,10 @@ def _bound(statistics: HeadStatistics, own: list[Tensor]) -> Callable[[Tensor], 
     J(W, b) = mean_c log Σ_j exp((w_j − w_c)ᵀμ_c + b_j − b_c + ½(w_j − w_c)ᵀΣ_c(w_j − w_c)) + 1e-4·mean(W²) with
     Σ_c = (1 − β)Σ + βU_cᵀU_c, Jensen's inequality for N(μ_c, Σ_c); β = 0 is near the analytic head.
     """
-    weight, bias = (part.clone().requires_grad_() for part in statistics.solve())
-    means, shared = statistics.means, statistics.pooled_covariance()
+    weight, bias = (part.to(DEVICE).requires_grad_() for part in statistics.solve())
+    means, shared = statistics.means.to(DEVICE), statistics.pooled_covariance().to(DEVICE)
     widest = max(len(directions) for directions in own)
-    stacked = torch.stack([torch.nn.functional.pad(u, (0, 0, 0, widest - len(u))) for u in own])  # (C, k, d)
+    stacked = torch.stack([torch.nn.functional.pad(u, (0, 0, 0, widest - len(u))) for u in own]).to(DEVICE)  # (C, k, d)
     optimiser = torch.optim.LBFGS([weight, bias], max_iter=100, history_size=10, line_search_fn="strong_wolfe")
 
     def objective() -> Tensor:
@@ -269,7 +294,7 @@ def _bound(statistics: HeadStatistics, own: list[Tensor]) -> Callable[[Tensor], 
         return loss
 
     optimiser.step(objective)
-    solved = weight.detach(), bias.detach()
+    solved = weight.detach().cpu(), bias.detach().cpu()
     return lambda rows: class_logits(rows @ solved[0].T + solved[1], statistics.labels)[0]
 
 
@@ -277,6 +302,14 @@ def _linear(statistics: HeadStatistics) -> Callable[[Tensor], Tensor]:
     """Logits of every class, the largest of its rows."""
     weight, bias = statistics.solve()
     return lambda rows: class_logits(rows @ weight.T + bias, statistics.labels)[0]
+
+
+def _shrunk(statistics: HeadStatistics, share: float) -> Callable[[Tensor], Tensor]:
+    """The analytic head with so much of the pooled covariance replaced by a multiple of the identity."""
+    pooled = statistics.pooled_covariance()
+    identity = torch.eye(len(pooled), dtype=pooled.dtype) * pooled.trace() / len(pooled)
+    covariance = (1 - share) * pooled + share * identity
+    return _linear(replace(statistics, covariance=covariance, center=statistics.grand_mean()))
 
 
 def _aligned(statistics: HeadStatistics, labels: list[str]) -> Callable[[Tensor], Tensor]:
@@ -293,11 +326,10 @@ def _aligned(statistics: HeadStatistics, labels: list[str]) -> Callable[[Tensor]
 
 def _logistic(rows: Tensor, truth: Tensor) -> Callable[[Tensor], Tensor]:
     """Multinomial logistic regression on standardised features with the penalty ½‖W‖² beside the sum of the losses
-    (scikit-learn's default), on a GPU where there is one: 20,000 draws of 100 classes take a minute on a core."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    (scikit-learn's default): 20,000 draws of 100 classes take a minute on a core."""
     mean, deviation = rows.mean(0), rows.std(0).clamp(min=1e-12)
-    inputs, targets = ((rows - mean) / deviation).to(device, torch.float32), truth.to(device)
-    layer = torch.nn.Linear(rows.shape[1], int(truth.max()) + 1, device=device)
+    inputs, targets = ((rows - mean) / deviation).to(DEVICE, torch.float32), truth.to(DEVICE)
+    layer = torch.nn.Linear(rows.shape[1], int(truth.max()) + 1, device=DEVICE)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
     optimiser = torch.optim.LBFGS(layer.parameters(), max_iter=300, history_size=10, line_search_fn="strong_wolfe")
@@ -319,22 +351,23 @@ def _random_projection(rows: Tensor, truth: Tensor, classes: int) -> Callable[[T
     generator = torch.Generator().manual_seed(0)
     projection = torch.randn(rows.shape[1], PROJECTION, generator=generator, dtype=torch.float64)
     project = lambda inputs: (inputs @ projection).relu()  # noqa: E731
+    rows, truth, projection = rows.to(DEVICE), truth.to(DEVICE), projection.to(DEVICE)
     hidden, answers = project(rows), torch.nn.functional.one_hot(truth, classes).double()
     order = torch.randperm(len(rows), generator=generator)
     held, kept = order[: len(rows) // 5], order[len(rows) // 5 :]
     gram, pull = hidden[kept].T @ hidden[kept], hidden[kept].T @ answers[kept]
-    unit = torch.eye(PROJECTION, dtype=torch.float64)
+    unit = torch.eye(PROJECTION, dtype=torch.float64, device=DEVICE)
     scored = [
         ((hidden[held] @ torch.linalg.solve(gram + ridge * unit, pull)).argmax(1) == truth[held]).sum()
         for ridge in RIDGES
     ]
     ridge = RIDGES[int(torch.stack(scored).argmax())]
     weight = torch.linalg.solve(hidden.T @ hidden + ridge * unit, hidden.T @ answers)
-    return lambda inputs: project(inputs) @ weight
+    return lambda inputs: (project(inputs.to(DEVICE)) @ weight).cpu()
 
 
 def table() -> str:
-    """ACC of every cell with every head, a table for each stream, as Markdown."""
+    """ACC of every cell with every head that the stream has, a table for each stream, as Markdown."""
     values: dict[str, dict[str, dict[str, list[float]]]] = {}
     for path in sorted((ROOT / "results" / "ablation").glob("*/*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -343,13 +376,14 @@ def table() -> str:
                 values.setdefault(path.parent.name, {}).setdefault(cell, {}).setdefault(head, []).append(value)
     parts = []
     for name in (name for name in STREAMS if name in values):
-        lines = [f"### {STREAMS[name].title}", "", "| merge and start | " + " | ".join(HEADS) + " |"]
-        lines.append("|---" * (len(HEADS) + 1) + "|")
+        known = [head for head in HEADS if any(head in scores for scores in values[name].values())]
+        lines = [f"### {STREAMS[name].title}", "", "| merge and start | " + " | ".join(known) + " |"]
+        lines.append("|---" * (len(known) + 1) + "|")
         for cell, title in TITLES.items():
             if cell not in values[name]:
                 continue
             scores = values[name][cell]
-            shown = [spread(scores[head], interval=False) if head in scores else "–" for head in HEADS]
+            shown = [spread(scores[head], interval=False) if head in scores else "–" for head in known]
             lines.append(f"| {title} | " + " | ".join(shown) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)

@@ -6,12 +6,14 @@ import importlib
 import json
 import multiprocessing
 import os
+import random
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from environment import ROOT
 from grid import STREAMS
@@ -38,13 +40,39 @@ def data_folder(name: str, options: argparse.Namespace) -> Path:
     return options.runs / name / "data" if STREAMS[name].recipe else options.data / STREAMS[name].data
 
 
+def base_folder(name: str, options: argparse.Namespace) -> Path:
+    """Where the base is that a recipe makes."""
+    return options.runs / name / "base"
+
+
+def held_out_folder(_: str, options: argparse.Namespace) -> Path:
+    """Where the texts are that no task has."""
+    return options.runs / "held-out"
+
+
+def pictures_folder(name: str, options: argparse.Namespace) -> Path:
+    """Where the pictures of the stream's YAML are kept as the model takes them."""
+    return options.runs / "pictures" / Path(STREAMS[name].config).stem
+
+
 def prepare(name: str, options: argparse.Namespace) -> None:
-    """Data that a recipe makes on this machine."""
-    recipe, folder = STREAMS[name].recipe, data_folder(name, options)
-    if recipe and not (folder / "made").exists():
-        sys.path.insert(0, str(ROOT / "recipes"))
-        importlib.import_module(recipe).write(options.data / "text", folder)
-        (folder / "made").touch()
+    """What is made on this machine before the runs of a stream: data, base and held-out texts of recipes, pictures as
+    the model takes them."""
+    stream = STREAMS[name]
+    texts = "make_held_out" if stream.held_out else None
+    made = ((stream.recipe, data_folder), (stream.base_recipe, base_folder), (texts, held_out_folder))
+    for recipe, place in made:
+        if recipe and not ((folder := place(name, options)) / "made").exists():
+            sys.path.insert(0, str(ROOT / "recipes"))
+            importlib.import_module(recipe).write(options.data / "text", folder)
+            (folder / "made").touch()
+    if stream.data == "image112":
+        from pictures import keep
+
+        from pm_hf.config.loading import load_config
+
+        config = load_config(ROOT / "configs" / stream.config, values=files(name, options.runs, options))
+        keep(config, pictures_folder(name, options), options.jobs)
 
 
 def backbone(name: str) -> str:
@@ -55,18 +83,40 @@ def backbone(name: str) -> str:
 
 def anywhere(config: dict[str, Any]) -> dict[str, Any]:
     """Settings without the folders of this machine."""
-    return {key: value for key, value in config.items() if key not in ("data_dir", "output_dir")}
+    texts = [text | {"test": Path(text["test"]).name} for text in config["stream"]["held_out"] or []]
+    settings = {key: value for key, value in config.items() if key not in ("data_dir", "output_dir")}
+    return settings | {"stream": config["stream"] | {"held_out": texts or None}}
+
+
+def files(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Settings for this machine's files."""
+    changes: dict[str, Any] = {"data_dir": str(data_folder(name, options)), "output_dir": str(folder)}
+    if STREAMS[name].data in PICTURES:
+        changes["model.base"] = str(options.models / backbone(name))
+    if STREAMS[name].base_recipe:
+        changes["model.base"] = str(base_folder(name, options))
+    if STREAMS[name].held_out:
+        texts = {text: held_out_folder(name, options) / f"{text}.jsonl" for text in STREAMS[name].held_out}
+        changes["stream.held_out"] = [
+            {"name": text, "test": str(file.absolute()), "prompt_template": ""} for text, file in texts.items()
+        ]
+    return changes
 
 
 def data_settings(name: str, seed: int, folder: Path, options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     """(the stream's YAML, settings for this machine's files and the stream's order and length)."""
-    stream = STREAMS[name]
+    stream, changes = STREAMS[name], files(name, folder, options)
     source = ROOT / "configs" / stream.config
-    changes: dict[str, Any] = {"data_dir": str(data_folder(name, options)), "output_dir": str(folder)}
-    if stream.data in PICTURES:
-        changes["model.base"] = str(options.models / backbone(name))
-    if stream.orders or stream.tasks:
+    if not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        changes["training.bf16"] = False  # emulated there, five times slower than float32
+    listed = yaml.safe_load(source.read_text(encoding="utf-8"))["stream"]
+    if "tasks" in listed and (stream.orders or stream.tasks):
         changes["stream.tasks"] = tasks(source, seed if stream.orders else 0, stream.tasks)
+    if isinstance(listed.get("class_groups"), int) and (stream.shuffled or stream.tasks):
+        labels = class_names(source, changes)
+        changes["stream.class_groups"] = class_groups(
+            labels, listed["class_groups"], seed if stream.shuffled else 0, stream.tasks
+        )
     return source, changes
 
 
@@ -77,9 +127,29 @@ def tasks(config: Path, first: int, count: int | None) -> list[dict]:
     return [*listed[first:], *listed[:first]][:count]
 
 
+def class_names(source: Path, changes: dict[str, Any]) -> list[str]:
+    """The classes of a stream's training rows, sorted."""
+    from pm_hf.config.loading import load_config
+    from pm_hf.data.sources import read_rows
+
+    config = load_config(source, values=changes)
+    return sorted(set(read_rows(config.stream.kind, config.stream, config.data_dir, test=False)[0].labels))
+
+
+def class_groups(labels: Sequence[str], groups: int, seed: int, count: int | None) -> dict[str, list[str]]:
+    """The first `count` of so many groups of classes, of nearly equal size; seed k > 0 shuffles the classes before."""
+    order = list(labels)
+    if seed:
+        random.Random(f"classes/{seed}").shuffle(order)
+    size, more = divmod(len(order), groups)
+    starts = [i * size + min(i, more) for i in range(groups + 1)]
+    parts = [order[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+    return {f"classes-{i:02d}": part for i, part in enumerate(parts[:count])}
+
+
 def steps(folder: Path) -> list[dict[str, Any]]:
-    """What the step.json of each task of a run says of time, coefficient, search and written rows."""
-    kept = ("task", "seconds", "coefficient", "search", "replay")
+    """What the step.json of each task of a run says of time, scores, coefficient, search and written rows."""
+    kept = ("task", "seconds", "scores", "coefficient", "search", "replay", "step_seconds", "device", "versions")
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("task-*/step.json"))]
     return [{key: step[key] for key in kept if key in step} for step in found]
 

@@ -55,13 +55,21 @@ ANSWERS = {
     "choice, task given": "task_incremental",
     "exact match": "exact_match",
     "bits/byte of answers": "bits_per_byte",
+    "bits/byte, held-out text": "held_out",
+    "change against the base, %": "held_out_change",
 }
-TEXT = {"bits/byte": "ACC", "AAA": "AAA", "forgetting": "forgetting", "bits/byte, held-out text": "held_out"}
+TEXT = {
+    "bits/byte": "ACC",
+    "AAA": "AAA",
+    "forgetting": "forgetting",
+    "bits/byte, held-out text": "held_out",
+    "change against the base, %": "held_out_change",
+}
 CORE = ("sequential", "average", "pm", "best", "frozen", "joint", "joint_lda")
 ENGINES = ("coma", "cofima", "magmax", "opcm", "slao", "sfa", "ewc", "olora", "base_kl", "replay", "individual")
 LDA = ("pm_gram_lda", "pm_lda", "average_lda", "gram_lda", "best_no_drift", "best_local", "best_average", "first_lda")
 REST = ("merge_only", "pm_trace", "pm_gram", *LDA, *ENGINES)
-LANGUAGE = ("sequential", "average", "slao", "pm", "replay", "best", "joint", "frozen", "classifier", "untouched")
+LANGUAGE = ("sequential", "average", "slao", "pm", "replay", "best", "joint", "frozen", "untouched")
 TEXTS = ("sequential", "average", "pm", "pm_trace", "joint", "untouched")
 
 
@@ -76,10 +84,13 @@ class Stream:
     columns: Sequence[tuple[str, str]] = tuple(CLASSES.items())  # (title, key)
     tasks: int | None = None  # the first so many tasks of the YAML only
     orders: bool = False  # seed k starts with task k; ± is then the 95 % t interval
+    shuffled: bool = False  # seed k > 0 shuffles the classes before they are put into groups
     recipe: str | None = None  # file in recipes/ that makes the data of --data/text
+    held_out: Sequence[str] = ()  # texts of recipes/make_held_out.py that are scored beside the tasks
+    base_recipe: str | None = None  # file in recipes/ that makes the base of --data/text
 
 
-# named as their file in configs/; four-sets is the first four tasks of ten-sets
+# named as their file in configs/; those with `tasks` are the first ones of another
 STREAMS = {
     "clinc150": Stream("CLINC150, 10 domains", "text/clinc150.yaml", "text"),
     "banking77": Stream("BANKING77, 11 x 7 intents", "text/banking77.yaml", "text"),
@@ -88,25 +99,40 @@ STREAMS = {
     "pacs": Stream("PACS, 4 domains", "image/pacs.yaml", "image"),
     "tiny-imagenet-50": Stream("Tiny-ImageNet-50, 10 x 5 classes", "image/tiny-imagenet-50.yaml", "image"),
     "cifar10": Stream("CIFAR-10, 5 x 2 classes", "image/cifar10.yaml", "image"),
-    "mini-imagenet": Stream("mini-ImageNet-100, 10 x 10 classes", "focus/mini-imagenet.yaml", "image112"),
-    "cifar100": Stream("CIFAR-100, 10 x 10 classes", "focus/cifar100.yaml", "image112"),
+    "mini-imagenet": Stream(
+        "mini-ImageNet-100, 10 x 10 classes", "focus/mini-imagenet.yaml", "image112", shuffled=True
+    ),
+    "mini-imagenet-50": Stream(
+        "mini-ImageNet-50, 5 x 10 classes", "focus/mini-imagenet.yaml", "image112", tasks=5, shuffled=True
+    ),
+    "cifar100": Stream("CIFAR-100, 10 x 10 classes", "focus/cifar100.yaml", "image112", shuffled=True),
+    "cifar100-50": Stream("CIFAR-50, 5 x 10 classes", "focus/cifar100.yaml", "image112", tasks=5, shuffled=True),
     "pacs-112": Stream("PACS at 112 pixels, 4 domains", "focus/pacs-112.yaml", "image112"),
-    "grocery": Stream("groceries, 9 x 9 classes", "focus/grocery.yaml", "image112"),
+    "grocery": Stream("groceries, 9 x 9 classes", "focus/grocery.yaml", "image112", shuffled=True),
     "smollm2-text": Stream(
-        "SmolLM2-135M, four text sets", "smollm2/text.yaml", "text", LANGUAGE, tuple(ANSWERS.items()), orders=True
+        *("SmolLM2-135M, four text sets", "smollm2/text.yaml", "text", LANGUAGE, tuple(ANSWERS.items())),
+        orders=True,
+        held_out=("news", "code"),
     ),
     "smollm2-eight": Stream(
-        "SmolLM2-135M, eight text sets", "smollm2/eight.yaml", "text", LANGUAGE, tuple(ANSWERS.items()), orders=True
+        *("SmolLM2-135M, eight text sets", "smollm2/eight.yaml", "text", LANGUAGE, tuple(ANSWERS.items())),
+        orders=True,
+        held_out=("plots", "code"),  # it learns news
     ),
     "smollm2-chat": Stream(
-        "SmolLM2-135M, four skills as chats",
-        "smollm2/chat.yaml",
+        *("SmolLM2-135M, four skills as chats", "smollm2/chat.yaml", "text", LANGUAGE, tuple(ANSWERS.items())),
+        orders=True,
+        recipe="make_chats",
+        held_out=("news", "code"),
+    ),
+    "t5-text": Stream(
+        "a small T5 of recipes/make_t5.py, four text sets",
+        "language/t5-text.yaml",
         "text",
-        LANGUAGE,
+        ("sequential", "average", "slao", "replay", "best", "joint", "untouched"),
         tuple(ANSWERS.items()),
-        None,
-        True,
-        "make_chats",
+        orders=True,
+        base_recipe="make_t5",
     ),
     "smollm2-domains": Stream(
         *("SmolLM2-135M, 4 domains of text and code", "smollm2/domains.yaml", "text", TEXTS, tuple(TEXT.items())),
@@ -127,6 +153,6 @@ class Preset:
 
 PRESETS = {
     "quick": Preset(("clinc150", "pacs", "four-sets"), None, (0,)),
-    "standard": Preset(tuple(name for name in STREAMS if name != "four-sets"), None, (0, 1, 2)),
+    "standard": Preset(tuple(name for name, stream in STREAMS.items() if not stream.tasks), None, (0, 1, 2)),
     "methods": Preset(("clinc150", "pacs"), REST, (0,)),
 }

@@ -1,6 +1,7 @@
 """What generated rehearsal of language models is made of, one change at a time, on training rows that are held out.
 
 python benchmarks/streams/rehearsal.py --streams smollm2-text --seeds 0 1 [--cells written one …]
+python benchmarks/streams/rehearsal.py --unfinished RUNS/smollm2-text      what runs that were stopped had learned
 python benchmarks/streams/rehearsal.py              only the table of what is in results/rehearsal/
 
 Scored is a fifth of each task's training rows, which nothing is trained on; seed k starts with task k. A cell is a set
@@ -87,15 +88,14 @@ class Asked(Rehearsal):
 class Real(Rehearsal):
     """Training rows in place of written ones, labelled by the merge as those are."""
 
-    def write(self, task, index, pool, paths, stop):  # noqa: D102
-        assignment = self._assignment(task, index, self._share(len(pool.tasks) + 1))
+    def write(self, task, start, pool, paths, stop):  # noqa: D102
+        assignment = self._assignment(task, start.index, self._share(len(pool.tasks) + 1))
         groups: dict[str, list[tuple[str, str]]] = {answer: [] for answer in assignment.form.answers}
         for text, label in zip(assignment.form.texts(task.train), task.train.labels, strict=True):
             groups[label].append((label, text))
         texts = in_turns(groups.values())[: assignment.count]
         counts = {"kept": len(texts), "copies": 0, "doubles": 0, "empty": 0}
-        adapter = writer.WriterAdapter({}, {}, (), 0)
-        return Written(assignment, adapter, Collected(texts, counts), 0, {"writer": 0.0, "write": 0.0})
+        return Written(assignment, None, Collected(texts, counts), 0, {"writer": 0.0, "write": 0.0})
 
 
 class OwnAnswers:
@@ -141,41 +141,54 @@ def writing(**training: Any):
     return lambda: mock.patch.dict(writer.WRITER_TRAINING, training)
 
 
-ONE = {"method": "best", "merge.coefficient": 1.0}
-# {name in paths: (title, settings, what else is patched)}; each differs from the first in one thing
+# {name in paths: (title, settings, what else is patched)}: one change of `best`
+CHANGES: dict[str, tuple[str, dict[str, Any], tuple]] = {
+    "rows-128": ("128 rows", {"strategy.pool_rows": 128}, ()),
+    "rows-256": ("256 rows", {"strategy.pool_rows": 256}, ()),
+    "rows-1024": ("1024 rows", {"strategy.pool_rows": 1024}, ()),
+    "no-samples": ("no samples of the base", {"strategy.base_samples": 0}, ()),
+    "epochs-2": ("writer 2 epochs", {}, (writing(num_train_epochs=2),)),
+    "epochs-8": ("writer 8 epochs", {}, (writing(num_train_epochs=8),)),
+    "faster": ("writer's learning rate 2e-3", {}, (writing(learning_rate=2e-3),)),
+    "running": ("writer from the running merge", {}, (kind(RunningWriter),)),
+    "hard": ("hard labels of the merge", {}, (kind(Hard),)),
+    "asked": ("labels: what was asked for", {}, (kind(Asked),)),
+    "agreeing": ("half of twice as many, the agreeing first", {}, (kind(Agreeing),)),
+    "own": ("loss over the task's own answers", {}, (own_answers,)),
+    "perturbed": ("perturbed, ε = 0.5", {"perturbation.scale": 0.5}, ()),
+    "real": ("training rows in place of written ones", {}, (kind(Real),)),
+}
+SEARCH = {"merge.coefficient": "search"}
 CELLS: dict[str, tuple[str, dict[str, Any], tuple]] = {
-    "best": ("`best`: written rows, α by search", {"method": "best"}, ()),
-    "one": ("α = 1", ONE, ()),
-    "mean": ("α = 1/t", {"method": "best", "merge.coefficient": None}, ()),
-    "rows-128": ("128 rows", {"method": "best", "strategy.pool_rows": 128}, ()),
-    "rows-256": ("256 rows", {"method": "best", "strategy.pool_rows": 256}, ()),
-    "rows-1024": ("1024 rows", {"method": "best", "strategy.pool_rows": 1024}, ()),
-    "no-samples": ("no samples of the base", {"method": "best", "strategy.base_samples": 0}, ()),
-    "epochs-2": ("writer 2 epochs", {"method": "best"}, (writing(num_train_epochs=2),)),
-    "epochs-8": ("writer 8 epochs", {"method": "best"}, (writing(num_train_epochs=8),)),
-    "faster": ("writer's learning rate 2e-3", {"method": "best"}, (writing(learning_rate=2e-3),)),
-    "running": ("writer from the running merge", {"method": "best"}, (kind(RunningWriter),)),
-    "hard": ("hard labels of the merge", {"method": "best"}, (kind(Hard),)),
-    "asked": ("labels: what was asked for", {"method": "best"}, (kind(Asked),)),
-    "agreeing": ("half of twice as many, the agreeing first", {"method": "best"}, (kind(Agreeing),)),
-    "own": ("loss over the task's own answers", {"method": "best"}, (own_answers,)),
-    "perturbed": ("perturbed, ε = 0.5", {"method": "best", "perturbation.scale": 0.5}, ()),
-    "real": ("training rows in place of written ones", {"method": "best"}, (kind(Real),)),
     "joint": ("joint training", {"method": "joint"}, ()),
     "sequential": ("sequential", {"method": "sequential"}, ()),
+    "best": ("`best`: written rows, α = 1", {"method": "best"}, ()),
+    "mean": ("α = 1/t", {"method": "best", "merge.coefficient": "average"}, ()),
+    "search": ("α by search", {"method": "best"} | SEARCH, ()),
+    **{name: (title, {"method": "best"} | changes, patches) for name, (title, changes, patches) in CHANGES.items()},
+    **{
+        f"search-{name}": (f"α by search, {title}", {"method": "best"} | SEARCH | changes, patches)
+        for name, (title, changes, patches) in CHANGES.items()
+    },
 }
+
+
+DEFAULT = [cell for cell in CELLS if not cell.startswith("search-")]
 
 
 def main() -> int:
     """Run what is missing in results/rehearsal/, then write the table; 1 where a cell failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", nargs="*", choices=list(STREAMS), default=[])
-    parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
+    parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=DEFAULT)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--data", type=Path, default=SHARED / "data", help="folder with text/")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time, one thread each")
     parser.add_argument("--runs", type=Path, default=Path("runs/rehearsal"), help="folder for the runs themselves")
+    parser.add_argument("--unfinished", type=Path, help="folder of a stream's runs that were stopped")
     options = parser.parse_args()
+    if options.unfinished:
+        unfinished(options.unfinished)
     options.models = SHARED / "models"
     if lacking := lacking_input(options.streams, options):
         parser.error(lacking)
@@ -210,12 +223,29 @@ def cell_result(job: tuple[str, str, int], options: argparse.Namespace) -> None:
     write_json(path, {**origin, **report.to_dict(), "steps": steps(folder), **environment()})
 
 
+def unfinished(runs: Path) -> None:
+    """The files of cells without a result from what their runs, named CELL-SEED, had learned."""
+    for folder in sorted(path for path in runs.iterdir() if path.is_dir()):
+        cell, _, seed = folder.name.rpartition("-")
+        path, learned = result_path(runs.name, cell, int(seed)), steps(folder)
+        if learned and not path.exists():
+            write_json(path, {"stream": runs.name, "cell": cell, "seed": int(seed), "steps": learned})
+
+
+def after_two(result: dict) -> float | None:
+    """Mean accuracy among all answers on the first two tasks after the second."""
+    scores = [
+        step["scores"]["class_incremental"] for step in result["steps"] if "class_incremental" in step.get("scores", {})
+    ]
+    return next((fmean(of_step) for of_step in scores if len(of_step) == 2), None)
+
+
 def table() -> str:
-    """ACC, forgetting and agreement of every cell, a table for each stream, as Markdown."""
+    """Scores, agreement and seconds of every cell, a table for each stream, as Markdown; seconds of the second task."""
     parts = []
     for name in STREAMS:
-        lines = [f"### {STREAMS[name].title}", "", "| cell | orders | ACC | forgetting | agreement | seconds a task |"]
-        lines.append("|---" * 6 + "|")
+        head = ["cell", "orders", "ACC", "forgetting", "after two tasks", "agreement", "seconds of the second task"]
+        lines = [f"### {STREAMS[name].title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for cell, (title, _, _) in CELLS.items():
             paths = sorted((ROOT / "results" / "rehearsal" / name).glob(f"{cell}-seed*.json"))
             found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
@@ -227,11 +257,12 @@ def table() -> str:
                 for step in result["steps"]
                 if step.get("replay") and step["replay"]["agreement"] is not None
             ]
-            columns = [
-                spread([result["metrics"][key] for result in found], interval=True) for key in ("ACC", "forgetting")
-            ]
+            metrics = [result["metrics"] for result in found if "metrics" in result]
+            columns = [spread([of_run[key] for of_run in metrics], interval=True) for key in ("ACC", "forgetting")]
+            columns.append(spread([after_two(result) for result in found], interval=True))
             columns.append(f"{fmean(agreed):.2f}" if agreed else "–")
-            columns.append(f"{fmean(step['seconds'] for result in found for step in result['steps']):.0f}")
+            second = [result["steps"][1]["seconds"] for result in found if len(result["steps"]) > 1]
+            columns.append(f"{fmean(second):.0f}" if second else "–")
             lines.append(f"| {title} | {len(found)} | " + " | ".join(columns) + " |")
         if len(lines) > 4:
             parts.append("\n".join(lines) + "\n")

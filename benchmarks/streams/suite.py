@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import SHARED, anywhere, data_settings, lacking_input, pooled, prepare, steps
+from common import SHARED, anywhere, data_settings, lacking_input, pictures_folder, pooled, prepare, steps
 from environment import ROOT, environment
 from grid import LANGUAGE, NAMES, PRESETS, STREAMS, VARIANTS
+from pictures import kept
 from tables import result_path, write, write_readme
 
 from pm_hf.files import write_json
@@ -91,7 +92,8 @@ def run(job: Job, options: argparse.Namespace) -> None:
 
     stream, folder = STREAMS[job.stream], options.runs / job.stream / f"{job.method}-{job.seed}"
     source, changes = data_settings(job.stream, job.seed, folder, options)
-    report = learn(source, seed=job.seed, **(changes | VARIANTS.get(job.method, {"method": job.method})))
+    with kept(pictures_folder(job.stream, options)):
+        report = learn(source, seed=job.seed, **(changes | VARIANTS.get(job.method, {"method": job.method})))
     path = result_path(*job)
     path.parent.mkdir(parents=True, exist_ok=True)
     config = anywhere(load_config(folder / "config.yaml").to_dict())

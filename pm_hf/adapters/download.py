@@ -4,7 +4,7 @@ import errno
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,21 @@ def adapter_folder(source: str | os.PathLike) -> Path:
         what = "a file" if path.is_file() else "neither"
         raise InputError(f"adapter {name} is not a folder: expected {SYNTAX}, found {what}")
     return _download(place, f"adapter {name}: not a local folder, and {place}")
+
+
+def base_folder(base: str, revision: str | None, wanted: Sequence[str]) -> Path:
+    """The folder of a base model: `base` itself, or where the files of the Hub id that match a pattern of `wanted` were
+    downloaded to; InputError for whatever goes wrong."""
+    if Path(base).is_dir():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+
+    try:
+        with errors_only():
+            return Path(snapshot_download(base, revision=revision, allow_patterns=list(wanted)))
+    except Exception as error:  # whatever the client and the network libraries below it raise
+        name = TOKEN.sub("…", base)
+        raise InputError(f"base model {name}: not a local folder, and as a Hub id: {_download_error(error)}") from error
 
 
 def base_config_file(base: object, revision: object = None) -> Path | None:

@@ -58,8 +58,6 @@ def load_config(
         method = kind.method  # so that the other problems are found too
     _settle_options(raw, problems)
     _fill_training(raw, kind.training)
-    if not kind.has_head:
-        fill_defaults(raw, {"head": {"kind": "none"}})
     fill_defaults(raw, preset_defaults(method, raw))
     if isinstance(raw.get("training"), dict):
         raw["training"] = training_values(raw["training"], problems)
@@ -69,7 +67,8 @@ def load_config(
             "domain_incremental" if config.stream.domain_column is not None else "class_incremental"
         )
     if config.head.kind == "lda" and config.head.means is None:
-        config.head.means = "task" if config.stream.scenario == "domain_incremental" else "class"
+        alike = config.kind.has_head and config.stream.scenario == "class_incremental"  # a label is one class
+        config.head.means = "class" if alike else "task"
     groups = {key for key, value in config.to_dict().items() if isinstance(value, dict)}
     told = {problem.partition(":")[0] for problem in problems} - groups  # there a default stands in for a wrong value
     problems += [problem for problem in value_problems(config) if problem.partition(":")[0] not in told]

@@ -58,10 +58,8 @@ PRESETS = {
 
 # what a method sets for a kind of stream without class heads where that is something else; chosen on held-out training
 # rows, results/rehearsal
-LANGUAGE_PRESETS = {
-    "best": (rehearsing := _preset("average", 0.0, None, "global", "none", replay="generated"))
-    | {"merge": rehearsing["merge"] | {"coefficient": "search"}},
-}
+_REHEARSED = _preset("average", 0.0, None, "global", "none", replay="generated")
+LANGUAGE_PRESETS = {"best": {**_REHEARSED, "merge": {**_REHEARSED["merge"], "coefficient": 1.0}}}
 
 
 def kind_of(raw: Mapping) -> StreamKind:
@@ -73,10 +71,10 @@ def kind_of(raw: Mapping) -> StreamKind:
 
 def preset_notes(config: RunConfig) -> list[str]:
     """What a method, or a setting, cannot do for the kind of stream that it was asked for."""
-    notes = []
+    notes, row = [], preset_row(config.method, config.kind)
     if config.rehearses and config.strategy.base_samples and config.stream.kind == "seq2seq-lm":
         notes.append("strategy.base_samples is left out: an encoder-decoder says nothing of its own without an input")
-    if config.kind.has_head or preset_row(config.method, config.kind)["head"]["kind"] != "lda":
+    if config.kind.has_head or config.analytic_head or row["head"]["kind"] != "lda":
         return notes
     return [
         *notes,
@@ -91,8 +89,12 @@ def preset_row(method: str, kind: StreamKind) -> dict:
 
 
 def preset_defaults(method: str, raw: Mapping) -> dict:
-    """What the method sets; how the analytic head is trained only where there is one."""
-    row, head = preset_row(method, kind_of(raw)), raw.get("head")
+    """What the method sets; how the analytic head is trained only where there is one. A language model has no head, and
+    its answers are analytic only where it is not trained."""
+    kind, head = kind_of(raw), raw.get("head")
+    row = preset_row(method, kind)
+    if not kind.has_head and row["trains"]:
+        return row | {"head": {"kind": "none"}}
     asked = head.get("kind") if isinstance(head, Mapping) else None
     return row if asked in (None, "lda") else row | {"head": {"kind": row["head"]["kind"]}}
 
@@ -100,10 +102,9 @@ def preset_defaults(method: str, raw: Mapping) -> dict:
 def forget_preset(raw: dict, method: Any) -> None:
     """Another method is asked for: settings that equal the old method's defaults are the new method's to decide."""
     before = raw.get("method") or kind_of(raw).method
-    if not isinstance(before, str) or before not in PRESETS or method is None or method == before:
+    if not isinstance(before, str) or before not in PRESETS or method in (None, before):
         return
-    old = preset_row(before, kind_of(raw))
-    for group, defaults in old.items():
+    for group, defaults in preset_defaults(before, raw).items():
         if not isinstance(defaults, dict):
             raw.pop(group, None)
         elif isinstance(raw.get(group), dict):

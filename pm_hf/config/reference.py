@@ -114,9 +114,9 @@ def _set_by(name: str) -> list[str]:
         for streams, row in method_settings(method).items():
             if name in row:
                 values.setdefault(as_yaml(row[name]), []).append(f"{method} ({streams})" if streams else method)
-    for kind, defaults in STREAM_KINDS.items():
-        if (value := flat({"training": defaults.training, "method": defaults.method}).get(name)) is not None:
-            values.setdefault(as_yaml(value), []).append(kind)
+    for name_of_kind, kind in STREAM_KINDS.items():
+        if (value := flat({"training": kind.training, "method": kind.method}).get(name)) is not None:
+            values.setdefault(as_yaml(value), []).append(name_of_kind)
     return [f"    set to {value} by {', '.join(who)}" for value, who in values.items()]
 
 

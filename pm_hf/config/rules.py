@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from pm_hf.config.kinds import STREAM_KINDS
 from pm_hf.config.patterns import pattern_problem
-from pm_hf.config.schema import RunConfig, StreamSettings
+from pm_hf.config.schema import PENALTY_CURVATURES, RunConfig, StreamSettings
 from pm_hf.errors import InputError
 from pm_hf.merging.methods import read_options
 from pm_hf.merging.methods.linear import PM, SEQUENTIAL
@@ -23,6 +23,15 @@ def value_problems(config: RunConfig) -> list[str]:
         (config.lora.target_modules not in ("", []), "lora.target_modules: names no layer; null: PEFT's for the model"),
         (config.head.training == "task" or config.head.kind == "lda", "head.training: seen belongs to head.kind: lda"),
         (not config.head.strict or config.head.kind == "lda", "head.strict: belongs to head.kind: lda"),
+        (
+            config.head.solver == "lda" or (config.head.kind == "lda" and config.kind.has_head),
+            f"head.solver: {config.head.solver} belongs to head.kind: lda of a classifier",
+        ),
+        (
+            config.head.solver == "lda" or not config.head.strict,
+            f"head.solver: {config.head.solver} changes the rows of all classes with every task, which head.strict "
+            "excludes; use lda",
+        ),
         (config.trains or config.head.kind != "linear", "trains: false needs head.kind: lda"),
     ]
     problems = [message for fine, message in checks if not fine]
@@ -58,8 +67,9 @@ def _stream_problems(config: RunConfig) -> list[str]:
     by_class = [name for name in ("class_groups", "task_column") if getattr(stream, name) is not None]
     if stream.scenario == "domain_incremental":
         problems += [f"stream.scenario: {name} makes a class_incremental stream" for name in by_class]
-    if config.kind.has_head == (config.head.kind == "none"):
-        expected = "linear or lda" if config.kind.has_head else "none: a language model has no class head"
+    fine = ("linear", "lda") if config.kind.has_head else ("none",) if config.trains else ("none", "lda")
+    if config.head.kind not in fine:
+        expected = "linear or lda" if config.kind.has_head else "none, or with trains: false lda (method: frozen)"
         problems.append(f"head.kind: {stream.kind} needs {expected}, found {config.head.kind}")
     foreign = dict.fromkeys(name for kind in STREAM_KINDS.values() for name in kind.settings)
     given_otherwise = [name for name in foreign if getattr(stream, name) != getattr(StreamSettings, name)]
@@ -72,20 +82,26 @@ def _stream_problems(config: RunConfig) -> list[str]:
 
 def _merge_problems(config: RunConfig) -> list[str]:
     merge, method, problems = config.merge, config.merging_method, list[str]()
-    if method.sums and merge.coefficient is None and config.curvature.kind is None:
+    train_from = merge.train_from or method.train_from
+    if method.sums and config.computes_coefficient and config.curvature.kind is None:
         problems.append(f"curvature.kind: method {method.name} needs fisher or gram, or merge.coefficient")
     if merge.freedom in ("module", "free"):
-        if merge.coefficient is not None:
+        if not config.computes_coefficient:
             problems.append(f"merge.coefficient: freedom {merge.freedom} has no single coefficient")
         if not method.sums:
             problems.append(f"merge.freedom: {merge.freedom} belongs to merge.method {PM.name}")
+    if merge.coefficient == "fisher" and (method is not PM or config.curvature.kind == "gram"):
+        problems.append(
+            f"merge.coefficient: fisher is the closed form of merge.method {PM.name} with curvature.kind fisher or "
+            f"factored; found {method.name} with {config.curvature.kind}"
+        )
     if config.searches:
         problems += _search_problems(config)
     if method.factors and merge.max_rank is not None:
         problems.append(f"merge.max_rank: {method.name} keeps the factors as they are; it must be null")
     if merge.train_from not in (None, *method.starts):
         problems.append(f"merge.train_from: the mathematics of {method.name} needs {' or '.join(method.starts)}")
-    if config.head.training == "seen" and (merge.train_from or method.train_from) != "merged":
+    if config.head.training == "seen" and train_from != "merged":
         problems.append(
             "head.training: seen starts at the analytic rows of the running merge; the training has to start there too"
         )
@@ -93,6 +109,10 @@ def _merge_problems(config: RunConfig) -> list[str]:
         read_options(method.name, merge.options)
     except InputError as error:
         problems.append(f"merge.options: {error}")
+    if config.curvature.at == "both" and train_from != "merged":
+        problems.append(
+            f"curvature.at: both ends of Δ are the running merge and the optimum; training starts from {train_from}"
+        )
     if merge.freedom == "free" and config.curvature.kind == "factored":
         problems.append("merge.freedom: free needs curvature.kind fisher or gram; factored has no whole matrix")
     return problems
@@ -101,10 +121,16 @@ def _merge_problems(config: RunConfig) -> list[str]:
 def _search_problems(config: RunConfig) -> list[str]:
     """Why there is no merge line θ + αΔ to search, or nothing to search it with."""
     merge, method, problems = config.merge, config.merging_method, list[str]()
-    if not config.rehearses:
+    if not (config.rehearses or (config.analytic_head and config.kind.has_head)):
+        needed = "head.kind: lda" if config.kind.has_head else "strategy.replay: generated"
         problems.append(
-            "merge.coefficient: search measures the earlier tasks on their written rows; set strategy.replay: "
-            "generated, or give a number"
+            "merge.coefficient: search measures the earlier tasks on their written rows, or on draws of their classes; "
+            f"set {needed}, or give a number"
+        )
+    if config.trains is False or config.head.strict or config.strategy.joint:
+        problems.append(
+            "merge.coefficient: search needs several tasks that train the backbone; leave out trains: false, "
+            "head.strict and strategy.joint"
         )
     if method.kernel is not None or (merge.train_from or method.train_from) != "merged":
         problems.append(
@@ -132,7 +158,8 @@ def _rehearsal_problems(config: RunConfig) -> list[str]:
 
 def _strategy_problems(config: RunConfig) -> list[str]:
     strategy, merge = config.strategy, config.merge
-    held = ("ewc_weight", "olora_weight", "replay_per_class", "averaging_period")  # what holds on to earlier tasks
+    # what holds on to earlier tasks
+    held = (*PENALTY_CURVATURES, "olora_weight", "replay_per_class", "averaging_period")
     problems = _rehearsal_problems(config) if config.rehearses else []
     if not (strategy.replay_pool or config.rehearses):
         problems.append(
@@ -145,12 +172,14 @@ def _strategy_problems(config: RunConfig) -> list[str]:
     method = config.merging_method
     if strategy.olora_weight and (method is not SEQUENTIAL or merge.max_rank is not None):
         problems.append("strategy.olora_weight: needs merge.method sequential and merge.max_rank null, to keep every A")
-    if strategy.ewc_weight and config.curvature.kind != "fisher":
-        problems.append(f"strategy.ewc_weight: needs curvature.kind fisher, found {config.curvature.kind}")
-    if strategy.ewc_weight and not (method.curvature is None or method.sums):
-        problems.append(
-            f"strategy.ewc_weight: needs the sums over tasks; merge.method {method.name} keeps one task's Fisher"
-        )
+    for name in config.curvature_penalties:
+        if config.curvature.kind != PENALTY_CURVATURES[name]:
+            expected = PENALTY_CURVATURES[name]
+            problems.append(f"strategy.{name}: needs curvature.kind {expected}, found {config.curvature.kind}")
+        if not (method.curvature is None or method.sums):
+            problems.append(
+                f"strategy.{name}: needs the sums over tasks; merge.method {method.name} keeps one task's curvature"
+            )
     if (strategy.joint or strategy.individual) and (config.start_from or config.max_forgetting is not None):
         problems.append("strategy: joint and individual continue no adapter; leave out start_from and max_forgetting")
     if strategy.individual and config.head.kind == "lda":

@@ -19,6 +19,7 @@ STREAM_METHODS = tuple(
     if method.in_streams
 )
 LARGEST_RANK = 2**13
+PENALTY_CURVATURES = {"ewc_weight": "fisher", "drift_weight": "gram"}  # {setting of `strategy`: kind that it needs}
 
 
 @dataclass
@@ -165,6 +166,9 @@ class CurvatureSettings:
     normalisation: Literal["examples", "trace"] = setting(
         "examples", "a task's Fisher over its examples, or over its mean entry (trace)"
     )
+    at: Literal["optimum", "both"] = setting(
+        "optimum", "where it is measured: after the training, or the mean of before and after (one more pass)"
+    )
     shrinkage: Number = setting(0.1, "ρ of the Gram: (1−ρ)G + ρ·diag(G)", ge=0, lt=1)
 
 
@@ -182,9 +186,11 @@ class MergeSettings:
     freedom: Literal["global", "module", "free"] | None = setting(
         None, "one coefficient, one a module, or the whole matrix"
     )
-    coefficient: Annotated[Number, Field(ge=0, le=1)] | Literal["search"] | None = setting(
+    coefficient: Annotated[Number, Field(ge=0, le=1)] | Literal["average", "fisher", "search"] | None = setting(
         None,
-        "instead of the computed one; search: the best on held-out rows and the pool (strategy.replay)",
+        "of every task but the first: a number; average: 1/t; fisher: the published closed form (method pm); search: "
+        "the best on held-out rows and what stands for earlier tasks, the pool (strategy.replay) or draws of their "
+        "classes (head.kind lda); null: the method's",
     )
     max_rank: Whole | None = setting(64, "rank kept; null: exact, the rank grows with every task", ge=1)
     on_zero_curvature: Literal["error", "average"] = setting("average", "pm: refuse, or 1/t; the same as in `options`")
@@ -197,16 +203,23 @@ class HeadSettings:
     __pydantic_config__ = MODEL
 
     kind: Literal["linear", "lda", "none"] | None = setting(
-        None, "trained rows, the analytic head (linear discriminant analysis), or none (language models)"
+        None,
+        "trained rows, the analytic head (linear discriminant analysis), or none; language models: none, or lda for "
+        "analytic answers without training",
     )
     means: Literal["class", "task"] | None = setting(
-        None, "lda: one mean for each class, or for each class and task (null: so for domains)"
+        None, "lda: one mean for each class, or for each class and task (null: so for domains and language models)"
     )
     training: Literal["task", "seen"] = setting(
         "task", "lda: trained against the task's classes; seen: from analytic rows, against all classes seen"
     )
     drift: Literal["ridge", "none"] = setting("ridge", "lda: how old class means follow the backbone")
     ridge: Number = setting(1.0, "lda: λ = ridge · tr(FᵀF)/d of the drift regression", gt=0)
+    solver: Literal["lda", "bound", "search"] = setting(
+        "lda",
+        "lda: rows are the discriminants, or minimise a bound of the expected loss with each class's own covariance; "
+        "search: those that lose less on rows held out in turn",
+    )
     strict: Flag = setting(False, "lda: freeze backbone and covariance after task 1, old rows stay bit-identical")
 
 
@@ -232,6 +245,12 @@ class StrategySettings:
     )
     ewc_weight: Number = setting(0.0, "λ of λ(½θᵀSθ − θᵀM), elastic weight consolidation with the running Fisher", ge=0)
     olora_weight: Number = setting(0.0, "λ of Σ|A_old A_tᵀ|, O-LoRA", ge=0)
+    drift_weight: Number = setting(
+        0.0,
+        "of the change of outputs that inputs of earlier tasks have, from their Gram; 1: what the last task changed on "
+        "its own inputs costs 0.1 nat",
+        ge=0,
+    )
     base_kl_weight: Number = setting(0.0, "weight of the divergence from the frozen base's own prediction", ge=0)
     divergence: Literal["kl", "reverse_kl", "js", "tv"] = setting("kl", "divergence of base_kl_weight")
     averaging_period: Number = setting(
@@ -287,7 +306,8 @@ class RunConfig:
 
     @property
     def analytic_head(self) -> bool:
-        """Whether the head's rows are computed from class statistics (linear discriminant analysis)."""
+        """Whether the head's rows, or what answers are chosen by, are computed from class statistics (linear
+        discriminant analysis)."""
         return self.head.kind == "lda"
 
     @property
@@ -312,8 +332,18 @@ class RunConfig:
 
     @property
     def searches(self) -> bool:
-        """Whether the coefficient is searched for on held-out rows and the pool."""
+        """Whether the coefficient is searched for on held-out rows and what stands for the earlier tasks."""
         return self.merge.coefficient == "search"
+
+    @property
+    def computes_coefficient(self) -> bool:
+        """Whether the merging method computes its coefficient."""
+        return self.merge.coefficient in (None, "fisher")
+
+    @property
+    def averages(self) -> bool:
+        """Whether the coefficient is 1/t whatever the merging method."""
+        return self.merge.coefficient == "average"
 
     @property
     def merges(self) -> bool:
@@ -323,8 +353,13 @@ class RunConfig:
     @property
     def measures_curvature(self) -> bool:
         """Whether the curvature of a finished task is measured: for its coefficient, or for the next task's penalty."""
-        wanted = self.merging_method.curvature is not None and self.merge.coefficient is None
-        return self.merges and (wanted or self.strategy.ewc_weight > 0)
+        wanted = self.merging_method.curvature is not None and self.computes_coefficient
+        return self.merges and (wanted or bool(self.curvature_penalties))
+
+    @property
+    def curvature_penalties(self) -> list[str]:
+        """Settings of the penalties in use that need the sums of the earlier tasks' curvature."""
+        return [name for name in PENALTY_CURVATURES if getattr(self.strategy, name)]
 
     @property
     def sums_curvature(self) -> bool:
@@ -340,7 +375,7 @@ class RunConfig:
         else:
             reduction = "mean" if self.kind.has_head else settings.loss_reduction
             spec = CurvatureSpec(kind, labels=settings.labels, loss_reduction=reduction)
-        return replace(spec, normalisation=NORMALISATIONS[settings.normalisation])
+        return replace(spec, normalisation=NORMALISATIONS[settings.normalisation], at=settings.at)
 
     def to_dict(self) -> dict:
         """Plain nested dict."""

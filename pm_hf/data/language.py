@@ -58,6 +58,13 @@ class _PromptEncoder(ABC):
     pad: int
     cut: int
 
+    def prompts(self, rows: Rows) -> list[list[int]]:
+        """Token ids of each row's prompt without its completion, cut to max_length; `cut` counts the shorter ones."""
+        whole = [self._prompt(prompt) for prompt in rows.inputs]
+        kept = [self.fitted(ids, 0) for ids in whole]
+        self.cut = sum(len(ids) < len(before) for ids, before in zip(kept, whole, strict=True))
+        return kept
+
     def collate(self, examples: list[dict]) -> dict[str, Tensor]:
         """input_ids and attention_mask (N, T), labels (N, T), of an encoder-decoder (N, U), padded on the right."""
         ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))
@@ -85,6 +92,14 @@ class _PromptEncoder(ABC):
         return (self.completion(prompt, text) for prompt, text in zip(rows.inputs, rows.labels, strict=True))
 
     @abstractmethod
+    def prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt as it stands before its completion."""
+
+    @abstractmethod
+    def fitted(self, prompt: list[int], room: int) -> list[int]:
+        """What is kept of a prompt beside a completion of `room` tokens."""
+
+    @abstractmethod
     def completion(self, prompt: Prompt, text: str) -> list[int]:
         """Token ids of a completion, its end included."""
 
@@ -96,6 +111,10 @@ class _PromptEncoder(ABC):
     def compared(self, prompt: Prompt, text: str) -> str:
         """What a generation must say to be the completion."""
         return text
+
+    @abstractmethod
+    def _prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, however long."""
 
     @abstractmethod
     def _example(self, prompt: Prompt, text: str) -> dict: ...
@@ -158,6 +177,9 @@ class CausalEncoder(_PromptEncoder):
             return text
         return self._said(self.completion(prompt, text))
 
+    def _prompt(self, prompt: Prompt) -> list[int]:
+        return self.prompt(prompt)
+
     def _said(self, completion: list[int]) -> str:
         return str(self.tokenizer.decode(completion, skip_special_tokens=True))
 
@@ -201,6 +223,10 @@ class Seq2SeqEncoder(_PromptEncoder):
     def prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of the encoder's input."""
         return self._fitted(self._prompt(prompt))
+
+    def fitted(self, prompt: list[int], room: int) -> list[int]:
+        """The left of a prompt, its end kept; a completion takes no room from it."""
+        return self._fitted(prompt)
 
     def completion(self, prompt: Prompt, text: str) -> list[int]:
         """Token ids of the decoder's target, its end included."""

@@ -208,6 +208,17 @@ def sample(rows: Rows, count: int | None, seed: int) -> Rows:
     return rows.take(order if count is None else order[:count])
 
 
+def sample_classes(rows: Rows, count: int, seed: int) -> Rows:
+    """About `count` rows drawn without repetition, as many of each class as it has and another has, at least one of
+    each, in a seeded order."""
+    order, taken = random.Random(f"sample/{seed}").sample(range(len(rows)), len(rows)), Counter[str]()
+    turn = {}
+    for index in order:
+        turn[index] = taken[rows.labels[index]]
+        taken[rows.labels[index]] += 1
+    return rows.take(sorted(order, key=lambda index: turn[index])[: max(count, len(taken))])
+
+
 def _task_labels(language: bool, train: Rows, test: Rows) -> tuple[str, ...]:
     return _closed_answers(train, test) if language else tuple(sorted(set(train.labels)))
 
@@ -362,9 +373,17 @@ def _task_source(stream: StreamSettings, task: TaskSettings) -> Source:
 
 def _held_out_texts(config: RunConfig) -> tuple[Task, ...]:
     stream, texts = config.stream, []
-    raise_all([problem for text in stream.held_out or [] for problem in name_problems(text.name)], "stream.held_out")
+    names = [text.name for text in (*(stream.held_out or []), *(stream.tasks or []))]
+    problems = [problem for text in stream.held_out or [] for problem in name_problems(text.name)]
+    problems += [f"two texts or tasks are named {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+    raise_all(problems if stream.held_out else [], "stream.held_out")
     for text in stream.held_out or []:
-        rows, _ = read_rows(stream.kind, _task_source(stream, text), config.data_dir, test=True, task=text.name)
+        try:
+            rows, _ = read_rows(stream.kind, _task_source(stream, text), config.data_dir, test=True, task=text.name)
+        except InputError as error:
+            inherits = stream.prompt_template and text.prompt_template is None
+            way_out = '; it has the stream\'s prompt_template, a plain text needs its own: ""' if inherits else ""
+            raise InputError(f"stream.held_out: {text.name}: {error}{way_out}") from error
         texts.append(
             Task(text.name, (), Rows([], []), _limit_rows(rows, stream.test_rows, f"{config.seed}/{text.name}"))
         )

@@ -1,8 +1,10 @@
 """Per-example curvature of the adapted weights, measured by hooks in batches."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,12 +16,14 @@ from pm_hf.errors import InputError
 from pm_hf.merging.curvature import NORMALISATIONS, Curvature, CurvatureKind, CurvatureSpec, accumulate
 from pm_hf.merging.lowrank import LowRank, add
 from pm_hf.models.contexts import autocast as autocast_to
-from pm_hf.models.contexts import evaluating, gradients_put_aside, keep_differentiable
+from pm_hf.models.contexts import evaluating, gradients_put_aside, keep_differentiable, scaled_adapter
 from pm_hf.models.language_model import IGNORED, has_token_targets, target_logits
 from pm_hf.models.lora import adapted_layers, find_head, head_matrix, layer_product
 from pm_hf.models.sharded import transformer_of, unwrapped
 
 CURVATURE_KINDS, FISHER_LABELS, LOSS_REDUCTIONS = ("fisher", "gram", "factored"), ("empirical", "mc"), ("mean", "sum")
+# where it is measured: {name: share of Δ_t that the model has at each of its points}
+CURVATURE_POINTS = {"optimum": (1.0,), "both": (0.0, 1.0)}
 SHRINKAGE = 0.1  # ρ of the Gram: without it a Gram of fewer tokens than inputs is singular
 CHUNK_BYTES = 128 * 2**20  # per-example gradients of one module are formed for this many bytes at a time
 
@@ -37,6 +41,7 @@ def estimate_curvature(
     samples: int | None = None,
     shrinkage: float | None = None,
     normalisation: Literal["examples", "trace"] = "examples",
+    at: Literal["optimum", "both"] = "optimum",
     previous: Curvature | None = None,
     heads: Mapping[str, LowRank] | None = None,
     merged: Mapping[str, LowRank] | None = None,
@@ -61,13 +66,17 @@ def estimate_curvature(
     samples: number of examples used at most in a process (None: all). previous: sums of the earlier tasks.
     normalisation: "trace" divides each task's diagonal Fisher by the mean of its entries over all modules before it is
     summed: tasks weigh alike, where the size of a Fisher says mostly how far its task is from fitted.
+    at: "optimum" measures at θ*_t, as published; "both" takes H_t = ½(H(θ̂_{t−1}) + H(θ*_t)), the first without
+    `adapter`'s product and with the head as trained, in twice the time. Stored with the sums, never mixed.
     heads: {module: its weight before the task, [weight | bias]} of linear heads shared by all tasks, to be inside the
     curvature. merged: {module: θ̂_{t−1} − θ0, (out, in)} where the task was not trained from the running merge: Δ is
     then all that the model adds to the base less this, and not `adapter`'s product. The model's mode and gradients are
     left as they were.
     Raises InputError when samples < 1, when a module was not reached, or when there is no data.
     """
-    spec = _curvature_spec(kind, labels, loss_reduction, shrinkage, normalisation)
+    spec = _curvature_spec(kind, labels, loss_reduction, shrinkage, normalisation, at)
+    if at != "optimum" and merged is not None:
+        raise InputError(f"at={at!r} needs a task that was trained from the running merge; leave `merged` out")
     if samples is not None and samples < 1:
         raise InputError(f"samples must be at least 1, found {samples}; leave it out to use every example")
     model = unwrapped(model)
@@ -75,11 +84,12 @@ def estimate_curvature(
     layers = adapted_layers(model, adapter)
     linears = {name: find_head(model, name) for name in heads or {}}
     sums = _Accumulator(spec, seed)
+    points = [partial(scaled_adapter, list(layers.values()), adapter, share) for share in CURVATURE_POINTS[at]]
     with evaluating(model), gradients_put_aside(model):
-        counted = on_all_processes(lambda: _run(model, layers | linears, dataloader, samples, sums, autocast))
+        counted = on_all_processes(lambda: _run(model, points, layers | linears, dataloader, samples, sums, autocast))
     examples = sum(gather(counted))
     sum_over_processes(sums.tensors)
-    measured = {name: total.div_(examples).cpu() for name, total in sums.tensors.items()}
+    measured = {name: total.div_(examples * len(points)).cpu() for name, total in sums.tensors.items()}
     delta = {name: layer_product(layer, [adapter]) for name, layer in layers.items()}
     optimum = {name: layer_product(layer, layer.active_adapters) for name, layer in layers.items()}
     if merged is not None:
@@ -93,13 +103,14 @@ def estimate_curvature(
 
 
 def _curvature_spec(
-    kind: CurvatureKind, labels: str, loss_reduction: str, shrinkage: float | None, normalisation: str
+    kind: CurvatureKind, labels: str, loss_reduction: str, shrinkage: float | None, normalisation: str, at: str
 ) -> CurvatureSpec:
     """The settings as the sums keep them; InputError for what is unknown or does not fit the kind."""
     choices = (
         ("kind", kind, CURVATURE_KINDS),
         ("labels", labels, FISHER_LABELS),
         ("loss_reduction", loss_reduction, LOSS_REDUCTIONS),
+        ("at", at, tuple(CURVATURE_POINTS)),
     )
     for name, value, valid in choices:
         if value not in valid:
@@ -112,8 +123,9 @@ def _curvature_spec(
     if not 0 <= rho < 1:
         raise InputError(f"shrinkage must be in [0, 1), found {shrinkage}")
     if kind == "gram":
-        return CurvatureSpec(kind, "none", rho)
-    return CurvatureSpec(kind, labels, normalisation=NORMALISATIONS[normalisation], loss_reduction=loss_reduction)
+        return CurvatureSpec(kind, "none", rho, at=at)
+    normalised = NORMALISATIONS[normalisation]
+    return CurvatureSpec(kind, labels, normalisation=normalised, loss_reduction=loss_reduction, at=at)
 
 
 @dataclass
@@ -142,13 +154,14 @@ class _Pass:
 
 def _run(
     model: nn.Module,
+    points: Sequence[Callable[[], AbstractContextManager]],
     watched: Mapping[str, nn.Module],
     dataloader: Iterable[Batch],
     samples: int | None,
     sums: _Accumulator,
     autocast: torch.dtype | None,
 ) -> int:
-    """Add the examples to the sums, at most `samples`; their number."""
+    """Add the examples to the sums, at most `samples`, as the model is at each of the points; their number."""
     device = next(model.parameters()).device
     for batch in dataloader:
         if samples is not None and sums.examples >= samples:
@@ -158,11 +171,15 @@ def _run(
             batch = _with_distinct_lengths(batch)
         if samples is not None:
             batch = {key: value[: samples - sums.examples] for key, value in batch.items()}
-        passes = _watch(model, watched, batch, sums, autocast)
-        missing = [name for name in watched if name not in passes]
-        if missing:
-            raise InputError(f"{len(missing)} adapted modules were not reached by the forward pass, first {missing[0]}")
-        {"gram": _add_gram, "fisher": _add_fisher, "factored": _add_factored}[sums.spec.kind](sums, passes, batch)
+        for point in points:
+            with point():
+                passes = _watch(model, watched, batch, sums, autocast)
+            missing = [name for name in watched if name not in passes]
+            if missing:
+                raise InputError(
+                    f"{len(missing)} adapted modules were not reached by the forward pass, first {missing[0]}"
+                )
+            {"gram": _add_gram, "fisher": _add_fisher, "factored": _add_factored}[sums.spec.kind](sums, passes, batch)
         sums.examples += len(batch["labels"])
     if not sums.examples:
         raise InputError("the curvature needs at least one example, found none")

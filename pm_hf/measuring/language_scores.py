@@ -149,6 +149,26 @@ class LanguageScorer:
                     logits, _, of_example = target_logits(self.model, without_soft_targets(batch))
                 yield part, batch, logits.float(), of_example
 
+    @torch.no_grad()
+    def prompt_states(self, rows: Rows, layers: Sequence[int] | None = None) -> Tensor:
+        """Hidden state of each prompt's last token after the transformer's `layers`, (layers, rows, d) float32.
+
+        Layers count from 1; None: all of them. Those of an encoder-decoder model are its encoder's. The logits are
+        computed at the last tokens only, and thrown away.
+        """
+        prompts, parts = self.encoder.prompts(rows), list[Tensor]()
+        order = list(self._parts([len(prompt) for prompt in prompts], self.batch_size))
+        with evaluating(self.model):
+            for part in order:
+                ids, mask = _padded([prompts[i] for i in part], self.encoder.pad, self.device, left=False)
+                with autocast(self.device, self.precision):
+                    states = _states(self.model, self.encoder, ids, mask)
+                wanted = range(1, len(states)) if layers is None else layers
+                rest = torch.arange(len(part), device=self.device), mask.sum(1) - 1
+                parts.append(torch.stack([states[layer][rest].float().cpu() for layer in wanted]))
+        back = torch.tensor([i for part in order for i in part]).argsort()
+        return torch.cat(parts, 1)[:, back]
+
     def exact_match(self, rows: Rows) -> float:
         """Share of the rows whose greedy generation equals the completion, both stripped of white space at the ends.
 
@@ -193,11 +213,8 @@ class LanguageScorer:
 
 
 def _prompts(encoder: LanguageEncoder, rows: Rows, room: Sequence[int]) -> list[list[int]]:
-    """Token ids of each prompt, those of a causal model with room for so many tokens."""
-    prompts = [encoder.prompt(prompt) for prompt in rows.inputs]
-    if not isinstance(encoder, CausalEncoder):
-        return prompts
-    return [encoder.fitted(ids, most) for ids, most in zip(prompts, room, strict=True)]
+    """Token ids of each prompt, as it is kept beside a completion of so many tokens."""
+    return [encoder.fitted(encoder.prompt(prompt), most) for prompt, most in zip(rows.inputs, room, strict=True)]
 
 
 def _longest(encoder: LanguageEncoder, completions: Iterable[list[int]]) -> int:
@@ -239,6 +256,17 @@ def _padded(rows: list[list[int]], value: int, device: torch.device, *, left: bo
     """Token ids (N, T) and their mask."""
     mask = pad_rows([[1] * len(row) for row in rows], 0, left=left)
     return pad_rows(rows, value, left=left).to(device), mask.to(device)
+
+
+def _states(model: nn.Module, encoder: LanguageEncoder, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """The hidden states (N, T, d) of prompts (N, T) that are padded on the right: the embeddings, then each layer's."""
+    if not isinstance(encoder, CausalEncoder):
+        whole = transformer_of(model).get_encoder()
+        return tuple(whole(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states)
+    last = torch.arange(ids.shape[1], device=ids.device) == (mask.sum(1) - 1)[:, None]
+    with logits_only_at(model, last):
+        out = model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+    return tuple(out.hidden_states)
 
 
 def _likelihoods(model: nn.Module, encoder: LanguageEncoder, prompts: list[list[int]], targets: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Scores of a merged adapter on the tasks of a stream, loaded as every user loads it."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -17,12 +19,13 @@ from pm_hf.data.encoders import TextEncoder, check_length, check_tokens, match_p
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.data.rows import Encoder, Examples, Rows
 from pm_hf.data.stream import Task, batches
-from pm_hf.measuring.analytic_head import class_logits
+from pm_hf.measuring.analytic_head import HeadStatistics, class_logits
 from pm_hf.measuring.language_scores import LanguageScorer
 from pm_hf.models.contexts import autocast, evaluating
 from pm_hf.models.loading import has_tokenizer, load_merged
 from pm_hf.models.lora import find_head
 
+MOST_CONFUSIONS = 20  # pairs of classes that are kept
 ACCURACY_DESCRIPTION = "Accuracy of argmax over all classes seen, and of argmax inside the task's own classes."
 
 
@@ -59,8 +62,10 @@ class Scorer:
     autocast: torch.dtype | None
     device: torch.device = torch.device("cpu")
     cut: dict[str, int] = field(default_factory=dict)  # {task: test rows longer than max_length}
+    # {task: counts of (class, class that it was taken for)} of the classifier that was scored last
+    taken: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)
 
-    def load(self, merged: Path, head: str | None) -> tuple[nn.Module, list[str]]:
+    def load(self, merged: Path, head: str | None) -> tuple[PeftModel, list[str]]:
         """The merged adapter on its base, as every user loads it, and the labels of its head's rows."""
         labels = [] if head is None else open_adapter(merged).labels[head]
         model = load_merged(self.config.model, merged, labels, self.config.stream.kind)
@@ -100,14 +105,22 @@ class Scorer:
         return features_and_logits(model, batches(self.encoder, rows, self.batch_size), head, self.autocast)
 
     def score(
-        self, merged: Path, head: str | None, tasks: Sequence[Task], *, loss: bool = False, generate: bool = True
+        self,
+        merged: Path,
+        head: str | None,
+        tasks: Sequence[Task],
+        answers: HeadStatistics | None = None,
+        *,
+        loss: bool = False,
+        generate: bool = True,
     ) -> list[dict[str, float]]:
         """Scores of each task: accuracies of a classifier, or those of `LanguageScorer` for a language model.
 
-        loss: of a classifier also the mean cross-entropy inside the task's own classes, in nats. generate: whether a
-        language model generates, for its exact_match.
+        answers: what a language model's answers are chosen by, of which it then has the accuracies only. loss: of a
+        classifier also the mean cross-entropy inside the task's own classes, in nats. generate: whether a language
+        model generates, for its exact_match.
         """
-        return self.score_loaded(*self.load(merged, head), head, tasks, loss=loss, generate=generate)
+        return self.score_loaded(*self.load(merged, head), head, tasks, answers, loss=loss, generate=generate)
 
     def score_loaded(
         self,
@@ -115,19 +128,22 @@ class Scorer:
         labels: Sequence[str],
         head: str | None,
         tasks: Sequence[Task],
+        answers: HeadStatistics | None = None,
         *,
         loss: bool = False,
         generate: bool = True,
     ) -> list[dict[str, float]]:
         """The same of what `load` gave."""
         if head is None:
-            return self._score_language(model, tasks, generate)
+            return self._score_language(model, tasks, answers, generate)
         metric = IncrementalAccuracy(keep_in_memory=True)
         classes = list(dict.fromkeys(labels))
         scores = []
         for task in tasks:
             logits, truth = self.logits(model, task, labels, head)
             self.cut[task.name] = getattr(self.encoder, "cut", 0)
+            said = (classes[row] for row in logits.argmax(1).tolist())
+            self.taken[task.name] = Counter(zip((classes[row] for row in truth), said, strict=True))
             own = [classes.index(label) for label in task.own]
             scores.append(metric.compute(predictions=logits.numpy(), references=truth, own=own))
             if loss:
@@ -135,15 +151,38 @@ class Scorer:
                 scores[-1]["loss"] = float(cross_entropy(logits[:, own].double(), inside))
         return scores
 
-    def _score_language(self, model: nn.Module, tasks: Sequence[Task], generate: bool) -> list[dict[str, float]]:
-        seen = list(dict.fromkeys(answer for task in tasks for answer in task.own))
+    def language_scorer(self, model: nn.Module) -> LanguageScorer:
+        """Scores of a language model, in this one's batches and precision."""
         assert isinstance(self.encoder, CausalEncoder | Seq2SeqEncoder)
-        scorer = LanguageScorer(model, self.encoder, self.batch_size, self.autocast)
+        return LanguageScorer(model, self.encoder, self.batch_size, self.autocast)
+
+    def _score_language(
+        self, model: nn.Module, tasks: Sequence[Task], answers: HeadStatistics | None, generate: bool
+    ) -> list[dict[str, float]]:
+        seen = list(dict.fromkeys(answer for task in tasks for answer in task.own))
+        scorer, rows = self.language_scorer(model), None if answers is None else answers.solve()
         scores = []
         for task in tasks:
-            scores.append(scorer.scores(task.test, task.own, seen if task.own else (), generate=generate))
-            self.cut[task.name] = self.encoder.cut
+            if answers is None or rows is None or not task.own:
+                scores.append(scorer.scores(task.test, task.own, seen if task.own else (), generate=generate))
+            else:
+                states = scorer.prompt_states(task.test, [int(answers.layer or 0)])[0].double()
+                logits, classes = class_logits(states @ rows[0].T + rows[1], answers.labels)
+                truth, own = ([classes.index(label) for label in labels] for labels in (task.test.labels, task.own))
+                metric = IncrementalAccuracy(keep_in_memory=True)
+                scores.append(metric.compute(predictions=logits.numpy(), references=truth, own=own))
+            self.cut[task.name] = scorer.encoder.cut
         return scores
+
+    def confusions(self, tasks: Sequence[Task]) -> list[tuple[str, str, int, int]]:
+        """(class, another that test rows of it were taken for, how many, test rows of the class), most first, at most
+        MOST_CONFUSIONS; [] for a language model."""
+        counts = sum((self.taken.get(task.name, Counter()) for task in tasks), Counter[tuple[str, str]]())
+        rows = Counter[str]()
+        for (label, _), count in counts.items():
+            rows[label] += count
+        wrong = [(label, said, count, rows[label]) for (label, said), count in counts.items() if label != said]
+        return sorted(wrong, key=lambda pair: (-pair[2], pair[:2]))[:MOST_CONFUSIONS]
 
     def cut_notes(self, tasks: Sequence[Task]) -> list[str]:
         """What is to be said of test rows that were scored without a part of them."""

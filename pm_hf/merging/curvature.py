@@ -60,6 +60,7 @@ class CurvatureSpec:
     shrinkage: float = 0.0  # ρ of (1−ρ)G + ρ·diag(G), put into each task's Gram before it is summed
     normalisation: str = NORMALISATIONS["examples"]
     loss_reduction: str = "mean"  # language models: an example's loss is the mean or the sum over its target tokens
+    at: str = "optimum"  # θ*_t, or the mean over both ends of Δ_t ("both"): θ̂_{t−1} and θ*_t
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def put_saved(model: PreTrainedModel, adapter: Adapter, head_root: str | None) -
     A module of `modules_to_save` gets parameters of its own, also where the base ties them to another's; a copy of the
     base's weights is shared as the base's are. InputError with everything that the model has no place for.
     """
-    problems, values = [], _saved_values(adapter)
+    problems, values = [], saved_values(adapter)
     for (place, own), name in sorted(values.items(), key=lambda item: item[0][1]):  # shared values first
         if head_root is not None and place.startswith(f"{head_root}."):
             continue
@@ -68,7 +68,7 @@ def put_saved(model: PreTrainedModel, adapter: Adapter, head_root: str | None) -
     raise_all(problems, f"adapter {adapter.path} does not fit the base model")
 
 
-def _saved_values(adapter: Adapter) -> dict[tuple[str, bool], str]:
+def saved_values(adapter: Adapter) -> dict[tuple[str, bool], str]:
     """{(name in the base, whether the value is the adapter's own or the base's): name of the tensor}.
 
     PEFT names a value by the base's name, or by that of a module that it put around the base's.

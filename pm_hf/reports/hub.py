@@ -41,7 +41,14 @@ class Upload:
         }
 
 
-def build_upload(run: str | os.PathLike, repo: str, *, base_model_id: str | None = None) -> Upload:
+def build_upload(
+    run: str | os.PathLike,
+    repo: str,
+    *,
+    base_model_id: str | None = None,
+    license: str | None = None,
+    language: str | None = None,
+) -> Upload:
     """Everything that `push` would upload, checked, without any network; InputError for what cannot be published.
 
     The merged adapter, its card and report.json at the root, each task's own adapter in tasks/, pictures in plots/.
@@ -50,7 +57,7 @@ def build_upload(run: str | os.PathLike, repo: str, *, base_model_id: str | None
     if repo.count("/") != 1 or not valid_id(repo):
         raise InputError(f"repository {TOKEN.sub('…', repo)}: expected owner/name, as on the Hub")
     released = read_finished_run(run, base_model_id)
-    card = model_card(released, repo)
+    card = model_card(released, repo, license=license, language=language)
     files: dict[str, Path | bytes] = {CARD_FILE: card.encode(), REPORT_FILE: _json(released.clean_report())}
     files |= _adapter(released, released.paths.merged, "")
     for task in released.tasks:
@@ -60,10 +67,19 @@ def build_upload(run: str | os.PathLike, repo: str, *, base_model_id: str | None
     return Upload(repo, released.base, card, files)
 
 
-def push(run: str | os.PathLike, repo: str, *, base_model_id: str | None = None, public: bool = False) -> str:
+def push(
+    run: str | os.PathLike,
+    repo: str,
+    *,
+    base_model_id: str | None = None,
+    license: str | None = None,
+    language: str | None = None,
+    public: bool = False,
+) -> str:
     """Publish a finished run in one commit and return the repository's URL.
 
-    base_model_id: the base model's id on the Hub, needed where model.base is a local folder. The repository is created
+    base_model_id: the base model's id on the Hub, needed where model.base is a local folder. license, language: of the
+    card, as the Hub writes them (apache-2.0, en). The repository is created
     if it is not there, private unless `public`; an existing one keeps its visibility, which must be the one asked for.
     Files that are there already are not sent again, so a second call finishes one that was interrupted; files of an
     earlier push that this run does not have are removed. A card edited on the Hub is replaced and stays in its history.
@@ -71,7 +87,7 @@ def push(run: str | os.PathLike, repo: str, *, base_model_id: str | None = None,
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
-    upload = build_upload(run, repo, base_model_id=base_model_id)
+    upload = build_upload(run, repo, base_model_id=base_model_id, license=license, language=language)
     api, subject = HfApi(), f"run {run} cannot be pushed to {repo}"
     if get_token() is None:
         raise InputError(f"{subject}: not logged in; {log_in('write to')}")

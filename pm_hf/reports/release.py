@@ -38,6 +38,7 @@ class ReleasedRun:
     base: str
     revision: str | None  # of the base model
     head: str | None
+    labels: Sequence[str]  # of the head's rows
     tasks: list[TaskPaths]
     plots: list[Path]
 
@@ -129,6 +130,7 @@ def read_finished_run(run: str | os.PathLike, base_model_id: str | None = None) 
         base=base,
         revision=config.model.revision if base == config.model.base else None,
         head=next(iter(merged.labels), None),
+        labels=next(iter(merged.labels.values()), ()),
         tasks=tasks,
         plots=sorted(plots, key=lambda path: path.name),
     )

@@ -1,6 +1,11 @@
-"""What a run does with the classification head of a task: nothing, train its rows, or compute them from statistics."""
+"""What a run does with the classification head of a task: nothing, train its rows, or compute them from statistics.
 
+Language models have no head; what their answers are chosen by can be computed in the same way.
+"""
+
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +13,36 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pm_hf.adapters.folder import replace_head
+from pm_hf.adapters.folder import folded_tasks, replace_head
 from pm_hf.config.schema import HeadSettings, RunConfig
-from pm_hf.data.stream import Task
+from pm_hf.data.rows import Rows
+from pm_hf.data.stream import Task, sample, sample_classes
 from pm_hf.errors import InputError
-from pm_hf.measuring.analytic_head import HeadStatistics, held_out_temperature, merge_temperature, ridge_drift
+from pm_hf.measuring.analytic_head import (
+    SOLVERS,
+    HeadStatistics,
+    compared,
+    held_out_temperature,
+    leave_one_out,
+    merge_temperature,
+    ridge_drift,
+)
+from pm_hf.measuring.bound_head import DIRECTIONS
+from pm_hf.measuring.head_search import NODES, head_search
+from pm_hf.measuring.line_search import Point
 from pm_hf.measuring.scores import Scorer
 from pm_hf.merging.lowrank import LowRank
-from pm_hf.models.lora import find_head, head_matrix
-from pm_hf.models.task_model import TaskModel
-from pm_hf.runs.paths import TaskPaths
+from pm_hf.models.contexts import scaled_adapter
+from pm_hf.models.lora import adapted_layers, find_head, head_matrix
+from pm_hf.models.task_model import TASK_ADAPTER, TaskModel
+from pm_hf.runs.paths import STATISTICS_FILE, TaskPaths
 from pm_hf.runs.start import TaskStart
+
+LAYER_ROWS = 1024  # of the first task's training rows, that the layer of analytic answers is chosen by
 
 
 class HeadPolicy:
-    """What happens to the head around a task's training: nothing, as language models have none."""
+    """What happens to the head around a task's training: nothing, where language models have none."""
 
     def check(self, built: TaskModel) -> None:
         """InputError where this cannot be done with the model's head."""
@@ -35,8 +55,19 @@ class HeadPolicy:
         """{head: its [weight | bias] before the task, (rows, in + 1)} of a head that belongs into the curvature."""
         return None
 
-    def after_merge(self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None, *, trained: bool) -> None:
-        """Give the merge its final rows; trained: whether the task trained the backbone."""
+    def search(self, built: TaskModel, task: Task, start: TaskStart, rows: int) -> list[Point]:
+        """What the coefficient of a trained task is searched with, measured on about so many of its rows; nothing."""
+        return []
+
+    def after_merge(
+        self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None, *, trained: bool
+    ) -> list[str]:
+        """Give the merge its final rows; what is to be said of it. trained: whether the task trained the backbone."""
+        return []
+
+    def answers(self, statistics: Path | None) -> HeadStatistics | None:
+        """What a language model's answers are chosen by, from the file beside a merge; None: its likelihoods."""
+        return None
 
 
 class LinearHead(HeadPolicy):
@@ -85,7 +116,8 @@ class AnalyticHead(HeadPolicy):
         head, own_mean = str(built.head), self.settings.means == "task"
         features = self.scorer.features_of(built.model.to(self.scorer.device), task.train, task.own, head)
         seen = _load_statistics(start.statistics)
-        statistics = seen.added(features, _class_indices(task), list(task.own), one_mean_per_task=own_mean)
+        targets = _class_indices(task.train, task.own)
+        statistics = seen.added(features, targets, list(task.own), one_mean_per_task=own_mean)
         temperature = held_out_temperature(seen, features, task.train.labels, one_mean_per_task=own_mean)
         weight, bias = (value / temperature for value in statistics.solve())
         linear = find_head(built.model, head)
@@ -98,26 +130,78 @@ class AnalyticHead(HeadPolicy):
         others = [row for row, label in enumerate(statistics.labels) if label not in task.labels]
         return _compete(linear, weight[others], bias[others]) if others else nullcontext()
 
-    def after_merge(self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None, *, trained: bool) -> None:
+    def after_merge(
+        self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None, *, trained: bool
+    ) -> list[str]:
         """Follow the backbone's drift, add the task's own classes, write the rows into the merge.
 
         The statistics are saved beside the merge. With `means: task` a class has a row for every task that it comes
         in, and the row with the largest logit decides.
         """
         module, settings = str(head), self.settings
-        statistics = _load_statistics(start.statistics)
+        known = _load_statistics(start.statistics, 0 if settings.solver == "lda" else DIRECTIONS)
         features = self.scorer.features(paths.merged, task.train, task.own, module)
-        if statistics.labels and settings.drift == "ridge" and trained and start.running is not None:
+        if known.labels and settings.drift == "ridge" and trained and start.running is not None:
             before = self._features_before(start.running.path, task, module)
-            statistics = statistics.moved(ridge_drift(before, features, settings.ridge))
-        own_mean = settings.means == "task"
-        statistics = statistics.added(features, _class_indices(task), list(task.own), one_mean_per_task=own_mean)
-        temperature = statistics.temperature or merge_temperature(statistics, features, task.train.labels)
-        if settings.strict and statistics.temperature is None:
-            statistics = statistics.frozen(temperature)
+            known = known.moved(ridge_drift(before, features, settings.ridge))
+        statistics, temperature = self._with_task(known, features, task)
+        statistics, solver, temperature = self._solver(known, statistics, temperature, features, task)
         statistics.save(paths.statistics)
-        weight, bias = (value if statistics.temperature else value / temperature for value in statistics.solve())
+        rows = SOLVERS[solver](statistics)
+        weight, bias = (value if statistics.temperature else value / temperature for value in rows)
         replace_head(paths.merged, module, weight, bias, statistics.labels)
+        return [] if solver == _best_solver(known.losses) else [f"head.solver: {solver} from {task.name} on"]
+
+    def _solver(
+        self, known: HeadStatistics, statistics: HeadStatistics, temperature: float, features: Tensor, task: Task
+    ) -> tuple[HeadStatistics, str, float]:
+        """(statistics with what the solvers lose on rows held out in turn, of all tasks, the solver of the rows, their
+        temperature). known: the statistics without the task; temperature: that of the discriminants."""
+        settings, own_mean = self.settings, self.settings.means == "task"
+        if settings.solver == "lda":
+            return statistics, "lda", temperature
+        asked = tuple(SOLVERS) if settings.solver == "search" else (settings.solver,)
+        found = compared(known, features, task.train.labels, asked, one_mean_per_task=own_mean)
+        losses = {name: known.losses.get(name, 0.0) + nats for name, (nats, _) in found.items()} or known.losses
+        solver = _best_solver(losses)
+        return replace(statistics, losses=losses), solver, found[solver][1] if solver in found else temperature
+
+    def _with_task(self, statistics: HeadStatistics, features: Tensor, task: Task) -> tuple[HeadStatistics, float]:
+        """(statistics with the task's own classes, their temperature); in strict mode frozen from the first task on."""
+        own_mean = self.settings.means == "task"
+        targets = _class_indices(task.train, task.own)
+        statistics = statistics.added(features, targets, list(task.own), one_mean_per_task=own_mean)
+        temperature = statistics.temperature or merge_temperature(statistics, features, task.train.labels)
+        if self.settings.strict and statistics.temperature is None:
+            statistics = statistics.frozen(temperature)
+        return statistics, temperature
+
+    def search(self, built: TaskModel, task: Task, start: TaskStart, rows: int) -> list[Point]:
+        """J(α) against draws of the earlier classes, see `head_search`.
+
+        Half of the rows, at most, are those held out of the training (`Task.eval`). The task adapter is scaled.
+        """
+        assert start.running is not None
+        seed, settings = self.scorer.config.seed + start.index, self.settings
+        features = dict[float, Tensor]()
+        held_out = sample_classes(task.eval, rows // 2, seed)
+        fitted = sample_classes(task.train, rows - len(held_out), seed)
+        model, layers = built.model.to(self.scorer.device), adapted_layers(built.model, TASK_ADAPTER)
+        for share in NODES:
+            with scaled_adapter(list(layers.values()), TASK_ADAPTER, share):
+                features[share] = self.scorer.features_of(model, fitted.with_rows(held_out), task.own, str(built.head))
+        return head_search(
+            _load_statistics(start.statistics),
+            {share: values[: len(fitted)] for share, values in features.items()},
+            fitted.labels,
+            {share: values[len(fitted) :] for share, values in features.items()},
+            held_out.labels,
+            earlier=folded_tasks(start.running),
+            ridge=settings.ridge,
+            drift=settings.drift == "ridge",
+            one_mean_per_task=settings.means == "task",
+            seed=seed,
+        )
 
     def _features_before(self, running: Path, task: Task, head: str) -> Tensor:
         """The task's features under the running merge, (n, d); the last ones are kept: a merge line has several merges
@@ -128,12 +212,67 @@ class AnalyticHead(HeadPolicy):
         return self._kept[1]
 
 
+class AnalyticAnswers(AnalyticHead):
+    """The same of a language model, which has no head and is not trained: its answers are the classes, the hidden state
+    of a prompt's last token after one layer is the feature.
+
+    The layer is the one whose discriminants do best on the first task's training rows, each left out in turn; it stays.
+    """
+
+    def check(self, built: TaskModel) -> None:
+        """There is no head to check."""
+
+    def after_merge(
+        self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None, *, trained: bool
+    ) -> list[str]:
+        """Choose the layer if the task is the first, and add the task's answers to the statistics beside the merge."""
+        statistics, notes = _load_statistics(start.statistics), list[str]()
+        scorer = self.scorer.language_scorer(self.scorer.load(paths.merged, None)[0])
+        if statistics.layer is None:
+            rows = sample(task.train, LAYER_ROWS, self.scorer.config.seed)
+            states = scorer.prompt_states(rows)
+            layer, accuracy = best_layer(states, _class_indices(rows, sorted(set(rows.labels))))
+            statistics = replace(statistics, layer=layer)
+            notes.append(
+                f"answers are chosen by the hidden states after layer {layer} of {len(states)}: {accuracy:.3f} of "
+                f"{len(rows)} training rows of {task.name} are right there, each left out in turn"
+            )
+        features = scorer.prompt_states(task.train, [int(statistics.layer or 0)])[0]
+        self._with_task(statistics, features, task)[0].save(paths.statistics)
+        return notes
+
+    def answers(self, statistics: Path | None) -> HeadStatistics:
+        """The statistics; InputError where there are none, or where they are a classifier's."""
+        loaded = _load_statistics(statistics)
+        if loaded.layer is None:
+            raise InputError(
+                f"head.kind lda chooses a language model's answers by the {STATISTICS_FILE} beside its adapter, found "
+                f"{'none' if statistics is None else f'that of a classifier, {statistics}'}; use head.kind: none"
+            )
+        return loaded
+
+
+def best_layer(states: Tensor, targets: Tensor) -> tuple[int, float]:
+    """(layer, counted from 1, whose analytic head is right on most rows that it was made without; their share).
+
+    states (layers, n, d), targets (n,): each row's class. Of several the one with the likeliest classes.
+    """
+    rated = []
+    for layer, features in enumerate(states, start=1):
+        logits = leave_one_out(features, targets)
+        chances = logits.log_softmax(1)[torch.arange(len(targets)), targets]
+        chance = float(chances[chances.isfinite()].mean())  # a class's only row has none, after whichever layer
+        rated.append((float((logits.argmax(1) == targets).double().mean()), chance, layer))
+    accuracy, _, layer = max(rated)
+    return layer, accuracy
+
+
 def head_policy(config: RunConfig, scorer: Scorer) -> HeadPolicy:
     """What the run does with the head."""
+    if config.analytic_head:
+        return (AnalyticHead if config.kind.has_head else AnalyticAnswers)(config.head, scorer)
     if not config.kind.has_head:
         return HeadPolicy()
-    if config.analytic_head:
-        return AnalyticHead(config.head, scorer)
     return LinearHead(in_curvature=config.shared_head and config.sums_curvature)
 
 
@@ -151,11 +290,17 @@ def _compete(linear: nn.Linear, weight: Tensor, bias: Tensor) -> RemovableHandle
     return linear.register_forward_hook(against_all)
 
 
-def _load_statistics(path: Path | None) -> HeadStatistics:
-    return HeadStatistics() if path is None else HeadStatistics.load(path)
+def _load_statistics(path: Path | None, directions: int = 0) -> HeadStatistics:
+    """The statistics of a file, with so many directions of each class; those of nothing without one."""
+    return (HeadStatistics() if path is None else HeadStatistics.load(path)).with_directions(directions)
 
 
-def _class_indices(task: Task) -> Tensor:
-    """Index in task.own of every training row's label, (n,)."""
-    index = {label: i for i, label in enumerate(task.own)}
-    return torch.tensor([index[label] for label in task.train.labels])
+def _best_solver(losses: Mapping[str, float]) -> str:
+    """That of the least loss; the discriminants where nothing was compared."""
+    return min(losses, key=lambda solver: losses[solver], default="lda")
+
+
+def _class_indices(rows: Rows, labels: Sequence[str]) -> Tensor:
+    """Index in `labels` of every row's label, (n,)."""
+    index = {label: i for i, label in enumerate(labels)}
+    return torch.tensor([index[label] for label in rows.labels])

@@ -1,7 +1,6 @@
 """The loop over tasks: train, measure, merge, score, write; continue, extend. The only file that knows the order."""
 
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
@@ -17,7 +17,7 @@ from pm_hf.adapters.folder import base_name, merge_record, open_adapter, save_ad
 from pm_hf.adapters.merge import MergeReport, merge_adapters
 from pm_hf.adapters.naming import check_loads
 from pm_hf.config.loading import load_config
-from pm_hf.config.schema import RunConfig
+from pm_hf.config.schema import PENALTY_CURVATURES, RunConfig
 from pm_hf.data.encoders import check_encoding, check_length, check_tokens, make_encoder, match_padding
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.data.rows import Examples
@@ -30,9 +30,10 @@ from pm_hf.distributed import (
     process_count,
     process_index,
 )
-from pm_hf.environment import conditions, release_memory
+from pm_hf.environment import conditions, process_peak_memory_mb, release_memory
 from pm_hf.errors import InputError
 from pm_hf.files import locked, make_folder
+from pm_hf.measuring.analytic_head import HeadStatistics
 from pm_hf.measuring.curvature import estimate_curvature
 from pm_hf.measuring.line_search import Point, smallest_within_error
 from pm_hf.measuring.scores import Scorer, cut_note
@@ -49,17 +50,20 @@ from pm_hf.models.task_model import (
 )
 from pm_hf.runs.folder import ForgettingError, RunFolder, finished_labels, log_finished_task
 from pm_hf.runs.head import head_policy
-from pm_hf.runs.paths import TaskPaths
+from pm_hf.runs.paths import STATISTICS_FILE, TaskPaths
 from pm_hf.runs.records import Report, TaskRecord, primary_metric
 from pm_hf.runs.rehearsal import Rehearsal, Rehearsed, replay_note
-from pm_hf.runs.start import TaskStart, adapter_to_fold, check_fold, load_start, start_task
+from pm_hf.runs.start import TaskStart, adapter_to_fold, check_fold, find_beside, load_start, start_task
 from pm_hf.runs.tracking import Tracking
 from pm_hf.training.callbacks import EarlyStopping, SequentialAveraging, Stop, stop_on_sigterm
-from pm_hf.training.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, Penalty
+from pm_hf.training.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, OutputDrift, Penalty
 from pm_hf.training.record import TrainingRecord
 from pm_hf.training.task_trainer import precision, train, training_arguments
 
 __all__ = ["ForgettingError", "evaluate", "learn"]
+
+SEARCH_COST = 0.1  # of the training's time, that the search of a classifier's coefficient takes
+LEAST_SEARCH_ROWS = 64
 
 
 def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> Report:
@@ -115,16 +119,20 @@ def evaluate(config: RunConfig, adapter: str | os.PathLike) -> Evaluation:
     stream = load_stream(config, finished_labels(config))
     run = Run(config, stream, opened.path)
     head, tasks, left_out = None, [*(stream.scored or stream.tasks), *stream.held_out], dict[str, str]()
+    answers, labels = run.head.answers(find_beside(opened, STATISTICS_FILE)[0]), None
     if config.kind.has_head:
         if len(opened.labels) != 1:
             raise InputError(f"adapter {opened.path} has no labels.json with one head, so its rows have no names")
         head, labels = next(iter(opened.labels.items()))
+    elif answers is not None:
+        labels = answers.labels
+    if labels is not None:
         left_out = {task.name: reason for task in tasks if (reason := _lacking(task, labels)) is not None}
         tasks = [task for task in tasks if task.name not in left_out]
     if not tasks:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise InputError(f"adapter {opened.path} knows the labels of none of the config's tasks: {reasons}")
-    scores = run.scorer.score(opened.path, head, tasks)
+    scores = run.scorer.score(opened.path, head, tasks, answers)
     named = dict(zip([task.name for task in tasks], scores, strict=True))
     notes, base = run.scorer.cut_notes(tasks), {"base_model_name_or_path": resolve_base(config.model.base)}
     if base_name(opened.config) != base_name(base):
@@ -206,17 +214,19 @@ class Run:
         release_memory()  # the scores load the model again, and two of them may be too many
         written = None
         if self.rehearsal is not None:
-            written = self.rehearsal.write(task, index, rehearsed.pool, paths, stop)
+            written = self.rehearsal.write(task, start, rehearsed.pool, paths, stop)
             stop.check()
 
         def finish() -> None:
             """What process 0 does with the trained task."""
             merge = self._merge(paths, start, trained)
-            self.head.after_merge(paths, task, start, trained.head, trained=self._trains(index))
+            of_head = self.head.after_merge(paths, task, start, trained.head, trained=self._trains(index))
             (model, labels), replay = self.scorer.load(paths.merged, trained.head), {}
             if self.rehearsal is not None and written is not None:
-                replay = self.rehearsal.finish(model, written, index, rehearsed, start, paths)
-            scores, held_out = self._scores(model, labels, trained.head, index)
+                replay = self.rehearsal.finish(model, written, rehearsed, start, paths)
+            answers = self.head.answers(paths.statistics)
+            scores, held_out = self._scores(model, labels, trained.head, index, answers)
+            untouched = self._untouched(model) if index == 0 else {}
             record = TaskRecord(
                 task=task.name,
                 labels=list(task.labels),
@@ -232,14 +242,17 @@ class Run:
                 training=trained.record,
                 scores=scores,
                 held_out=held_out,
+                confusions=self.scorer.confusions(self._scored(index)),
+                untouched=untouched,
                 replay=replay,
                 search=trained.search,
                 seconds=time.perf_counter() - began,
-                process_peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                process_peak_memory_mb=process_peak_memory_mb(),
                 conditions=conditions(),
                 notes=[
                     *notes,
                     *rehearsed.notes,
+                    *of_head,
                     *self._learning_notes(task, trained, index),
                     *self._truncation_notes(task, trained, index),
                     *([replay_note(replay)] if replay else []),
@@ -265,7 +278,7 @@ class Run:
         stop.check()
         curvature = self._measure(built, task, start)
         stop.check()
-        search = on_main_process(lambda: self._search(built, task, start, rehearsed))
+        search = on_main_process(lambda: self._search(built, task, start, rehearsed, record))
         stop.check()
         on_main_process(lambda: self._save(built, task, self.folder.task(start.index).adapter))
         return TrainedTask(built.head, record, curvature, search)
@@ -400,7 +413,8 @@ class Run:
     def _learning_notes(self, task: Task, trained: TrainedTask, index: int) -> list[str]:
         """What is to be said where a task was hardly learned; with a penalty in its loss nothing can be."""
         strategy, classes = self.config.strategy, None
-        if trained.record is None or strategy.ewc_weight or strategy.olora_weight or strategy.base_kl_weight:
+        penalties = (*PENALTY_CURVATURES, "olora_weight", "base_kl_weight")
+        if trained.record is None or any(getattr(strategy, name) for name in penalties):
             return []
         if self.config.kind.has_head:
             against = self.stream.seen(index) if self.config.head.training == "seen" else [task]
@@ -430,6 +444,7 @@ class Run:
             labels=settings.labels,
             shrinkage=spec.shrinkage if spec.kind == "gram" else None,
             normalisation=settings.normalisation,
+            at=settings.at,
             previous=Curvature.load(start.curvature) if config.sums_curvature and start.curvature is not None else None,
             heads=self.head.curvature_heads(built, start),
             merged=start.running.products() if moved and start.running is not None else None,
@@ -441,11 +456,19 @@ class Run:
         on_main_process(lambda: curvature.save(path))
         return Curvature.load(path)  # from here on it is read a chunk at a time
 
-    def _search(self, built: TaskModel, task: Task, start: TaskStart, rehearsed: Rehearsed) -> list[Point]:
+    def _search(
+        self, built: TaskModel, task: Task, start: TaskStart, rehearsed: Rehearsed, record: TrainingRecord | None
+    ) -> list[Point]:
         """What the coefficient is chosen by where it is searched for; the first task is taken as it is."""
-        if self.rehearsal is None or not self.config.searches or start.running is None:
+        if not self.config.searches or start.running is None or record is None:
             return []
-        return self.rehearsal.search(built, task, rehearsed.pool)
+        if self.rehearsal is not None:
+            return self.rehearsal.search(built, task, rehearsed.pool)
+        args = training_arguments(self.config, self.folder.path, start.index)
+        batch = args.train_batch_size * args.gradient_accumulation_steps * process_count()
+        # three passes without gradients over this share of the rows that were trained on, of which each took three too
+        rows = max(LEAST_SEARCH_ROWS, int(SEARCH_COST * record.optimizer_steps * batch))
+        return self.head.search(built, task, start, rows)
 
     def _save(self, built: TaskModel, task: Task, path: Path) -> None:
         factors, saved, peft_config = task_tensors(built.model, self.config.stream.kind)
@@ -455,10 +478,10 @@ class Run:
     def _merge(self, paths: TaskPaths, start: TaskStart, trained: TrainedTask) -> MergeReport:
         settings, method, curvature = self.config.merge, self.config.merging_method, trained.curvature
         coefficient: float | None = None  # the first task is taken as it is
-        if start.running is not None and settings.coefficient == "search":
+        if start.running is not None and (self.config.averages or self.config.searches):
             tasks = merge_record(start.running)["tasks"] + 1
             coefficient = smallest_within_error(trained.search) if trained.search else 1 / tasks
-        elif start.running is not None:
+        elif start.running is not None and not self.config.computes_coefficient:
             coefficient = settings.coefficient  # type: ignore[assignment]
         if not self._trains(start.index):
             coefficient = 0.0  # nothing was trained: the running merge stays as it is
@@ -488,22 +511,34 @@ class Run:
         note = None if trained.search else "no written row of an earlier task to search with: 1/t"
         return replace(report, coefficient=replace(report.coefficient, source="line_search", note=note))
 
+    def _scored(self, index: int) -> Sequence[Task]:
+        """The tasks that are scored after a task."""
+        return self.stream.seen(index) if self.config.merges else (self.stream.tasks[index],)
+
     def _scores(
-        self, model: nn.Module, labels: Sequence[str], head: str | None, index: int
+        self, model: nn.Module, labels: Sequence[str], head: str | None, index: int, answers: HeadStatistics | None
     ) -> tuple[dict[str, list[float | None]], dict[str, dict[str, float]]]:
         """({metric: one score for each task seen}, {text that is never trained on: {metric: score}}) of a merge.
 
         Where tasks are not merged, each keeps the scores of its own adapter.
         """
-        merges, texts = self.config.merges, self.stream.held_out
-        tasks = self.stream.seen(index) if merges else (self.stream.tasks[index],)
-        measured = self.scorer.score_loaded(model, labels, head, [*tasks, *texts])
+        merges, texts, tasks = self.config.merges, self.stream.held_out, self._scored(index)
+        measured = self.scorer.score_loaded(model, labels, head, [*tasks, *texts], answers)
         of_tasks, of_texts = measured[: len(tasks)], measured[len(tasks) :]
         past = self.folder.record(index - 1).scores if index and not merges else {}
         before: list[float | None] = [] if merges else [None] * index
         names = dict.fromkeys([*past, *(name for values in of_tasks for name in values)])
         scores = {name: [*past.get(name, before), *(values.get(name) for values in of_tasks)] for name in names}
         return scores, {text.name: values for text, values in zip(texts, of_texts, strict=True)}
+
+    def _untouched(self, model: PeftModel) -> dict[str, dict[str, float]]:
+        """{text that is never trained on: {metric: score}} of the base, without the adapter that it has here."""
+        texts = self.stream.held_out
+        if not texts:
+            return {}
+        with model.disable_adapter():
+            measured = self.scorer.score_loaded(model, [], None, texts)
+        return {text.name: values for text, values in zip(texts, measured, strict=True)}
 
 
 def make_penalties(config: RunConfig, built: TaskModel, start: TaskStart) -> list[Penalty]:
@@ -512,6 +547,12 @@ def make_penalties(config: RunConfig, built: TaskModel, start: TaskStart) -> lis
     if strategy.ewc_weight and start.curvature is not None:
         penalties.append(
             ElasticWeights(built.model, TASK_ADAPTER, Curvature.load(start.curvature), strategy.ewc_weight)
+        )
+    if strategy.drift_weight and start.curvature is not None:
+        penalties.append(
+            OutputDrift(
+                built.model, TASK_ADAPTER, Curvature.load(start.curvature), strategy.drift_weight, start.offset()
+            )
         )
     if strategy.olora_weight and start.running is not None:
         penalties.append(OrthogonalSubspaces(built.model, TASK_ADAPTER, MERGED_ADAPTER, strategy.olora_weight))

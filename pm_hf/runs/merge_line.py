@@ -38,6 +38,8 @@ from pm_hf.runs.records import (
 from pm_hf.runs.start import TaskStart, start_task
 from pm_hf.text import NO_VALUE, format_metric, format_number, printable, text_table
 
+# {setting that older lines do not know: what they were made with}
+NEWER_SETTINGS = {("curvature", "at"): "optimum", ("strategy", "drift_weight"): 0.0}
 SAME_SCORE = 1e-4  # difference of two scores of one adapter that is not worth a note
 
 
@@ -145,6 +147,9 @@ def _key(work: Run, index: int, record: TaskRecord) -> str:
     del settings["stream"]["order"]  # lines are kept since before it existed
     if not work.config.rehearses:
         del settings["strategy"]["replay"], settings["strategy"]["pool_rows"]  # as for the order
+    for (group, name), default in NEWER_SETTINGS.items():
+        if settings[group][name] == default:
+            del settings[group][name]  # as for the order
     kept = {key: value for key, value in asdict(alpha).items() if key != "source"}  # as for the order
     adapters = [work.folder.task(index).adapter, work.folder.state(index).merged]
     parts: list = [

@@ -51,11 +51,14 @@ class Rehearsed:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written for a task, and by whom. longest_run: tokens that a text has in a row as a training text has
-    them. seconds: of the writer's training and of the writing."""
+    """What was written for a task, and the adapter of its writer where that is kept.
+
+    longest_run: tokens that a text has in a row as a training text has them. seconds: of the writer's training and of
+    the writing.
+    """
 
     assignment: Assignment
-    adapter: WriterAdapter
+    adapter: WriterAdapter | None
     collected: Collected
     longest_run: int
     seconds: dict[str, float]
@@ -101,21 +104,21 @@ class Rehearsal:
         old = rows.shrunk(max(1, SEARCH_ROWS // len(rows.tasks))).examples(self.encoder)
         layers = list(adapted_layers(built.model, TASK_ADAPTER).values())
         model = built.model.to(self.scorer.device)
-        scorer, losses = self._language_scorer(model), {}
+        scorer, losses = self.scorer.language_scorer(model), {}
         for alpha in COEFFICIENT_GRID:
             with scaled_adapter(layers, TASK_ADAPTER, alpha):
                 losses[alpha] = scorer.row_losses(held_out), scorer.row_losses(old)
         return search_points(losses, len(rows.tasks))
 
-    def write(self, task: Task, index: int, pool: Pool, paths: TaskPaths, stop: Stop) -> Written:
+    def write(self, task: Task, start: TaskStart, pool: Pool, paths: TaskPaths, stop: Stop) -> Written:
         """Train a writer on the task's rows and let it write the task's share of the pool.
 
         A pure function of seed, task and training rows. All processes must call this.
         """
-        assignment, began = self._assignment(task, index, self._share(len(pool.tasks) + 1)), time.perf_counter()
-        form = assignment.form
+        assignment = self._assignment(task, start.index, self._share(len(pool.tasks) + 1))
+        form, began = assignment.form, time.perf_counter()
         writer, adapter = train_writer(
-            self.config, form.training(task.train), self.encoder, index, paths.writer, [stop]
+            self.config, form.training(task.train), self.encoder, start.index, paths.writer, [stop]
         )
         trained = time.perf_counter()
         writer.model.to(self.scorer.device)
@@ -138,19 +141,19 @@ class Rehearsal:
         seconds = {"writer": trained - began, "write": time.perf_counter() - trained}
         del writer
         release_memory()
-        return Written(assignment, adapter, collected, longest, seconds)
+        return Written(assignment, adapter if self.config.keeps_writers else None, collected, longest, seconds)
 
     def finish(
-        self, model: nn.Module, written: Written, index: int, rehearsed: Rehearsed, start: TaskStart, paths: TaskPaths
+        self, model: nn.Module, written: Written, rehearsed: Rehearsed, start: TaskStart, paths: TaskPaths
     ) -> dict[str, Any]:
         """Label the written rows with the model of the task's merge, save the pool or the writers; `replay` of
         step.json."""
         began, before, assignment = time.perf_counter(), rehearsed.pool, written.assignment
-        answers = self._answers([row.asked for row in before.rows], index + 1)
-        rows = self._labelled(self._language_scorer(model), assignment, written.collected.texts, answers)
+        answers = self._answers([row.asked for row in before.rows], start.index + 1)
+        rows = self._labelled(self.scorer.language_scorer(model), assignment, written.collected.texts, answers)
         after = Pool((*before.shrunk(self._share(len(before.tasks) + 1)).rows, *rows))
         kept: dict[str, Any] = {"pool_rows": 0, "samples": []}
-        if self.config.strategy.replay_pool:
+        if written.adapter is None:
             after.save(paths.pool)
             shown = [{"asked": row.asked, "prompt": row.prompt, "says": row.completion} for row in rows[:SAMPLES]]
             kept = {"pool_rows": len(after.of_tasks.rows), "samples": shown}
@@ -213,7 +216,7 @@ class Rehearsal:
 
         def label() -> list[PoolRow]:
             assert start.running is not None
-            scorer = self._language_scorer(self.scorer.load(start.running.path, None)[0])
+            scorer = self.scorer.language_scorer(self.scorer.load(start.running.path, None)[0])
             return [row for task, of_task in texts for row in self._labelled(scorer, task, of_task, answers)]
 
         rows = on_main_process(label)
@@ -227,7 +230,7 @@ class Rehearsal:
             return []
         longest = max(1, min(BASE_TOKENS, encoder.max_length - 2))
         writer = on_all_processes(lambda: base_writer(self.config, encoder, longest, self.scorer.autocast))
-        scorer = self._language_scorer(writer.model.to(self.scorer.device))
+        scorer = self.scorer.language_scorer(writer.model.to(self.scorer.device))
         texts = [text for text in writer.write([""] * count, f"{self.config.seed}/base") if text.strip()]
         return on_main_process(lambda: self._with_tokens(scorer, Rows([""] * len(texts), texts), BASE))
 
@@ -269,9 +272,6 @@ class Rehearsal:
             PoolRow(task, "", prompt, completion, {}, tokens)
             for prompt, completion, tokens in zip(prompts, rows.labels, soft, strict=True)
         ]
-
-    def _language_scorer(self, model: Any) -> LanguageScorer:
-        return LanguageScorer(model, self.encoder, self.scorer.batch_size, self.scorer.autocast)
 
 
 def replay_note(replay: dict[str, Any]) -> str:

@@ -8,12 +8,12 @@ from pm_hf.adapters.merge import merge_adapters
 from pm_hf.adapters.naming import check_loads
 from pm_hf.config.schema import RunConfig
 from pm_hf.data.pool import Pool
-from pm_hf.data.stream import TaskStream
+from pm_hf.data.stream import MOST_ANSWERS, TaskStream
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import expand, same_files
 from pm_hf.measuring.analytic_head import HeadStatistics
 from pm_hf.merging.curvature import Curvature
-from pm_hf.merging.lowrank import LowRank, balanced, compact_svd, weighted_sum
+from pm_hf.merging.lowrank import LowRank, add, balanced, compact_svd, weighted_sum
 from pm_hf.merging.methods.base import Start
 from pm_hf.merging.methods.linear import SEQUENTIAL
 from pm_hf.models.loading import resolve_base
@@ -48,31 +48,19 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
     They are looked for in its folder, in the folder above, and in the task folder of the run that published it.
     InputError with everything that does not fit: base, rank, head, labels, curvature. None without `start_from`.
     """
+    if config.analytic_head and not config.kind.has_head:
+        _check_answers(stream)
     if config.start_from is None:
         if config.analytic_head:
-            _check_first_task(stream)
+            _check_classes(config, stream)
         return None
     adapter = open_adapter(expand(config.start_from, "start_from"))
     check_loads(adapter)
-    beside, run = [adapter.path, adapter.path.parent], RunPaths(adapter.path.parent)
-    finished = [task for task in reversed(run.tasks()) if task.finished]
-    beside += [task.folder for task in finished if same_files(task.merged, adapter.path)]
-
-    def first(name: str) -> Path | None:
-        return next((folder / name for folder in beside if (folder / name).exists()), None)
-
-    state = StreamState(
-        adapter.path,
-        first(CURVATURE_FILE),
-        first(STATISTICS_FILE),
-        adapter.path,
-        first(POOL_FILE),
-        first(WRITERS_FOLDER),
-    )
+    curvature, head, pool, writers = find_beside(adapter, CURVATURE_FILE, STATISTICS_FILE, POOL_FILE, WRITERS_FOLDER)
+    state = StreamState(adapter.path, curvature, head, adapter.path, pool, writers)
     problems = _adapter_misfits(config, stream, adapter)
-    elastic = config.strategy.ewc_weight > 0
-    if elastic and state.curvature is None:
-        problems.append(f"strategy.ewc_weight needs {CURVATURE_FILE} beside it")
+    if state.curvature is None:
+        problems += [f"strategy.{name} needs {CURVATURE_FILE} beside it" for name in config.curvature_penalties]
     if config.keeps_pool and state.pool is None:
         problems.append(f"strategy.replay generated needs {POOL_FILE} beside it, the rows of its tasks")
     if config.keeps_pool and state.pool is not None:
@@ -81,10 +69,10 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
         problems.append(f"strategy.replay_pool false needs {WRITERS_FOLDER} beside it, the writers of its tasks")
     if config.keeps_writers and state.writers is not None:
         check_kept(state.writers)
-    must_be_measured = config.merge.options.get("unmeasured_past") == "error" and config.merge.coefficient is None
+    must_be_measured = config.merge.options.get("unmeasured_past") == "error" and config.computes_coefficient
     if must_be_measured and state.curvature is None:
         problems.append(f"merge.options.unmeasured_past is error, and it has no {CURVATURE_FILE} beside it")
-    method, measured = config.merging_method, config.measures_curvature and config.merge.coefficient is None
+    method, measured = config.merging_method, config.measures_curvature and config.computes_coefficient
     if measured and method.curvature is not None and not method.sums and state.curvature is None:
         problems.append(f"merge.method {method.name} needs {CURVATURE_FILE} beside it; use the one saved with it")
     if config.measures_curvature:
@@ -92,11 +80,12 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
     if config.sums_curvature and state.curvature is not None:
         problems += _curvature_misfits(config, adapter, Curvature.load(state.curvature))
     if config.analytic_head and state.statistics is None:
-        problems.append(f"head.kind lda needs {STATISTICS_FILE} beside it; use head.kind: linear")
+        way_out = "linear" if config.kind.has_head else "none"
+        problems.append(f"head.kind lda needs {STATISTICS_FILE} beside it; use head.kind: {way_out}")
     if config.analytic_head and state.statistics is not None:
         statistics = HeadStatistics.load(state.statistics)
         strict = statistics.temperature is not None
-        if list(adapter.labels.values()) != [statistics.labels]:
+        if list(adapter.labels.values()) != ([] if statistics.layer else [statistics.labels]):
             problems.append(f"its labels are not those of {state.statistics}; use the file that was saved with it")
         if config.head.means == "class" and len(set(statistics.labels)) < len(statistics.labels):
             problems.append("its head has several means a class; use head.means: task")
@@ -104,6 +93,15 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
             problems.append(f"its head was made with head.strict: {strict}, the config says {config.head.strict}")
     raise_all(problems, f"start_from {adapter.path}")
     return state
+
+
+def find_beside(adapter: Adapter, *names: str) -> list[Path | None]:
+    """What was saved with an adapter: for each name the file or folder in the adapter's folder, in the folder above, or
+    in the task folder of the run that published it."""
+    beside, run = [adapter.path, adapter.path.parent], RunPaths(adapter.path.parent)
+    finished = [task for task in reversed(run.tasks()) if task.finished]
+    beside += [task.folder for task in finished if same_files(task.merged, adapter.path)]
+    return [next((folder / name for folder in beside if (folder / name).exists()), None) for name in names]
 
 
 def _adapter_misfits(config: RunConfig, stream: TaskStream, adapter: Adapter) -> list[str]:
@@ -149,14 +147,29 @@ def _curvature_misfits(config: RunConfig, adapter: Adapter, curvature: Curvature
     return problems
 
 
-def _check_first_task(stream: TaskStream) -> None:
-    """With one head shared by all tasks, the analytic head needs a row of every class in the first task."""
-    first = stream.tasks[0]
-    if len(first.train) and (lacking := sorted(set(first.labels) - set(first.train.labels))):
+def _check_answers(stream: TaskStream) -> None:
+    """Of a language model the analytic head chooses among answers, so every task must have some."""
+    free = [task.name for task in stream.tasks if not task.own]
+    if free:
         raise InputError(
-            f"head.kind lda: task {first.name!r}, the first, has no row of {lacking[:5]}; "
-            "put a task with all classes first, or use head.kind: linear"
+            f"head.kind lda chooses among the answers of a closed list, and the completions of {', '.join(free)} are "
+            f"free text (fewer than 2 or more than {MOST_ANSWERS} different ones in train, others in test, or plain "
+            "texts); use head.kind: none, or another method"
         )
+
+
+def _check_classes(config: RunConfig, stream: TaskStream) -> None:
+    """The analytic head needs a training row of a class in the first task that has it: of every class in the first task
+    where all tasks share one head."""
+    known = set[str]()
+    for task in stream.tasks:
+        if len(task.train) and (lacking := sorted(set(task.own) - known - set(task.train.labels))):
+            raise InputError(
+                f"head.kind lda: task {task.name!r} has no training row of {lacking[:5]}, nor has one before it; put a "
+                "task with all classes first, keep more rows (stream.train_rows), or use head.kind: "
+                f"{'linear' if config.kind.has_head else 'none'}"
+            )
+        known |= set(task.own)
 
 
 @dataclass(frozen=True)
@@ -184,6 +197,15 @@ class TaskStart:
         """Whose values that are held whole go on: embeddings, norms, and the rows of a head that all tasks share. They
         start where the backbone starts."""
         return self.frozen if self.train_from == "last" and self.frozen is not None else self.running
+
+    def offset(self) -> dict[str, LowRank] | None:
+        """{module: where the training starts less the running merge, (out, in)}; None where it starts there."""
+        if self.running is None or self.train_from == "merged":
+            return None
+        merged, frozen = self.running.products(), {} if self.frozen is None else self.frozen.products()
+        return {
+            name: add(*([frozen[name]] if name in frozen else []), past.scale(-1.0)) for name, past in merged.items()
+        }
 
 
 def start_task(config: RunConfig, state: StreamState, index: int) -> TaskStart:

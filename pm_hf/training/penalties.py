@@ -1,4 +1,5 @@
-"""Terms that a strategy adds to the training loss: elastic weights, orthogonal subspaces, the frozen base's prediction.
+"""Terms that a strategy adds to the training loss: elastic weights, drift of outputs, orthogonal subspaces, the frozen
+base's prediction.
 
 A penalty is called once for each micro-step, after the model's own forward pass, and returns a scalar in the loss's
 own unit. Penalties of the weights see the task's product unperturbed.
@@ -9,15 +10,18 @@ from collections.abc import Callable, Mapping
 from typing import Literal, Protocol
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from pm_hf.errors import InputError
 from pm_hf.merging.curvature import Curvature
+from pm_hf.merging.lowrank import LowRank
 from pm_hf.models.contexts import without_lora
 from pm_hf.models.language_model import has_token_targets, predicts_next_token, target_logits, target_mask
-from pm_hf.models.lora import HeadDelta, LoraDelta, adapted_layers, find_head, head_matrix, layer_product
+from pm_hf.models.lora import HeadDelta, LoraDelta, adapted_layers, find_head, head_matrix, layer_product, lora_factors
 
 Divergence = Literal["kl", "reverse_kl", "js", "tv"]
+DRIFT_NATS = 0.1  # what the last task's change of its own outputs costs with `strategy.drift_weight: 1`
 
 
 class Penalty(Protocol):
@@ -77,6 +81,59 @@ class ElasticWeights:
                 S, pull = S.to(delta.device), pull.to(delta.device)
                 self._terms[index] = (change, S, pull)
             parts.append((delta * (0.5 * S * delta - pull)).sum())
+        return self.weight * torch.stack(parts).sum()
+
+
+class OutputDrift:
+    """λ·tr(D(ΣG)Dᵀ)/n summed over the adapted modules, D = θ − θ̂_{t−1}: what a task changes of the outputs that the
+    inputs of the n earlier tasks have (TAK, arXiv 2602.17385, without its factor of the outputs).
+
+    ΣG: sum of the earlier tasks' Grams (in, in), of which each is a mean over examples of Σ_tokens xxᵀ, so the trace
+    over n is Σ_tokens‖Dx‖², the mean over tasks and examples. λ = weight · 0.1 nat / tr(Δ_{t−1}G_{t−1}Δ_{t−1}ᵀ): with
+    weight 1 a task that changes as much on the earlier tasks' inputs as the last one did on its own pays 0.1 nat.
+    offset: {module: (where the training starts) − θ̂_{t−1}, (out, in)}, None where it starts at θ̂_{t−1}. Computed in
+    float32 from the factors, nothing of the size (out, in). A head in the curvature is left out. InputError when the
+    curvature is of another kind or of other modules, and when the last task changed nothing, so that λ has no scale.
+    """
+
+    per_target = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: str,
+        curvature: Curvature,
+        weight: float,
+        offset: Mapping[str, LowRank] | None = None,
+    ) -> None:
+        if curvature.settings.kind != "gram":
+            raise InputError(f"the drift penalty needs the Gram of the inputs, found kind {curvature.settings.kind!r}")
+        layers = adapted_layers(model, adapter)
+        if missing := sorted(set(layers) - curvature.modules):
+            raise InputError(f"the drift penalty needs the curvature of every adapted module, it lacks {missing[0]}")
+        last = sum(curvature.current[name] for name in layers)
+        if not last > 0:
+            raise InputError("the last task changed no output, so strategy.drift_weight has no scale; leave it out")
+        self.adapter, self.weight = adapter, weight * DRIFT_NATS / (last * curvature.tasks)
+        self._terms, self._grams = list[tuple[LoraLayer, float, str, LowRank | None]](), dict[str, Tensor]()
+        for name, layer in layers.items():
+            owner, width = curvature.owner.get(name, name), layer.lora_A[adapter].in_features
+            gram = self._grams.setdefault(owner, curvature.sum_of(name))
+            if tuple(gram.shape) != (width, width):
+                raise InputError(f"the Gram of {name} has shape {tuple(gram.shape)}, its input {width} entries")
+            self._terms.append((layer, layer.scaling[adapter], owner, None if offset is None else offset[name]))
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
+        """The penalty, whatever the batch."""
+        parts = []
+        for layer, scaling, owner, before in self._terms:
+            B, A = lora_factors(layer, self.adapter)
+            B = scaling * B
+            if before is not None:
+                B, A = torch.cat([B, before.B.to(B)], dim=1), torch.cat([A, before.A.to(A)])
+            if self._grams[owner].device != A.device:  # this was made before the Trainer moved the model
+                self._grams[owner] = self._grams[owner].to(A.device)
+            parts.append(((B.T @ B) * (A @ self._grams[owner] @ A.T)).sum())
         return self.weight * torch.stack(parts).sum()
 
 

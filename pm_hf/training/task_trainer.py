@@ -161,7 +161,7 @@ FULL_STATE_DICT = "FULL_STATE_DICT"
 
 
 # settings of the strategy whose terms read weights at every step
-READS_WHOLE_WEIGHTS = ("ewc_weight", "olora_weight", "averaging_period")
+READS_WHOLE_WEIGHTS = ("ewc_weight", "drift_weight", "olora_weight", "averaging_period")
 
 
 TRAINING_DEFAULTS = {

@@ -55,9 +55,7 @@ class Writer:
         Prompts of like length are written together, with a cache of keys and values. The batches are shared out among
         the processes, whose number changes nothing; all must call this.
         """
-        ids = [self.encoder.prompt(prompt) for prompt in prompts]
-        if isinstance(self.encoder, CausalEncoder):
-            ids = [self.encoder.fitted(row, self.longest) for row in ids]
+        ids = [self.encoder.fitted(self.encoder.prompt(prompt), self.longest) for prompt in prompts]
         order = sorted(range(len(ids)), key=lambda at: len(ids[at]))
         parts = [order[start : start + WRITING_BATCH] for start in range(0, len(order), WRITING_BATCH)]
 

@@ -328,10 +328,36 @@ def test_settings_of_a_run_before_the_kinds_had_defaults_are_those_of_then():
 
 def test_a_method_for_classifiers_says_so_of_a_language_model():
     stream = {"kind": "causal-lm", "tasks": [{"name": "a", "train": "t.csv", "test": "t.csv"}]}
-    (note,) = preset_notes(load_config(small(method="best", stream=stream)))
-    assert "method best is for classifiers: causal-lm has no class head" in note
-    assert not preset_notes(load_config(small(method="pm", stream=stream)))
+    (note,) = preset_notes(load_config(small(method="pm_gram_lda", stream=stream)))
+    assert "method pm_gram_lda is for classifiers: causal-lm has no class head" in note
+    for method in ("pm", "best"):
+        assert not preset_notes(load_config(small(method=method, stream=stream)))
     assert not preset_notes(load_config(small(method="best")))
+
+
+def test_best_of_a_language_model_rehearses_and_its_coefficient_can_be_another():
+    stream = {"kind": "causal-lm", "tasks": [{"name": "a", "train": "t.csv", "test": "t.csv"}]}
+    config = load_config(small(method="best", stream=stream))
+    assert (config.strategy.replay, config.merge.coefficient, config.head.kind) == ("generated", 1.0, "none")
+    for other in ("average", "search", 0.5):
+        changed = load_config(small(method="best", stream=stream, merge__coefficient=other))
+        assert (changed.merge.coefficient, changed.computes_coefficient) == (other, False)
+    plain = load_config(config, values={"method": "pm"})
+    assert (plain.strategy.replay, plain.merge.coefficient, plain.measures_curvature) == ("none", None, True)
+    assert load_config(plain, values={"merge.coefficient": "fisher"}).measures_curvature
+
+
+def test_a_language_model_that_is_not_trained_has_analytic_answers():
+    stream = {"kind": "causal-lm", "tasks": [{"name": "a", "train": "t.csv", "test": "t.csv"}]}
+    frozen = load_config(small(method="frozen", stream=stream))
+    assert (frozen.head.kind, frozen.head.means, frozen.trains) == ("lda", "task", False)
+    assert not preset_notes(frozen)
+    bare = load_config(small(method="frozen", stream=stream, head__kind="none"))
+    assert (bare.head.kind, bare.trains) == ("none", False)  # the base, untouched
+    average = load_config(frozen, values={"method": "average"})
+    assert (average.head.kind, average.trains) == ("none", True)
+    assert load_config(average, values={"method": "frozen"}).head.kind == "lda"
+    assert load_config(small(method="joint", trains=False, stream=stream)).head.kind == "none"
 
 
 def test_list_of_tasks_reads_back_equal(tmp_path):
@@ -348,7 +374,7 @@ def test_shipped_config_loads(path):
 
 
 def test_shipped_configs_were_found():
-    assert len(CONFIGS) == 18
+    assert len(CONFIGS) == 25
 
 
 @pytest.mark.parametrize(

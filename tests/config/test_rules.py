@@ -19,7 +19,9 @@ from pm_hf.config.loading import load_config
         ("individual", {"olora_weight": 1.0, "averaging_period": 0.5}, "leave out olora_weight, averaging_period"),
         ("sequential", {"ewc_weight": 1.0}, "strategy.ewc_weight: needs curvature.kind fisher, found None"),
         ("pm_gram", {"ewc_weight": 1.0}, "strategy.ewc_weight: needs curvature.kind fisher, found gram"),
-        ("cofima", {"ewc_weight": 1.0}, "merge.method cofima keeps one task's Fisher"),
+        ("cofima", {"ewc_weight": 1.0}, "merge.method cofima keeps one task's curvature"),
+        ("best", {"drift_weight": 1.0}, "strategy.drift_weight: needs curvature.kind gram, found fisher"),
+        ("individual", {"drift_weight": 1.0}, "no task has a past; leave out drift_weight"),
         ("average", {"olora_weight": 1.0}, "needs merge.method sequential and merge.max_rank null, to keep every A"),
     ],
 )
@@ -35,6 +37,7 @@ def test_impossible_strategies_are_refused(tmp_path, method, changes, message):
         ("pm", {"replay_per_class": 2, "base_kl_weight": 1.0, "divergence": "js"}),
         ("pm", {"ewc_weight": 10.0, "averaging_period": 0.5}),
         ("ewc", {"replay_per_class": 2}),
+        ("pm_gram", {"drift_weight": 1.0, "base_kl_weight": 1.0}),
     ],
 )
 def test_strategies_combine_where_that_makes_sense(tmp_path, method, changes):
@@ -59,9 +62,12 @@ WRITTEN = {"strategy__replay": "generated"}
         (
             "average",
             {"merge__coefficient": "find"},
-            "merge.coefficient: expected float or search or null, found 'find'",
+            "merge.coefficient: expected float or average or fisher or search or null, found 'find'",
         ),
-        ("average", {"merge__coefficient": 1.5}, "merge.coefficient: must be search or in [0, 1]"),
+        ("average", {"merge__coefficient": 1.5}, "merge.coefficient: must be average or fisher or search or in [0, 1]"),
+        ("average", {"merge__coefficient": "fisher"}, "fisher is the closed form of merge.method pm"),
+        ("pm_gram", {"merge__coefficient": "fisher"}, "found pm with gram"),
+        ("pm_gram", {"merge__coefficient": "average"}, "freedom free has no single coefficient"),
         ("magmax", WRITTEN | {"merge__coefficient": "search"}, "which merge.method magmax with train_from"),
         (
             "average",

@@ -1,5 +1,7 @@
 """What a writer is asked for, and the rows that its texts make."""
 
+from collections import Counter
+
 import pytest
 from helpers import refusal
 
@@ -99,3 +101,21 @@ def test_chats_that_are_more_than_text_are_refused(prompt):
 def test_rows_without_a_text_are_no_example_for_the_writer():
     rows = Rows(["Q: a\nA:", "Q: \nA:"], [" x", " y"])
     assert form(rows, (" x", " y")).training(rows).labels == [" a"]
+
+
+def test_rare_answers_are_shown_to_the_writer_as_often_as_the_mean_four_times_at_most():
+    labels = [" a"] * 20 + [" b"] * 5 + [" c"] + [" d"] * 10
+    rows = Rows([f"Q: {at} {label}\nA:" for at, label in enumerate(labels)], labels)
+    trained = form(rows, (" a", " b", " c", " d")).training(rows)
+    pairs = list(zip(trained.inputs, trained.labels, strict=True))
+    assert pairs[: len(rows)] == list(
+        zip(
+            [f"Answer:{label}\nText:" for label in labels],
+            [f" {at} {label}" for at, label in enumerate(labels)],
+            strict=True,
+        )
+    )
+    shown = Counter(source.removeprefix("Answer: ").removesuffix("\nText:") for source, _ in pairs)
+    assert shown == {"a": 20, "b": 9, "c": 4, "d": 10}  # the mean is 9
+    assert max(Counter(pairs).values()) == 4
+    assert set(Counter(text for source, text in pairs if " b" in source).values()) == {1, 2}

@@ -82,6 +82,35 @@ def prompts(folder: Path, stream: dict) -> None:
             write_csv(folder / task[side], rows)
 
 
+def chats(folder: Path, stream: dict) -> None:
+    """JSON lines of messages for each side of each task."""
+    for task in stream["tasks"]:
+        for side, count in (("train", 4), ("test", 1)):
+            rows = [
+                [{"role": "user", "content": f"{answer} text {i}"}, {"role": "assistant", "content": answer}]
+                for answer in (f"{task['name']} yes", f"{task['name']} no")
+                for i in range(count)
+            ]
+            lines = [json.dumps({"messages": messages}) for messages in rows]
+            (folder / task[side]).write_text("".join(f"{line}\n" for line in lines))
+
+
+def parquet_pictures(folder: Path, stream: dict) -> None:
+    """A parquet file of encoded pictures for each side, two classes a task, in two domains where they are asked for."""
+    names = [f"class{i:02d}" for i in range(2 * (stream.get("class_groups") or 1))]
+    areas = ["photo", "sketch"] if "domain_column" in stream else ["photo"]
+    for side, count in (("train", 4), ("test", 2)):
+        places = [(area, label) for area in range(len(areas)) for label in range(len(names)) for _ in range(count)]
+        pictures = draw([label for _, label in places], range(len(names)), seed=count)
+        content = {
+            "image": [{"bytes": encoded(picture), "path": None} for picture in pictures],
+            "label": [label for _, label in places],
+            "domain": [area for area, _ in places],
+        }
+        features = Features(image=Image(), label=ClassLabel(names=names), domain=ClassLabel(names=areas))
+        Dataset.from_dict(content, features=features).to_parquet(folder / stream[side])
+
+
 def domains(folder: Path, stream: dict) -> None:
     """JSON lines of plain texts for each side of each task, and a test file of each held-out text."""
     for task in stream["tasks"] + stream["held_out"]:

@@ -83,6 +83,7 @@ TRAINING = {
 FEW = {"training__num_train_epochs": 2, "curvature__samples": 8, "training__save_strategy": "no"}
 HEAD = "classifier"
 LANGUAGE_TASKS = {"first": ("red", "blue"), "second": ("green", "gold")}
+THIRD = {"third": ("dark", "pale")}
 
 
 def first(count):
@@ -241,6 +242,9 @@ def write_language_data(folder):
         rows = [{"text": words(kind, rng), "source": kind} for kind in ("red", "gold") for _ in range(count)]
         write_lines(folder / f"domains-{split}.jsonl", rows)
     write_lines(folder / "held.jsonl", [{"text": words("dark", rng)} for _ in range(4)])
+    for split, count in (("train", 12), ("test", 4)):
+        rows = [{"text": words(kind, rng), "label": kind} for _ in range(count) for kind in THIRD["third"]]
+        write_lines(folder / f"third-{split}.jsonl", rows)
     for kind in TARGETS:
         tiny_folder(kind, folder / kind)
     return folder

@@ -1,6 +1,7 @@
 """The analytic head against plain batch computations."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pm_hf.measuring.analytic_head import (
     class_logits,
     fit_temperature,
     held_out_temperature,
+    leave_one_out,
     merge_temperature,
     ridge_drift,
 )
@@ -340,3 +342,32 @@ def test_of_the_rows_of_a_class_the_largest_counts():
     assert classes == ["a", "b", "c"]
     assert found.tolist() == [[3.0, 5.0, 0.0], [2.0, 0.0, 4.0]]
     assert class_logits(rows, ["a", "b", "c", "d"])[0] is rows
+
+
+@pytest.mark.parametrize(("width", "counts"), [(D, (9, 7, 12)), (40, (4, 3, 5)), (40, (1, 2, 6)), (D, (30, 1))])
+def test_leaving_each_row_out_is_a_head_of_all_others(width, counts):
+    g = torch.Generator().manual_seed(width + len(counts))
+    targets = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    targets = targets[torch.randperm(len(targets), generator=g)]
+    scale = torch.logspace(-1, 1, width, dtype=torch.float64)
+    features = torch.randn(len(targets), width, generator=g, dtype=torch.float64) * scale + 5 + targets[:, None]
+    found = leave_one_out(features, targets)
+    for row in range(len(targets)):
+        rest = torch.arange(len(targets)) != row
+        names = [str(c) for c in range(len(counts)) if bool((targets[rest] == c).any())]
+        indices = torch.tensor([names.index(str(int(c))) for c in targets[rest]])
+        weight, bias = HeadStatistics().added(features[rest], indices, names).solve()
+        expected, ours = weight @ features[row] + bias, found[row, list(map(int, names))]
+        torch.testing.assert_close(ours - ours.mean(), expected - expected.mean(), rtol=1e-9, atol=1e-9)
+        assert (found[row] == -torch.inf).sum() == len(counts) - len(names)
+
+
+def test_leaving_rows_out_tells_nothing_where_no_feature_varies():
+    assert not leave_one_out(torch.ones(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])).any()
+
+
+def test_statistics_of_a_language_model_remember_their_layer(tmp_path):
+    two_tasks()[0].save(tmp_path / "classifier")
+    replace(two_tasks()[0], layer=3).save(tmp_path / "language")
+    assert HeadStatistics.load(tmp_path / "classifier").layer is None
+    assert HeadStatistics.load(tmp_path / "language").layer == 3

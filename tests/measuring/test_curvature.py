@@ -67,6 +67,44 @@ def test_trace_normalisation_divides_by_the_mean_entry_of_all_modules(model, ref
             measure(model, batches(ROWS, 4), **wrong)
 
 
+def unscaled(model):
+    """The same model at θ̂_{t−1}: B of the task's adapter is zero, what it was is returned."""
+    before = {name: layer.lora_B["task"].weight.detach().clone() for name, layer in lora_layers(model).items()}
+    for layer in lora_layers(model).values():
+        layer.lora_B["task"].weight.data.zero_()
+    return before
+
+
+@pytest.mark.parametrize("kind", ["fisher", "gram", "factored"])
+def test_both_ends_are_the_mean_of_a_measurement_at_each(model, kind):
+    found = measure(model, batches(ROWS, 4), kind=kind, at="both")
+    optimum = measure(model, batches(ROWS, 4), kind=kind)
+    deltas = {name: by_hand(layer, "task") for name, layer in lora_layers(model).items()}
+    before = unscaled(model)
+    start = measure(model, batches(ROWS, 4), kind=kind)
+    for name, layer in lora_layers(model).items():
+        layer.lora_B["task"].weight.data.copy_(before[name])
+    mean = {name: (optimum.S[name] + start.S[name]) / 2 for name in start.S}
+    assert distance(found.S, mean) < 1e-5
+    assert distance(optimum.S, mean) > 1e-3
+    assert found.examples == [11]
+    assert found.settings.at == "both"
+    if kind == "fisher":  # Δ and θ* are still those of the optimum
+        for name, layer in lora_layers(model).items():
+            torch.testing.assert_close(found.M[name], mean[name] * by_hand(layer, "merged", "task"))
+            assert found.current[name] == pytest.approx(float((mean[name] * deltas[name] ** 2).sum()), rel=1e-4)
+
+
+def test_both_ends_are_never_mixed_with_one_and_need_a_delta_between_them(model):
+    past = measure(model, batches(ROWS, 4))
+    with pytest.raises(InputError, match="sums are never mixed"):
+        measure(model, batches(ROWS, 4), at="both", previous=past)
+    with pytest.raises(InputError, match="at must be one of optimum, both"):
+        measure(model, batches(ROWS, 4), at="start")
+    with pytest.raises(InputError, match="needs a task that was trained from the running merge"):
+        measure(model, batches(ROWS, 4), at="both", merged={})
+
+
 def test_forming_the_gradients_in_small_chunks_changes_nothing(model, reference, monkeypatch):
     monkeypatch.setattr(pm_hf.measuring.curvature, "CHUNK_BYTES", 4 * 32 * 32 * 2)  # two examples at a time
     assert distance(measure(model, batches(ROWS, 5)).S, reference) < 1e-5

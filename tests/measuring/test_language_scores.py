@@ -246,3 +246,28 @@ def test_likeliest_tokens_are_those_of_single_examples(kind):
         for place, token, value, likeliest in zip(places, answer, values.tolist(), best.tolist(), strict=True):
             assert max(place, key=place.get) == token or not likeliest
             assert token not in place or place[token] == pytest.approx(math.exp(value), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 3])
+def test_prompt_states_are_those_of_single_prompts(kind, size):
+    model, encoder = setting(kind)
+    part = model.get_encoder() if kind == "t5" else model
+    with torch.no_grad():
+        alone = [part(torch.tensor([encoder.prompt(p)]), output_hidden_states=True).hidden_states for p in ROWS.inputs]
+    expected = torch.stack([torch.stack([layer[0, -1] for layer in states[1:]]) for states in alone], 1)
+    found = LanguageScorer(model, encoder, size).prompt_states(ROWS)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(LanguageScorer(model, encoder, size).prompt_states(ROWS, [2]), found[1:2])
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_prompts_lose_what_is_longer_than_the_model_is_shown(kind):
+    model, encoder = setting(kind, 8)
+    rows = Rows([f"Text: {' '.join(WORDS[:9])}", "Text: red1"], [" gold", " gold"])
+    kept = encoder.prompts(rows)
+    assert [len(kept[0]), encoder.cut] == [8, 1]
+    assert kept[1] == encoder.prompt(rows.inputs[1])
+    whole = encoder.prompt(rows.inputs[0])
+    assert kept[0][-1] == whole[-1]  # the end decides
+    assert LanguageScorer(model, encoder).prompt_states(rows).shape[1:] == (2, model.config.hidden_size)

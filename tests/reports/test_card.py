@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import ViTForImageClassification
 
-from pm_hf.reports.card import loading_imports, loading_lines, model_card
+from pm_hf.reports.card import loading_imports, loading_lines, model_card, prediction_imports, prediction_lines
 from pm_hf.reports.release import read_finished_run
 
 LOADED = {
@@ -50,7 +51,14 @@ def test_model_index_holds_each_tasks_last_score_and_the_averages(run):
     found = card_of(run).data.eval_results
     scores = {r.dataset_name: r.metric_value for r in found if r.dataset_config != "all"}
     assert scores == {"news": 0.7, "a|b <i>": 0.8}
-    assert {r.metric_type for r in found} == {"accuracy"}
+    assert {r.metric_type for r in found if r.dataset_config != "all"} == {"accuracy"}
+    kinds = {r.metric_name.split(":")[0]: r.metric_type for r in found if r.dataset_config == "all"}
+    assert kinds == {
+        "ACC": "accuracy",
+        "AAA": "average_incremental_accuracy",
+        "BWT": "backward_transfer",  # which may be negative, and is no accuracy
+        "forgetting": "forgetting",
+    }
     averages = {r.metric_name.split(":")[0]: r.metric_value for r in found if r.dataset_config == "all"}
     expected = {"ACC": 0.75, "AAA": (0.9 + 0.75) / 2, "BWT": -0.2, "forgetting": 0.2}
     assert averages == pytest.approx(expected)
@@ -80,8 +88,8 @@ def test_table_of_many_tasks_has_the_first_and_the_last_score_only(run):
         report[name] = [None] * count if name == "coefficients" else [f"t{i}" for i in range(count)]
     read = read_finished_run(run, "owner/base")
     changes = {"tasks": report["tasks"], "alphas": report["coefficients"], "matrices": {report["metric"]: R}}
-    object.__setattr__(read, "report", replace(read.report, **changes))
-    text = model_card(read, "me/kept")
+    changes["records"] = [None] * count
+    text = model_card(replace(read, report=replace(read.report, **changes)), "me/kept")
     assert "| task | after learning it | at the end |" in text
     assert "| t19 | 0.690 | 0.690 |" in text
 
@@ -92,7 +100,8 @@ def test_lines_load_the_class_of_the_streams_kind(tmp_path, kind):
     folder = finished_run(tmp_path / "run", kind, "bits_per_byte" if language else "class_incremental")
     code = code_of(card_of(folder))
     ast.parse(code)
-    imports, lines = code.strip().split("\n\n")[-2:]
+    imports, lines, predicted = code.strip().split("\n\n")[-3:]
+    assert predicted.splitlines()[-1].startswith("print(")
     assert len(lines.splitlines()) == 3
     assert f'base = {LOADED[kind]}.from_pretrained("owner/base"' in lines
     assert LOADED[kind] in imports
@@ -102,17 +111,21 @@ def test_lines_load_the_class_of_the_streams_kind(tmp_path, kind):
     assert ('AutoTokenizer.from_pretrained("owner/base")' in lines) == language
 
 
+@pytest.mark.parametrize("predicts", [False, True])
 @pytest.mark.parametrize("kind", LOADED)
-def test_imports_name_exactly_what_the_lines_use(kind):
+def test_imports_name_exactly_what_the_lines_use(kind, predicts):
     head = None if kind.endswith("lm") else "classifier"
     for hub in (True, False):
-        lines = loading_lines("a/b", "c/d", head, kind, on_hub=hub)
-        tree = ast.parse(loading_imports(kind, on_hub=hub) + "\n" + lines)
+        lines, imports = loading_lines("a/b", "c/d", head, kind, on_hub=hub), loading_imports(kind, on_hub=hub)
+        if predicts:
+            lines, imports = f"{lines}\n{prediction_lines('a/b', 'c/d', kind)}", prediction_imports(kind, on_hub=hub)
+        tree = ast.parse(imports + "\n" + lines)
         imported = {
             name.name for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) for name in node.names
         }
         used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         made = {"labels", "base", "model", "tokenizer", "open", "len", "dict", "enumerate"}
+        made |= {"processor", "inputs", "answer", "print", "int"}
         assert used - made == imported
 
 
@@ -145,7 +158,9 @@ def test_card_of_a_language_model_reports_bits_per_byte_as_such(tmp_path):
     folder = finished_run(tmp_path / "run", "causal-lm", "bits_per_byte")
     data = card_of(folder).data
     assert data.pipeline_tag == "text-generation"
-    assert {r.metric_type for r in data.eval_results} == {"bits_per_byte"}
+    kinds = {r.metric_type for r in data.eval_results}
+    others = {"average_incremental_bits_per_byte", "backward_transfer", "forgetting"}
+    assert kinds == {"bits_per_byte", *others}
 
 
 def test_making_has_method_versions_and_settings_without_places(run):
@@ -164,14 +179,37 @@ def test_making_has_method_versions_and_settings_without_places(run):
 
 def test_pictures_of_the_run_are_shown_and_others_not_made_up(run):
     assert "## Plots" not in card_of(run).text
-    (run / "accuracy.png").write_bytes(b"\x89PNG")
     (run / "plots").mkdir()
-    (run / "plots" / "merge_line.svg").write_text("<svg/>")
-    (run / "accuracy.svg").write_text("<svg/>")
+    for name in ("accuracy.png", "accuracy.svg", "plots/merge_line.svg"):
+        (run / name).write_bytes(b"picture")
+    for name in ("forgetting", "time-of-each-task", "score-after-each-task", "matrix-1"):
+        (run / "plots" / f"{name}.svg").write_text("<svg/>")
     text = card_of(run).text
-    assert text.count("](plots/") == 2
-    assert "![accuracy](plots/accuracy.png)" in text
-    assert "![merge line](plots/merge_line.svg)" in text
+    shown = re.findall(r"^!\[(.+)\]\(plots/(.+)\)\n\n\*(.+)\*$", text, flags=re.M)
+    assert len(shown) == text.count("](plots/") == 6
+    assert all(alt == caption and caption.endswith(".") for alt, _, caption in shown)
+    names = ["score-after-each-task.svg", "matrix-1.svg", "forgetting.svg", "accuracy.png", "merge_line.svg"]
+    assert [name for _, name, _ in shown][:3] == names[:3]
+    assert {name for _, name, _ in shown} == {*names, "time-of-each-task.svg"}
+
+
+def test_use_and_licence_say_what_is_known_and_no_more(run, tmp_path):
+    card = card_of(run)
+    assert (card.data.license, card.data.language) == (None, None)
+    assert "It gives a text one of 4 classes: `x`, `y`, `z`, `w`." in card.text
+    assert "The adapter's licence is not stated." in card.text
+    told = ModelCard(model_card(read_finished_run(run, "owner/base"), "me/kept", license="mit", language="en"))
+    assert (told.data.license, told.data.language) == ("mit", "en")
+    assert "The adapter's licence is mit." in told.text
+    template, rows = "{text} ({task}):", {"tasks": [{"name": name, "train": "a.csv"} for name in TASKS]}
+    folder = finished_run(
+        tmp_path / "asked",
+        "causal-lm",
+        "exact_match",
+        stream={"kind": "causal-lm", "prompt_template": template, **rows},
+    )
+    assert 'tokenizer("text (news):", return_tensors="pt")' in code_of(card_of(folder))
+    assert "It completes prompts as the 2 tasks' training rows do." in card_of(folder).text
 
 
 def test_data_sets_of_the_hub_are_named_and_local_ones_not(tmp_path):

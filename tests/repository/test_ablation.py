@@ -40,7 +40,7 @@ def run(tiny_base, data, tmp_path_factory):
 @pytest.mark.slow
 def test_heads_of_a_run_are_those_that_training_with_them_gives(ablation, run):
     _, linear = run("merge_only")
-    accuracies = ablation.heads(linear, "fisher")
+    accuracies = ablation.heads(ablation.Features(linear), "fisher")
     for drift in ("ridge", "none"):
         report, _ = run("best", head__drift=drift, head__training="task")
         assert accuracies[f"lda, {drift}"] == pytest.approx(report.metrics["ACC"])
@@ -52,7 +52,7 @@ def test_heads_of_a_run_are_those_that_training_with_them_gives(ablation, run):
 def test_domains_have_a_mean_each_and_the_largest_row_decides(ablation, tiny_base, tmp_path):
     config = load_config(domains(tiny_base, tmp_path, tmp_path / "run", "best"))
     report = learn(config)
-    accuracies = ablation.heads(Run(config, load_stream(config)), "fisher-seen")
+    accuracies = ablation.heads(ablation.Features(Run(config, load_stream(config))), "fisher-seen")
     assert accuracies["lda, ridge"] == pytest.approx(report.metrics["ACC"])
     assert 0.5 < accuracies["lda, one mean a class"] <= 1
 
@@ -60,19 +60,21 @@ def test_domains_have_a_mean_each_and_the_largest_row_decides(ablation, tiny_bas
 @pytest.mark.slow
 def test_controls_have_the_features_of_their_own_backbone(ablation, run):
     report, frozen = run("frozen")
-    assert ablation.heads(frozen, "frozen")["lda, none"] == pytest.approx(report.metrics["ACC"])
+    assert ablation.heads(ablation.Features(frozen), "frozen")["lda, none"] == pytest.approx(report.metrics["ACC"])
     _, once = run("best", head__strict=True)
-    first = ablation.heads(once, ablation.FIRST)
-    assert set(first) == {"lda, none", "joint head", "RanPAC"}
+    first = ablation.heads(ablation.Features(once), ablation.FIRST)
+    assert set(first) == {"lda, none", "bound", "joint head", "RanPAC"}
     whole, joint = run("joint", head__kind="lda")
-    assert ablation.heads(joint, "joint")["lda, none"] == pytest.approx(whole.metrics["ACC"])
+    assert ablation.heads(ablation.Features(joint), "joint")["lda, none"] == pytest.approx(whole.metrics["ACC"])
 
 
 @pytest.mark.slow
 def test_mean_shift_moves_old_means_by_what_the_new_rows_move(ablation, run):
     _, linear = run("average")
     features = ablation.Features(linear)
-    moved, still = (ablation._followed(features, drift, one_mean_per_task=False) for drift in ("mean shift", "none"))
+    (moved, _), (still, _) = (
+        ablation._followed(features, drift, one_mean_per_task=False) for drift in ("mean shift", "none")
+    )
     first = len(linear.stream.tasks[0].own)
     shift = sum((features.of(t, t) - features.of(t - 1, t)).mean(0) for t in (1, 2))
     assert torch.allclose(moved.means[:first], still.means[:first] + shift)

@@ -42,6 +42,12 @@ MINIATURES = {
     "image/tiny-imagenet-50.yaml": ("vit", miniatures.arrays),
     "language/olora-15-tasks.yaml": ("t5", miniatures.olora),
     "language/olora-4-tasks.yaml": ("t5", miniatures.olora),
+    "language/t5-text.yaml": ("t5", miniatures.prompts),
+    "focus/cifar100.yaml": ("vit", miniatures.parquet_pictures),
+    "focus/grocery.yaml": ("vit", miniatures.parquet_pictures),
+    "focus/mini-imagenet.yaml": ("vit", miniatures.parquet_pictures),
+    "focus/pacs-112.yaml": ("vit", miniatures.parquet_pictures),
+    "smollm2/chat.yaml": ("llama", miniatures.chats),
     "smollm2/domains.yaml": ("llama", miniatures.domains),
     "smollm2/eight.yaml": ("llama", miniatures.prompts),
     "smollm2/text.yaml": ("llama", miniatures.prompts),
@@ -50,7 +56,7 @@ MINIATURES = {
     "text/clinc150.yaml": ("bert", miniatures.clinc150),
     "text/ten-sets.yaml": ("bert", miniatures.prompts),
 }
-COUNT = 19
+COUNT = 25
 # P&M's own benchmarks: tasks and epochs; ImageNet-R is also published with 5 and 20 tasks
 PUBLISHED = {
     "image/cifar100.yaml": (10, 10),

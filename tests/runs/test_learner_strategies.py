@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import refusal, with_changes
 from helpers.models import OLD_NAME
 from helpers.streams import (
     FEW,
@@ -29,6 +30,7 @@ from pm_hf.config.loading import load_config
 from pm_hf.config.presets import PRESETS
 from pm_hf.data.stream import load_stream
 from pm_hf.errors import InputError
+from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.methods import METHODS as MERGES
 from pm_hf.models.contexts import without_lora
 from pm_hf.runs.learner import learn
@@ -265,6 +267,24 @@ def test_elastic_weights_hold_a_shared_head_too(tiny_base, tmp_path):
         old, new = (tensors(task / "merged")[f"{HEAD}.weight"] for task in tasks(folder))
         moved[weight] = float((old - new).norm())
     assert moved[1e9] < 0.1 * moved[0.0]
+
+
+def test_a_drift_penalty_of_a_huge_weight_holds_the_model_and_its_sums_are_kept_for_it_alone(run, tiny_base, data):
+    gram = {"merge__coefficient": 1.0, "curvature__kind": "gram", "curvature__at": "both", **LONG}
+    held = run("best", strategy__drift_weight=1e6, **gram)
+    assert changes(run("best", **gram)) > 0.3
+    assert changes(held) < 0.02
+    sums = Curvature.load(tasks(held)[-1] / "curvature.safetensors")
+    assert (sums.settings.kind, sums.settings.at, sums.tasks) == ("gram", "both", 2)
+    assert [step["coefficient"]["used"] for step in steps(held)] == [1.0, 1.0]
+    asked = {"start_from": str(held / "merged"), "strategy__drift_weight": 1.0}
+    other = settings(
+        tiny_base, data, held.parent / "other", method="best", **asked, **gram | {"curvature__at": "optimum"}
+    )
+    assert "sums are never mixed" in refusal(learn, other)
+    last = {"merge__method": "average", "merge__train_from": "last", "head__training": "task"}
+    changed = settings(tiny_base, data, held.parent / "last", "best", **gram | {"curvature__at": "optimum"} | last)
+    learn(with_changes(changed, {"strategy__drift_weight": 1.0, "merge__coefficient": "average", **FEW}))
 
 
 def test_elastic_weights_from_a_released_adapter_need_its_curvature(run, tiny_base, data, tmp_path):

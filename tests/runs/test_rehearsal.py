@@ -13,84 +13,29 @@ import torch
 import transformers
 from helpers import refusal
 from helpers.kills import assert_same, die, killed_until_done
-from helpers.models import OLD_NAME, log_probabilities
+from helpers.models import OLD_NAME
 from helpers.processes import forked, run
-from helpers.streams import (
-    LANGUAGE_TASKS,
-    language_settings,
-    loaded,
-    same_tensors,
-    steps,
-    words,
-    write_lines,
-    write_yaml,
-)
+from helpers.rehearsal import TASKS, assert_searched, expected_labels, pool_of, rows_of, settings
+from helpers.streams import LANGUAGE_TASKS, same_tensors, steps, write_yaml
 
 import pm_hf.data.pool
-import pm_hf.runs.rehearsal
 import pm_hf.training.writer
-from pm_hf.adapters.merge import merge_adapters
 from pm_hf.cli import main
 from pm_hf.config.loading import load_config
 from pm_hf.data.encoders import make_encoder
 from pm_hf.data.pool import Pool, targets
 from pm_hf.data.stream import load_stream
+from pm_hf.reports.canvas import escape
 from pm_hf.reports.card import model_card
-from pm_hf.reports.charts import escape
 from pm_hf.reports.page import write_report
 from pm_hf.reports.release import read_finished_run
 from pm_hf.runs.learner import learn
 
 pytestmark = pytest.mark.filterwarnings(OLD_NAME)
-TASKS = LANGUAGE_TASKS | {"third": ("dark", "pale")}
-REHEARSAL = {
-    "strategy__replay": "generated",
-    "strategy__pool_rows": 12,
-    "strategy__base_samples": 3,
-    "merge__coefficient": "search",
-    "training__num_train_epochs": 2,
-}
 
 
-def settings(data, output, model="llama", tasks=TASKS, **changes):
-    listed = [
-        {"name": n, "train": str(data / f"{n}-train.jsonl"), "test": str(data / f"{n}-test.jsonl")} for n in tasks
-    ]
-    return language_settings(data, output, model, "average", **REHEARSAL | {"stream__tasks": listed} | changes)
-
-
-def pool_of(folder):
-    """The newest pool of a finished run."""
-    return Pool.load(max(folder.glob("task-*/pool.jsonl")))
-
-
-def rows_of(folder):
-    """Its rows that stand for a task."""
-    return pool_of(folder).of_tasks.rows
-
-
-@pytest.fixture(scope="module")
-def data(language_data):
-    """The language data and a third task."""
-    rng = random.Random(7)
-    for split, count in (("train", 12), ("test", 4)):
-        rows = [{"text": words(kind, rng), "label": kind} for _ in range(count) for kind in TASKS["third"]]
-        write_lines(language_data / f"third-{split}.jsonl", rows)
-    return language_data
-
-
-@pytest.fixture(scope="module")
-def runs(data, tmp_path_factory):
-    """(run of three tasks, the folder that it was when two were finished)."""
-    place = tmp_path_factory.mktemp("rehearsal")
-    learn(settings(data, place / "run", tasks=list(TASKS)[:2]))
-    two = shutil.copytree(place / "run", place / "two")
-    learn(settings(data, place / "run"))
-    return place / "run", two
-
-
-def test_the_pool_has_one_size_and_as_many_rows_of_each_task_and_answer(runs):
-    folder, two = runs
+def test_the_pool_has_one_size_and_as_many_rows_of_each_task_and_answer(rehearsal_runs):
+    folder, two = rehearsal_runs
     assert [step["replay"]["pool_rows"] for step in steps(folder)] == [6, 12, 12]  # the second would cut 12 to 6
     kept = sorted(path.parent.name for path in folder.glob("task-*/pool.jsonl"))
     assert kept == ["task-01-second", "task-02-third"]  # the one before, so that the last task may be removed
@@ -102,23 +47,23 @@ def test_the_pool_has_one_size_and_as_many_rows_of_each_task_and_answer(runs):
         assert all(answer in TASKS[task] for task, answer in asked)
 
 
-def test_rows_are_stored_once_and_are_no_copies(runs, data):
-    folder, two = runs
+def test_rows_are_stored_once_and_are_no_copies(rehearsal_runs, language_data):
+    folder, two = rehearsal_runs
     earlier = {json.dumps(row.prompt): row for row in rows_of(two)}
     kept = [row for row in rows_of(folder) if row.task != "third"]
     assert [earlier[json.dumps(row.prompt)] for row in kept] == kept
     texts = [tuple(row.prompt.removeprefix("Text: ").removesuffix("\nAnswer:").split()) for row in rows_of(folder)]
     assert len(set(texts)) == len(texts)
     for name in TASKS:
-        for line in (data / f"{name}-train.jsonl").read_text().splitlines():
+        for line in (language_data / f"{name}-train.jsonl").read_text().splitlines():
             trained = json.loads(line)["text"].split()
             for row, text in zip(rows_of(folder), texts, strict=True):
                 shared = (Counter(trained) & Counter(text)).total()
                 assert row.task != name or shared < 0.8 * max(len(trained), len(text))
 
 
-def test_counts_and_seconds_stand_in_step_json_and_in_the_notes(runs):
-    folder, _ = runs
+def test_counts_and_seconds_stand_in_step_json_and_in_the_notes(rehearsal_runs):
+    folder, _ = rehearsal_runs
     for step, task in zip(steps(folder), TASKS, strict=True):
         replay = step["replay"]
         assert replay["written"] == sum(replay[key] for key in ("kept", "copies", "doubles", "empty"))
@@ -131,70 +76,29 @@ def test_counts_and_seconds_stand_in_step_json_and_in_the_notes(runs):
         assert f"task {task}: {note}" in json.loads((folder / "report.json").read_text())["notes"]
 
 
-def test_labels_are_the_merge_s_distribution_over_the_answers_seen(runs, data):
-    folder, _ = runs
-    config = settings(data, folder)
-    encoder, seen = make_encoder(load_config(config)), [f" {answer}" for kinds in TASKS.values() for answer in kinds]
-    model, agreeing = loaded(config, folder / "task-02-third" / "merged"), []
-    for row in rows_of(folder):
-        if row.task != "third":
-            assert set(row.answers) <= set(seen)
-            continue
-        prompt = encoder.prompt(row.prompt)
-        sums = [float(log_probabilities(model, prompt, encoder.completion(row.prompt, a))[0].sum()) for a in seen]
-        expected = torch.tensor(sums).softmax(0).tolist()
-        assert [row.answers.get(answer, 0.0) for answer in seen] == pytest.approx(expected, abs=1e-5)
-        assert row.completion == seen[expected.index(max(expected))]
-        agreeing.append(row.completion == row.asked)
+def test_labels_are_the_merge_s_distribution_over_the_answers_seen(rehearsal_runs, language_data):
+    folder, _ = rehearsal_runs
+    seen = [f" {answer}" for kinds in TASKS.values() for answer in kinds]
+    assert all(set(row.answers) <= set(seen) for row in rows_of(folder))
+    newest = [row for row in rows_of(folder) if row.task == "third"]
+    expected = expected_labels(settings(language_data, folder), folder / "task-02-third" / "merged", newest, seen)
+    for row, p in zip(newest, expected, strict=True):
+        assert [row.answers.get(answer, 0.0) for answer in seen] == pytest.approx(p, abs=1e-5)
+        assert row.completion == seen[p.index(max(p))]
+    agreeing = [row.completion == row.asked for row in newest]
     assert steps(folder)[2]["replay"]["agreement"] == pytest.approx(fmean(agreeing))
 
 
-def test_the_coefficient_is_the_smallest_within_one_error_of_the_best_merge(runs, data, tmp_path):
-    """Every α merged on disk, loaded as users load it, one row at a time."""
-    folder, two = runs
-    config = settings(data, folder)
-    encoder, task = make_encoder(load_config(config)), load_stream(load_config(config)).tasks[2]
-    assert len(task.eval) == 2
-    old, values = pool_of(two).of_tasks.examples(encoder), {}
-
-    def slow(model, example):
-        aims = targets(example)
-        logits = model(input_ids=torch.tensor([example["input_ids"]])).logits[0, -len(aims) - 1 : -1].log_softmax(-1)
-        soft = example.get("soft") or [{token: 1.0} for token in aims]
-        return -fmean(
-            sum(q * float(line[t]) for t, q in target.items()) for line, target in zip(logits, soft, strict=True)
-        )
-
-    for tenth in range(11):
-        merge_adapters(
-            folder / "task-02-third" / "adapter",
-            tmp_path / "merged",
-            into=folder / "task-01-second" / "merged",
-            coefficient=tenth / 10,
-            max_rank=64,
-            overwrite=True,
-        )
-        model = loaded(config, tmp_path / "merged")
-        with torch.no_grad():
-            values[tenth / 10] = [[slow(model, e) for e in examples] for examples in (encoder.examples(task.eval), old)]
-    objective = {alpha: fmean(new) + 2 * fmean(before) for alpha, (new, before) in values.items()}
-    points = steps(folder)[2]["search"]
-    assert {p["coefficient"]: p["objective"] for p in points} == pytest.approx(objective, rel=1e-3)
-    lowest = min(objective, key=objective.get)
-    within = []
-    for alpha, parts in values.items():
-        gaps = [torch.tensor(a) - torch.tensor(b) for a, b in zip(parts, values[lowest], strict=True)]
-        error = float(gaps[0].var() / len(gaps[0]) + 4 * gaps[1].var() / len(gaps[1])) ** 0.5
-        within += [alpha] * (objective[alpha] - objective[lowest] <= error)
-    chosen = steps(folder)[2]["coefficient"]
-    assert chosen["used"] == min(within)
-    assert chosen["source"] == "line_search"
+def test_the_coefficient_is_the_smallest_within_one_error_of_the_best_merge(rehearsal_runs, language_data, tmp_path):
+    folder, two = rehearsal_runs
+    assert len(load_stream(load_config(settings(language_data, folder))).tasks[2].eval) == 2
+    assert_searched(settings(language_data, folder), folder, 2, pool_of(two), tmp_path)
     assert "search" not in steps(folder)[0]  # the first task is taken as it is
 
 
-def test_a_run_that_was_extended_is_the_run_that_had_all_tasks_at_once(runs, data, tmp_path):
-    folder, _ = runs
-    learn(settings(data, tmp_path / "run"))
+def test_a_run_that_was_extended_is_the_run_that_had_all_tasks_at_once(rehearsal_runs, language_data, tmp_path):
+    folder, _ = rehearsal_runs
+    learn(settings(language_data, tmp_path / "run"))
     assert same_tensors(tmp_path / "run" / "merged", folder / "merged")
     assert pool_of(tmp_path / "run") == pool_of(folder)
 
@@ -223,8 +127,10 @@ def dying(monkeypatch, where):
     monkeypatch.setattr(pm_hf.data.pool, "write_text", write_and_die)
 
 
-def test_a_run_that_is_killed_while_it_writes_ends_with_the_same_pool_and_adapters(runs, data, tmp_path, monkeypatch):
-    config, (_, whole) = settings(data, tmp_path / "run", tasks=list(TASKS)[:2]), runs
+def test_a_run_that_is_killed_while_it_writes_ends_with_the_same_pool_and_adapters(
+    rehearsal_runs, language_data, tmp_path, monkeypatch
+):
+    config, (_, whole) = settings(language_data, tmp_path / "run", tasks=list(TASKS)[:2]), rehearsal_runs
     for where in ("writer's training", "before the pool", "after the pool"):
 
         def work(where=where):
@@ -241,8 +147,8 @@ def test_a_run_that_is_killed_while_it_writes_ends_with_the_same_pool_and_adapte
     assert pool_of(tmp_path / "run") == pool_of(whole)
 
 
-def test_a_run_that_is_stopped_in_the_writers_training_goes_on(runs, data, tmp_path, monkeypatch):
-    config, (_, whole) = settings(data, tmp_path / "run", tasks=list(TASKS)[:2]), runs
+def test_a_run_that_is_stopped_in_the_writers_training_goes_on(rehearsal_runs, language_data, tmp_path, monkeypatch):
+    config, (_, whole) = settings(language_data, tmp_path / "run", tasks=list(TASKS)[:2]), rehearsal_runs
     path = write_yaml(tmp_path / "c.yaml", config)
 
     class AskToStop(transformers.TrainerCallback):
@@ -270,9 +176,11 @@ def test_a_run_that_is_stopped_in_the_writers_training_goes_on(runs, data, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-def test_a_run_that_is_killed_at_random_ends_with_the_same_pool_and_adapters(seed, runs, data, tmp_path):
-    _, whole = runs
-    path = write_yaml(tmp_path / "c.yaml", settings(data, tmp_path / "run", tasks=list(TASKS)[:2]))
+def test_a_run_that_is_killed_at_random_ends_with_the_same_pool_and_adapters(
+    seed, rehearsal_runs, language_data, tmp_path
+):
+    _, whole = rehearsal_runs
+    path = write_yaml(tmp_path / "c.yaml", settings(language_data, tmp_path / "run", tasks=list(TASKS)[:2]))
     rng = random.Random(seed)
     kills = killed_until_done(path, tmp_path / "run", lambda done: rng.randrange(400))
     assert kills
@@ -280,8 +188,8 @@ def test_a_run_that_is_killed_at_random_ends_with_the_same_pool_and_adapters(see
     assert pool_of(tmp_path / "run") == pool_of(whole)
 
 
-def test_two_processes_write_one_pool(data, tmp_path):
-    config = settings(data, tmp_path / "run", tasks=list(TASKS)[:2], training__per_device_train_batch_size=4)
+def test_two_processes_write_one_pool(language_data, tmp_path):
+    config = settings(language_data, tmp_path / "run", tasks=list(TASKS)[:2], training__per_device_train_batch_size=4)
 
     def work(rank):
         return learn(config).scores
@@ -293,7 +201,11 @@ def test_two_processes_write_one_pool(data, tmp_path):
 
 def chat_tasks(data):
     return [
-        {"name": n, "train": str(data / f"{n}-chat-train.jsonl"), "test": str(data / f"{n}-chat-test.jsonl")}
+        {
+            "name": n,
+            "train": str(data / f"{n}-chat-train.jsonl"),
+            "test": str(data / f"{n}-chat-test.jsonl"),
+        }
         for n in LANGUAGE_TASKS
     ]
 
@@ -322,10 +234,10 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_rows_of_every_kind_are_written_and_rehearsed(kind, data, tmp_path):
+def test_rows_of_every_kind_are_written_and_rehearsed(kind, language_data, tmp_path):
     model, tasks, changes = OTHERS[kind]
-    config = settings(data, tmp_path / "run", model, **changes, training__max_steps=2)
-    config["stream"]["tasks"] = tasks(data)
+    config = settings(language_data, tmp_path / "run", model, **changes, training__max_steps=2)
+    config["stream"]["tasks"] = tasks(language_data)
     learn(config)
     encoder, pool = make_encoder(load_config(config)), pool_of(tmp_path / "run")
     assert len(pool.tasks) == 2
@@ -343,8 +255,10 @@ def test_rows_of_every_kind_are_written_and_rehearsed(kind, data, tmp_path):
     assert len(steps(tmp_path / "run")[1]["search"]) == 11
 
 
-def test_perturbation_and_curvature_are_as_without_rehearsal(data, tmp_path):
-    config = settings(data, tmp_path / "run", tasks=list(TASKS)[:2], merge__coefficient=None, training__max_steps=4)
+def test_perturbation_and_curvature_are_as_without_rehearsal(language_data, tmp_path):
+    config = settings(
+        language_data, tmp_path / "run", tasks=list(TASKS)[:2], merge__coefficient=None, training__max_steps=4
+    )
     learn(config | {"method": "pm"})
     second = steps(tmp_path / "run")[1]
     assert second["coefficient"]["source"] == "closed_form"
@@ -353,9 +267,11 @@ def test_perturbation_and_curvature_are_as_without_rehearsal(data, tmp_path):
     assert len(rows_of(tmp_path / "run")) == 12
 
 
-def test_a_released_adapter_goes_on_with_its_pool(runs, data, tmp_path):
-    folder, two = runs
-    third = settings(data, tmp_path / "run", tasks=["third"], start_from=str(two / "merged"), training__max_steps=2)
+def test_a_released_adapter_goes_on_with_its_pool(rehearsal_runs, language_data, tmp_path):
+    folder, two = rehearsal_runs
+    third = settings(
+        language_data, tmp_path / "run", tasks=["third"], start_from=str(two / "merged"), training__max_steps=2
+    )
     learn(third)
     assert pool_of(tmp_path / "run").tasks == list(TASKS)
     shutil.copytree(two / "merged", tmp_path / "alone" / "merged")
@@ -365,9 +281,9 @@ def test_a_released_adapter_goes_on_with_its_pool(runs, data, tmp_path):
     assert "strategy.replay generated needs pool.jsonl beside it" in message
 
 
-def test_where_nothing_could_be_written_the_coefficient_is_the_average(data, tmp_path, monkeypatch):
+def test_where_nothing_could_be_written_the_coefficient_is_the_average(language_data, tmp_path, monkeypatch):
     monkeypatch.setattr(pm_hf.training.writer.Writer, "write", lambda self, prompts, key: [" "] * len(prompts))
-    learn(settings(data, tmp_path / "run", tasks=list(TASKS)[:2], training__max_steps=2))
+    learn(settings(language_data, tmp_path / "run", tasks=list(TASKS)[:2], training__max_steps=2))
     second = steps(tmp_path / "run")[1]
     assert second["coefficient"]["used"] == 0.5
     assert "no written row of an earlier task" in second["coefficient"]["note"]
@@ -375,8 +291,8 @@ def test_where_nothing_could_be_written_the_coefficient_is_the_average(data, tmp
     assert second["replay"]["empty"] == second["replay"]["written"] > 0
 
 
-def test_report_and_card_say_what_was_written_and_searched(runs, tmp_path):
-    folder = shutil.copytree(runs[0], tmp_path / "run")
+def test_report_and_card_say_what_was_written_and_searched(rehearsal_runs, tmp_path):
+    folder = shutil.copytree(rehearsal_runs[0], tmp_path / "run")
     page = write_report([folder], tmp_path / "page")[0].read_text()
     assert "Search of the coefficient of task 3, third" in page
     assert "Written rows" in page
@@ -389,9 +305,46 @@ def test_report_and_card_say_what_was_written_and_searched(runs, tmp_path):
     assert f"shares with a training row is {max(replay['longest_common_run'] for replay in replays)}." in card
 
 
-def test_the_line_of_a_finished_task_says_what_was_written(data, tmp_path, capsys):
+def test_the_line_of_a_finished_task_says_what_was_written(language_data, tmp_path, capsys):
     path = tmp_path / "c.yaml"
-    path.write_text(json.dumps(settings(data, tmp_path / "run", tasks=["first"], training__max_steps=2)))
+    path.write_text(json.dumps(settings(language_data, tmp_path / "run", tasks=["first"], training__max_steps=2)))
     assert main(["train", "--config", str(path)]) == 0
     replay = steps(tmp_path / "run")[0]["replay"]
     assert f", {replay['kept']} of {replay['written']} written rows kept, " in capsys.readouterr().err
+
+
+# ---- samples of the base
+
+
+def test_samples_of_the_base_are_written_once_and_belong_to_no_task(rehearsal_runs, language_data):
+    folder, two = rehearsal_runs
+    first = Pool.load(two / "task-00-first" / "pool.jsonl")
+    assert first.of_base == Pool()
+    second, third = pool_of(two), pool_of(folder)
+    assert second.of_base == third.of_base
+    assert len(third.of_base.rows) == 3
+    assert [step["replay"]["base_rows"] for step in steps(folder)] == [0, 3, 3]
+    config = settings(language_data, folder)
+    encoder = make_encoder(load_config(config))
+    base = transformers.AutoModelForCausalLM.from_pretrained(config["model"]["base"]).eval()
+    for row, example in zip(third.of_base.rows, third.of_base.examples(encoder), strict=True):
+        assert (row.task, row.asked, row.prompt, row.answers) == ("", "", "", {})
+        assert len(targets(example)) <= 24
+        ids = example["input_ids"]
+        assert ids[0] == encoder.prompt("")[0]
+        with torch.no_grad():
+            p = base(input_ids=torch.tensor([ids])).logits[0, :-1].softmax(-1)
+        for place, soft in zip(p, example["soft"], strict=True):
+            best = place.topk(20)
+            expected = dict(zip(best.indices.tolist(), (best.values / best.values.sum()).tolist(), strict=True))
+            assert soft == pytest.approx(expected, abs=1e-4)
+
+
+def test_no_sample_of_the_base_is_asked_for(language_data, tmp_path):
+    learn(
+        settings(
+            language_data, tmp_path / "run", tasks=list(TASKS)[:2], strategy__base_samples=0, training__max_steps=2
+        )
+    )
+    assert pool_of(tmp_path / "run").of_base == Pool()
+    assert [step["replay"]["base_rows"] for step in steps(tmp_path / "run")] == [0, 0]

@@ -15,7 +15,7 @@ from pm_hf.merging.curvature import Curvature, CurvatureSpec
 from pm_hf.models.contexts import scaled_adapter, without_lora
 from pm_hf.models.language_model import target_count
 from pm_hf.models.lora import adapted_layers, find_head, head_matrix, layer_product
-from pm_hf.training.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, divergence
+from pm_hf.training.penalties import BaseDivergence, ElasticWeights, OrthogonalSubspaces, OutputDrift, divergence
 
 pytestmark = pytest.mark.filterwarnings(OLD_NAME)
 HEAD, KINDS = "classifier", ("kl", "reverse_kl", "js", "tv")
@@ -131,6 +131,94 @@ def test_elastic_penalty_refuses_a_curvature_that_does_not_fit(model):
     other.S[names[0]] = other.M[names[0]] = torch.ones(2, 3)
     with pytest.raises(InputError, match="another"):
         ElasticWeights(model, "task", other, 1.0)
+
+
+# drift of outputs
+
+
+def two_past_grams(model):
+    """({module: [inputs (examples, tokens, in) of two past tasks]}, the sums of their Grams; key and value share one).
+
+    The last of the two changed every output by half its input.
+    """
+    generator, layers = torch.Generator().manual_seed(6), adapted_layers(model, "task")
+    owners = {name: name.replace("value", "key") for name in layers}
+    inputs = {
+        owner: [torch.randn(count, 5, 16, generator=generator) for count in (3, 4)] for owner in set(owners.values())
+    }
+    gram = lambda x: sum(example.T @ example for example in x) / len(x)  # noqa: E731
+    S = {owner: gram(first) + gram(last) for owner, (first, last) in inputs.items()}
+    M = {name: torch.zeros(16, 16) for name in layers}
+    current = {name: 0.25 * float(gram(inputs[owners[name]][1]).trace()) for name in layers}
+    sums = Curvature(CurvatureSpec("gram"), S, M, current, dict.fromkeys(layers, 1.0), [3, 4], owners)
+    return {name: inputs[owners[name]] for name in layers}, sums
+
+
+def mean_change(x, D):
+    """Mean over examples of Σ_tokens ‖Dx‖²."""
+    return sum((D @ token).square().sum() for example in x for token in example) / len(x)
+
+
+@pytest.mark.parametrize("started_elsewhere", [False, True])
+def test_drift_penalty_is_the_change_of_outputs_token_by_token(model, tokens, started_elsewhere):
+    inputs, sums = two_past_grams(model)
+    layers, offset = adapted_layers(model, "task"), None
+    if started_elsewhere:
+        offset = {name: layer_product(layer, ["merged"]).scale(-0.5) for name, layer in layers.items()}
+    penalty = OutputDrift(model, "task", sums, 2.0, offset)
+    value = penalty(model, tokens, None)
+    value.backward()
+    found = {name: layer.lora_B["task"].weight.grad.clone() for name, layer in layers.items()}
+    model.zero_grad()
+    paid = sum(mean_change(inputs[name][1], 0.5 * torch.eye(16)) for name in layers)  # by the last task on its own
+    D = {name: dense(layer, "task") + (offset[name].dense() if offset else 0) for name, layer in layers.items()}
+    expected = 2.0 * 0.1 / paid * sum(mean_change(x, D[name]) / 2 for name in layers for x in inputs[name])
+    expected.backward()
+    assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+    for name, layer in layers.items():
+        assert torch.allclose(found[name], layer.lora_B["task"].weight.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_drift_penalty_of_weight_1_costs_a_tenth_of_a_nat_for_what_the_last_task_changed(model, tokens):
+    layers = adapted_layers(model, "task")
+    inputs, sums = two_past_grams(model)
+    only_last = {name: [inputs[name][1]] for name in layers}
+    sums.S = {owner: sum(x.T @ x for x in only_last[owner][0]) / 4 for owner in set(sums.owner.values())}
+    sums.examples = [4]
+    change = {name: mean_change(only_last[name][0], dense(layer, "task")) for name, layer in layers.items()}
+    sums.current = {name: float(value.detach()) for name, value in change.items()}
+    value = OutputDrift(model, "task", sums, 1.0)(model, tokens, None)
+    assert float(value.detach()) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_drift_penalty_does_not_see_the_perturbation_and_is_flat_without_a_change(model, tokens):
+    penalty = OutputDrift(model, "task", two_past_grams(model)[1], 1.0)
+    plain = penalty(model, tokens, None)
+    with scaled_adapter(list(adapted_layers(model, "task").values()), "task", 1.5):
+        assert torch.equal(penalty(model, tokens, None), plain)
+    set_zero(model)
+    value = penalty(model, tokens, None)
+    value.backward()
+    assert float(value.detach()) == 0
+    assert all(not layer.lora_B["task"].weight.grad.any() for layer in adapted_layers(model, "task").values())
+
+
+def test_drift_penalty_refuses_a_curvature_that_does_not_fit(model):
+    _, sums = two_past_grams(model)
+    with pytest.raises(InputError, match="needs the Gram of the inputs, found kind 'fisher'"):
+        OutputDrift(model, "task", two_past_tasks(model)[1], 1.0)
+    still = copy.deepcopy(sums)
+    still.current = dict.fromkeys(sums.current, 0.0)
+    with pytest.raises(InputError, match="the last task changed no output"):
+        OutputDrift(model, "task", still, 1.0)
+    name = min(sums.current)
+    fewer, other = copy.deepcopy(sums), copy.deepcopy(sums)
+    del fewer.current[name]
+    with pytest.raises(InputError, match=f"every adapted module, it lacks {name}"):
+        OutputDrift(model, "task", fewer, 1.0)
+    other.S = dict.fromkeys(sums.S, torch.eye(3))
+    with pytest.raises(InputError, match="has shape"):
+        OutputDrift(model, "task", other, 1.0)
 
 
 # orthogonal subspaces

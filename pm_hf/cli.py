@@ -1,4 +1,4 @@
-"""The command line: pm-hf train, merge, evaluate, inspect, report, methods, export, push, help, schema, completion."""
+"""The command line: pm-hf init, train, merge, evaluate, inspect, report, methods, export, push, help, schema, …"""
 
 import argparse
 import json
@@ -128,6 +128,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the versions of pm_hf and what it stands on")
     parser.set_defaults(run=_version_or_help)
     commands = parser.add_subparsers(metavar="COMMAND")
+
+    init = commands.add_parser("init", help="look at data and write a first YAML that runs")
+    init.add_argument("data", nargs="+", metavar="DATA", help="files of rows, folders of pictures, or a data set")
+    init.add_argument("--output", default="stream.yaml", metavar="FILE", help="the YAML; default: stream.yaml")
+    init.add_argument("--base", help="base model: Hub id or folder; default: a small one of the kind")
+    init.add_argument(
+        "--output-dir", default="runs/first", metavar="RUN", help="folder of the run; default: runs/first"
+    )
+    init.add_argument("--overwrite", action="store_true", help="replace the YAML")
+    init.set_defaults(run=_init)
 
     train = commands.add_parser("train", help="run a stream of tasks, or continue it", allow_abbrev=False)
     train.add_argument("--config", required=True, help="YAML file")
@@ -262,6 +272,33 @@ def _completion(options: argparse.Namespace) -> int:
 
 def _columns() -> int:
     return min(shutil.get_terminal_size().columns, 120)
+
+
+def _init(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from pm_hf.config.loading import load_config
+    from pm_hf.config.reference import json_schema
+    from pm_hf.config.yaml_text import parse_value
+    from pm_hf.data.proposal import SCHEMA_FILE, propose_config
+    from pm_hf.data.stream import load_stream
+    from pm_hf.files import write_text
+
+    path = Path(options.output)
+    if path.exists() and not options.overwrite:
+        raise InputError(f"{path} exists; choose another --output, or --overwrite")
+    text = propose_config(options.data, options.base, options.output_dir)
+    stream = load_stream(load_config(parse_value(text)))  # what cannot be run is not written
+    write_text(path, text)
+    if not (schema := path.with_name(SCHEMA_FILE)).exists():
+        write_text(schema, json.dumps(json_schema(), ensure_ascii=False, indent=1) + "\n")
+    for task in stream.tasks:
+        classes = f"{len(task.labels)} classes, " if task.labels else ""
+        _say(f"task {task.name}: {classes}{len(task.train)} training rows, {len(task.test)} test rows")
+    for note in stream.notes:
+        _say(f"note: {note}")
+    _say(f"written: {path}; next: pm-hf train --config {path}")
+    return DONE
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import yaml
 
 from pm_hf.config.presets import PRESETS, forget_preset, kind_of, preset_defaults
 from pm_hf.config.rules import value_problems
-from pm_hf.config.schema import RunConfig
+from pm_hf.config.schema import RunConfig, StreamSettings
 from pm_hf.config.training import training_values
 from pm_hf.config.typed import Settings, as_number, brief
 from pm_hf.config.yaml_text import parse_value, read_yaml
@@ -20,7 +20,8 @@ from pm_hf.files import write_text
 # what may change when a finished run is continued; the data of finished tasks is compared by its fingerprint
 FREE_KEYS = (
     *("output_dir", "data_dir", "max_forgetting", "training.report_to", "training.run_name"),
-    *("stream.tasks", "stream.class_groups", "stream.domain_column", "stream.order"),
+    *(f"stream.{split}" for split in StreamSettings.SPLITS),
+    "stream.order",
     "merge.on_zero_curvature",  # finished tasks had a curvature, or are as it was then
 )
 

@@ -51,17 +51,22 @@ def value_problems(config: RunConfig) -> list[str]:
 
 def _stream_problems(config: RunConfig) -> list[str]:
     stream, problems = config.stream, []
-    splits = [n for n in ("tasks", "class_groups", "domain_column") if getattr(stream, n) is not None]
+    splits = [name for name in stream.SPLITS if getattr(stream, name) is not None]
     if len(splits) != 1:
-        splits_given = ", ".join(splits) or "none"
-        problems.append(f"stream: exactly one of tasks, class_groups and domain_column is needed, found {splits_given}")
+        ways, splits_given = ", ".join(stream.SPLITS), ", ".join(splits) or "none"
+        problems.append(f"stream: exactly one of {ways} is needed, found {splits_given}")
+    if stream.task_configs is not None and stream.dataset is None:
+        problems.append("stream.task_configs: names configurations of stream.dataset, which is not given")
+    if stream.task_files is not None and stream.test_share is None:
+        problems.append("stream.task_files: the files hold training rows; set stream.test_share, or list stream.tasks")
     share, given = stream.test_share, [source for source in [stream, *(stream.tasks or [])] if source.test]
     if share is not None and (given or stream.test_split is not None):
         problems.append("stream.test_share: holds out training rows; leave out test and test_split")
     if stream.domain_column is not None and stream.scenario == "class_incremental":
         problems.append("stream.scenario: domain_column makes a domain_incremental stream")
-    if stream.class_groups is not None and stream.scenario == "domain_incremental":
-        problems.append("stream.scenario: class_groups makes a class_incremental stream")
+    by_class = [name for name in ("class_groups", "task_column") if getattr(stream, name) is not None]
+    if stream.scenario == "domain_incremental":
+        problems += [f"stream.scenario: {name} makes a class_incremental stream" for name in by_class]
     fine = ("linear", "lda") if config.kind.has_head else ("none",) if config.trains else ("none", "lda")
     if config.head.kind not in fine:
         expected = "linear or lda" if config.kind.has_head else "none, or with trains: false lda (method: frozen)"

@@ -1,7 +1,7 @@
 """The run's settings as typed dataclasses: one field a setting, with its default, meaning, unit and range."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -78,7 +78,9 @@ class TaskSettings(Source):
 
 @dataclass
 class StreamSettings(Source):
-    """The tasks: a list of them, or one data set split by class groups or by a column."""
+    """The tasks: a list of them, files or configurations, or one data set split by class groups or by a column."""
+
+    SPLITS: ClassVar = ("tasks", "class_groups", "domain_column", "task_column", "task_files", "task_configs")
 
     kind: Annotated[str, Choices(tuple(STREAM_KINDS))] = setting("text-classification", "what the model learns to do")
     scenario: Literal["class_incremental", "domain_incremental"] | None = setting(
@@ -91,7 +93,18 @@ class StreamSettings(Source):
     class_groups: Annotated[FilePath | Whole | Keyed, Field(union_mode="left_to_right")] | None = setting(
         None, "number of groups, {task: [label, …]}, or a JSON file of that"
     )
-    domain_column: Text | None = setting(None, "one task for each value of this column, in order of appearance")
+    domain_column: Text | None = setting(
+        None, "one task for each value of this column, in order of appearance; every task has the same classes"
+    )
+    task_column: Text | None = setting(
+        None, "one task for each value of this column (month, customer, batch); classes may be new or come back"
+    )
+    task_files: FilePath | None = setting(
+        None, "one task for each file that this pattern names, in the order of their names; classes may come back"
+    )
+    task_configs: list[Text] | None = setting(
+        None, "one task for each of these configurations of `dataset`; classes may come back"
+    )
     order: list[Text] | None = setting(
         None, "names of all tasks in the order in which they are learned; null: as they stand"
     )
@@ -121,7 +134,7 @@ class LoraSettings:
     alpha: Whole = setting(16, "scaling is alpha / r; where it is left out: 2 · r", ge=1)
     dropout: Number = setting(0.0, "probability that an input of the adapter is dropped", ge=0, lt=1)
     target_modules: list[Text] | Text | None = setting(
-        None, "names or a regular expression of the adapted layers; null: PEFT's for the model"
+        None, "names or a regular expression of the adapted layers; null: PEFT's for the model, or all-linear"
     )
 
 

@@ -1,12 +1,15 @@
 """Tasks and the stream of them: rows, labels, and their batches."""
 
+import glob
 import hashlib
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 from torch import Tensor
 
@@ -92,10 +95,10 @@ def load_stream(config: RunConfig, finished_labels: Mapping[str, Sequence[str]] 
 
 def _load_tasks(config: RunConfig, finished_labels: Mapping[str, Sequence[str]]) -> TaskStream:
     stream, folder = config.stream, config.data_dir
-    if stream.tasks is not None:
-        parts = _in_order(_tasks_of_list(config), stream.order)
+    if (tasks := task_list(config)) is not None:
+        parts = _in_order(_tasks_of_list(config, tasks), stream.order)
     else:
-        data = _load_train_and_test(config, stream, extra=stream.domain_column)
+        data = _load_train_and_test(config, stream, extra=stream.domain_column or stream.task_column)
         parts = _tasks_by_class(stream, folder, *data) if stream.class_groups is not None else _tasks_by_domain(*data)
         parts = _in_order(parts, stream.order)
         left = sorted(set(data[0][0].labels) - {label for _, train, _ in parts for label in train.labels})
@@ -148,9 +151,22 @@ def make_stream(
         tasks = _with_replay(tasks, config.strategy.replay_per_class, config.seed)
     notes = _look_alike_notes("labels", [*everything, *sorted(_almost_answers(parts))] if language else everything)
     notes += _look_alike_notes("tasks", [task.name for task in tasks]) + (() if language else _empty_notes(tasks))
+    notes += _equal_name_notes(stream, tasks, language)
     if config.strategy.joint:
         return TaskStream(scenario, (_join_tasks(tasks, everything),), notes, scored=tuple(tasks))
     return TaskStream(scenario, tuple(tasks), notes)
+
+
+def _equal_name_notes(stream: StreamSettings, tasks: Sequence[Task], language: bool) -> tuple[str, ...]:
+    """A note where a class of a listed task may be one of an earlier task, and is not."""
+    if stream.tasks is None or stream.shared_labels or language or stream.scenario != "class_incremental":
+        return ()
+    counts = Counter(label.removeprefix(f"{task.name}/") for task in tasks for label in task.labels)
+    again = sorted(label for label, count in counts.items() if count > 1)
+    return (
+        f"{len(again)} classes of different tasks have one name and are kept apart ({', '.join(again[:5])}); where a "
+        "class comes back set stream.shared_labels: true",
+    ) * bool(again)
 
 
 def _look_alike_notes(what: str, names: Iterable[str]) -> tuple[str, ...]:
@@ -245,7 +261,10 @@ def _load_train_and_test(config: RunConfig, source: Source, *, task: str = "", e
         return data
     rows, values = data[0]
     classes = config.kind.has_head or bool(_closed_answers(rows, rows))
-    sides = _split_indices(rows, share, classes, f"test/{config.seed}")
+    by_task = values if config.stream.task_column is not None else [""] * len(rows)
+    sides = _split_indices(rows, share, classes, f"test/{config.seed}", by_task)
+    if not sides[1] and not config.kind.has_head:  # every answer stands once: they are free text
+        sides = _split_indices(rows, share, False, f"test/{config.seed}", by_task)
     return [(rows.take(side), [values[i] for i in side] if values else []) for side in sides]
 
 
@@ -257,9 +276,15 @@ def _hold_out(rows: Rows, share: float | None, classes: bool, key: str) -> tuple
     return rows.take(stay), rows.take(held)
 
 
-def _split_indices(rows: Rows, share: float, classes: bool, key: str) -> tuple[list[int], list[int]]:
-    """Indices of (the rows that stay, the held out `share`): of each class's rows, or of all rows of free text."""
-    held = set(_held_out_indices(rows.labels if classes else [""] * len(rows), share, key))
+def _split_indices(
+    rows: Rows, share: float, classes: bool, key: str, groups: Sequence[str] | None = None
+) -> tuple[list[int], list[int]]:
+    """Indices of (the rows that stay, the held out `share`): of each class's rows, or of all rows of free text, in each
+    of the groups that rows are of."""
+    labels = rows.labels if classes else [""] * len(rows)
+    if groups is not None and any(groups):
+        labels = [f"{group}/{label}" for group, label in zip(groups, labels, strict=True)]
+    held = set(_held_out_indices(labels, share, key))
     return [i for i in range(len(rows)) if i not in held], sorted(held)
 
 
@@ -271,9 +296,28 @@ def _held_out_indices(labels: Sequence[str], share: float, key: str) -> Iterator
         yield from random.Random(f"{key}/{label}").sample(own, count)
 
 
-def _tasks_of_list(config: RunConfig) -> list[tuple[str, Rows, Rows]]:
+def task_list(config: RunConfig) -> list[TaskSettings] | None:
+    """The tasks that are listed, or one for each file or configuration; None where one data set is split."""
+    stream = config.stream
+    if stream.task_configs is not None:
+        return [TaskSettings(name=name, dataset_config=name) for name in stream.task_configs]
+    if stream.task_files is None:
+        return stream.tasks
+    pattern = path_of(stream.task_files, config.data_dir)
+    files = sorted(Path(name) for name in glob.glob(str(pattern)) if Path(name).is_file())
+    if not files:
+        raise InputError(f"stream.task_files: no file is named {pattern}; set data_dir=FOLDER if they lie elsewhere")
+    folder = Path(config.data_dir or ".").expanduser()
+    names = [file.name.removesuffix(".gz") for file in files]
+    return [
+        TaskSettings(name=Path(name).stem, train=os.path.relpath(file, folder))
+        for name, file in zip(names, files, strict=True)
+    ]
+
+
+def _tasks_of_list(config: RunConfig, tasks: Sequence[TaskSettings]) -> list[tuple[str, Rows, Rows]]:
     parts, problems = [], []
-    for number, task in enumerate(config.stream.tasks or []):
+    for number, task in enumerate(tasks):
         if not visible(task.name):
             problems.append(f"tasks[{number}] has no name" + (f", found {ascii(task.name)}" if task.name else ""))
             continue

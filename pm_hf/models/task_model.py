@@ -1,14 +1,15 @@
 """The model of one task: base, frozen running merge, trainable task adapter and the task's own head."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
-from torch import Tensor
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pm_hf.adapters.folder import Adapter
@@ -18,11 +19,12 @@ from pm_hf.config.patterns import pattern_problem
 from pm_hf.config.schema import LoraSettings, ModelSettings
 from pm_hf.errors import InputError, raise_all
 from pm_hf.models.contexts import quiet, seeded
-from pm_hf.models.loading import TEXT_KIND, check_loaded, head_name, head_root, load_base, whole_load
+from pm_hf.models.loading import HEAD_NAMES, TEXT_KIND, check_loaded, head_name, head_root, load_base, whole_load
 from pm_hf.models.released import fit_vocabulary, put_saved
 from pm_hf.models.sharded import SAVED_WRAPPER, plain_name
 
 MERGED_ADAPTER, TASK_ADAPTER = "merged", "task"
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def build_task_model(
             _check_head(base, head, saved_from)
         fit_vocabulary(base, saved_from)
         put_saved(base, saved_from, None if head is None else head_root(base))
-    base_name, targets = base.config.name_or_path, lora.target_modules
+    base_name, targets = base.config.name_or_path, lora.target_modules or default_targets(base)
     if isinstance(targets, str):
         problem = pattern_problem(targets, tuple(name for name, _ in base.named_modules() if name))
         raise_all([problem] if problem else [], "lora.target_modules")
@@ -77,7 +79,7 @@ def build_task_model(
             r=lora.r,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
+            target_modules=targets,
             modules_to_save=saved_modules or None,
             task_type=None,
             base_model_name_or_path=base_name,
@@ -86,12 +88,13 @@ def build_task_model(
             with quiet():
                 model = get_peft_model(base, config, adapter_name=TASK_ADAPTER)
         except ValueError as error:
-            raise InputError(f"lora.target_modules {lora.target_modules}: {error}") from error
+            raise InputError(f"lora.target_modules {targets}: {error}; {_linear_names(base)}") from error
     odd = [n for n, m in model.named_modules() if isinstance(m, LoraLayer) and not m.lora_A]
     if odd:
         raise InputError(f"lora.target_modules: {odd[0]} is not a linear layer; only linear layers are supported")
     if isinstance(targets, list) and (idle := _idle_targets(model, targets)):
-        raise InputError(f"lora.target_modules: {', '.join(idle)} names no layer of {type(base).__name__}")
+        name = f"{', '.join(idle)} names no layer of {type(base).__name__}"
+        raise InputError(f"lora.target_modules: {name}; {_linear_names(base)}")
     if saved_from is not None:
         _check_targets(model, saved_from)
     if merged is not None:
@@ -103,6 +106,20 @@ def build_task_model(
     if trainable != expected:
         raise RuntimeError(f"unexpected set of trainable parameters: {sorted(trainable ^ expected)}")
     return TaskModel(model, head)
+
+
+def default_targets(base: PreTrainedModel) -> list[str] | str | None:
+    """What is adapted where the settings are silent: PEFT's choice for the model (None), every linear layer where it
+    has none."""
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    return None if base.config.model_type in known else ALL_LINEAR
+
+
+def _linear_names(base: PreTrainedModel) -> str:
+    """The names that linear layers of a model end with, the most frequent ones first, in words."""
+    names = [name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    counts = Counter(name for name in names if name not in HEAD_NAMES and not name.isdigit())
+    return f"its linear layers are called {', '.join(name for name, _ in counts.most_common(12))}, or {ALL_LINEAR}"
 
 
 def _idle_targets(model: PeftModel, targets: Sequence[str]) -> list[str]:

@@ -142,7 +142,7 @@ def test_impossible_values_are_listed_together():
         "merge.max_rank: must be at least 1",
         "head.ridge: must be positive",
         "stream.train_per_class: must be at least 1",
-        "exactly one of tasks, class_groups and domain_column is needed, found class_groups, domain_column",
+        "task_configs is needed, found class_groups, domain_column",
     ):
         assert expected in message
 
@@ -156,7 +156,10 @@ def test_unknown_keys_and_impossible_values_are_reported_at_once():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stream__class_groups": None}, "exactly one of tasks, class_groups and domain_column is needed, found none"),
+        (
+            {"stream__class_groups": None},
+            "task_column, task_files, task_configs is needed, found none",
+        ),
         ({"head__strict": True}, "head.strict: belongs to head.kind: lda"),
         ({"trains": False}, "trains: false needs head.kind: lda"),
         ({"method": "sequential", "merge__method": "pm"}, "method pm needs fisher or gram, or merge.coefficient"),

@@ -486,3 +486,87 @@ def test_class_groups_name_labels_as_the_file_has_them(tmp_path):
     groups = {"x": [True, False], "y": [7]}
     found = stream(tmp_path, train="t.csv", test="t.csv", class_groups=groups).tasks
     assert [task.labels for task in found] == [("false", "true"), ("7",)]
+
+
+MONTHS = {"may": "ab", "june": "bc", "july": "ac"}  # classes that are new and that come back
+
+
+def monthly(folder, per_class=4):
+    rows = [
+        (f"{month} {label} {i}", label, month)
+        for month, own in MONTHS.items()
+        for label in own
+        for i in range(per_class)
+    ]
+    lines = ["text,label,month", *(",".join(row) for row in rows)]
+    (folder / "all.csv").write_text("\n".join(lines))
+    for month in MONTHS:
+        own = [f"{text},{label}" for text, label, of in rows if of == month]
+        (folder / f"{month}.csv").write_text("\n".join(["text,label", *own]))
+
+
+def test_a_column_of_tasks_has_classes_that_are_new_and_that_come_back(tmp_path):
+    monthly(tmp_path)
+    made = stream(tmp_path, train="all.csv", test_share=0.25, task_column="month")
+    assert made.scenario == "class_incremental"
+    assert [(task.name, "".join(task.labels)) for task in made.tasks] == list(MONTHS.items())
+    for task in made.tasks:
+        assert all(text.startswith(f"{task.name} {label} ") for text, label in rows_of(task))
+        assert len(task.train) == 6
+        assert sorted(task.test.labels) == sorted(task.labels)  # one of four of each class and month
+    assert not made.notes
+
+
+def test_a_column_of_tasks_with_test_rows_of_its_own(tmp_path):
+    monthly(tmp_path)
+    made = stream(tmp_path, train="all.csv", test="all.csv", task_column="month", order=["july", "may", "june"])
+    assert [task.name for task in made.tasks] == ["july", "may", "june"]
+    assert [len(task.test) for task in made.tasks] == [8, 8, 8]
+
+
+def test_files_by_a_pattern_are_the_tasks_that_a_column_makes(tmp_path):
+    monthly(tmp_path)
+    (tmp_path / "months").mkdir()
+    for month in MONTHS:
+        (tmp_path / f"{month}.csv").rename(tmp_path / "months" / f"{month}.csv")
+    made = stream(tmp_path, task_files="months/*.csv", test_share=0.25)
+    assert [(task.name, "".join(task.labels)) for task in made.tasks] == sorted(MONTHS.items())
+    assert [len(task.train) for task in made.tasks] == [6, 6, 6]
+    message = refusal(stream, tmp_path, task_files="years/*.csv", test_share=0.25)
+    assert "stream.task_files: no file is named" in message
+    assert "set stream.test_share" in refusal(stream, tmp_path, task_files="months/*.csv")
+
+
+def test_configurations_of_a_data_set_are_tasks(tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["cold", "warm"])})
+    for name in ("en", "fr"):
+        for split in ("train", "test"):
+            rows = {"text": [f"{name} {split} {i}" for i in range(4)], "label": [0, 1, 0, 1]}
+            (tmp_path / "sets" / name).mkdir(parents=True, exist_ok=True)
+            Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "sets" / name / f"{split}.parquet")
+    (tmp_path / "sets" / "README.md").write_text(
+        "---\nconfigs:\n"
+        + "".join(
+            f"- config_name: {name}\n  data_files:\n  - {{split: train, path: {name}/train.parquet}}\n"
+            f"  - {{split: test, path: {name}/test.parquet}}\n"
+            for name in ("en", "fr")
+        )
+        + "---\n"
+    )
+    made = stream(tmp_path, dataset="sets", task_configs=["fr", "en"])
+    assert [(task.name, task.train.inputs[0], task.labels) for task in made.tasks] == [
+        ("fr", "fr train 0", ("cold", "warm")),
+        ("en", "en train 0", ("cold", "warm")),
+    ]
+    assert "stream.task_configs: names configurations of stream.dataset" in refusal(
+        stream, tmp_path, task_configs=["a"]
+    )
+
+
+def test_a_class_that_two_listed_tasks_have_is_told_how_to_be_one(tmp_path):
+    monthly(tmp_path)
+    listed = [{"name": month, "train": f"{month}.csv"} for month in MONTHS]
+    made = stream(tmp_path, tasks=listed, test_share=0.25)
+    assert "3 classes of different tasks have one name and are kept apart (a, b, c)" in made.notes[0]
+    assert "set stream.shared_labels: true" in made.notes[0]
+    assert not stream(tmp_path, tasks=listed, test_share=0.25, shared_labels=True).notes

@@ -79,7 +79,7 @@ def test_a_wrong_value_in_its_configuration_is_told_with_its_name(tiny_base, tmp
         ({"training__save_strategy": "best"}, "training.save_strategy: best needs training.metric_for_best_model"),
         ({"training__optim_args": "a"}, "training.optim_args: expected key=value"),
         ({"training__dataloader_persistent_workers": True}, "no data loader can be made"),
-        ({"seed": 2**32}, "seed: must be below 2**32"),
+        ({"seed": 2**32}, "seed: must be in [0, 4294967296)"),
         ({"output_dir": "~nosuchuser/run"}, "output_dir: '~nosuchuser/run': there is no user"),
         ({"start_from": "~nosuchuser/run"}, "start_from: '~nosuchuser/run': there is no user"),
     ],

@@ -30,6 +30,7 @@ from pm_hf.config.schema import LoraSettings, ModelSettings
 from pm_hf.errors import InputError
 from pm_hf.measuring.curvature import estimate_curvature
 from pm_hf.models.loading import load_merged
+from pm_hf.models.lora import adapted_layers
 from pm_hf.models.task_model import TASK_ADAPTER, build_task_model, task_tensors
 
 KIND = "image-classification"
@@ -148,11 +149,18 @@ def test_trained_model_is_what_a_user_loads_and_its_fisher_is_per_example(name, 
             ["fc1"],
             "SwiftFormerForImageClassification has no head named classifier or score",
         ),
-        (ViTForImageClassification, ViTConfig(**PLAIN), ["query"], "lora.target_modules"),
-        (ViTForImageClassification, ViTConfig(**PLAIN), None, "lora.target_modules"),
+        (ViTForImageClassification, ViTConfig(**PLAIN), ["query"], "its linear layers are called q_proj, k_proj, v_"),
+        (ViTForImageClassification, ViTConfig(**PLAIN), ["fc1", "query"], "query names no layer of ViT.*q_proj"),
     ],
 )
 def test_models_that_cannot_be_adapted_are_refused_clearly(tmp_path, kind, config, targets, message):
     settings = saved(tmp_path / "base", kind, config)
     with pytest.raises(InputError, match=message):
         build_task_model(settings, LoraSettings(target_modules=targets), LABELS, None, 0, 0, kind=KIND)
+
+
+def test_without_target_modules_a_model_that_peft_does_not_know_is_adapted_in_every_linear_layer(tmp_path):
+    settings = saved(tmp_path / "base", ViTForImageClassification, ViTConfig(**PLAIN))
+    built = build_task_model(settings, LoraSettings(r=2, alpha=4), LABELS, None, 0, 0, kind=KIND)
+    adapted = {name.rpartition(".")[2] for name in adapted_layers(built.model, TASK_ADAPTER)}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"}

@@ -216,7 +216,7 @@ def test_recipe_with_bad_input_exits_with_two_and_one_line(tiny_base, data, tmp_
     done = launch("recipes/train.py", "--config", str(path))
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == f"pm-hf: config {path}: lora.r: must be at least 1\n"
+    assert done.stderr == f"pm-hf: config {path}: lora.r: must be in [1, 8192], found 0\n"
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ setup(
     classifiers=CLASSIFIERS,
     python_requires=">=3.11",
     packages=find_packages(include=["pm_hf", "pm_hf.*"]),
-    package_data={"pm_hf": ["py.typed"]},
+    package_data={"pm_hf": ["py.typed", "reports/templates/*"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.15",
@@ -50,6 +50,7 @@ setup(
         "evaluate>=0.4.3",
         "safetensors>=0.8",
         "huggingface_hub>=1.5",
+        "jinja2>=3.1",
         "psutil>=5",
         "pydantic>=2.10",
         "pyyaml>=6",

@@ -36,7 +36,8 @@ def on_files(files: Any, config: Any) -> None:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """mkdocs calls it for every page."""
-    return markdown.replace("<!-- results -->", results())
+    filled = markdown.replace("<!-- results -->", results())
+    return filled.replace("](../results/", "](results/")  # a picture of the results, where the site has it
 
 
 def results() -> str:

@@ -27,13 +27,14 @@ def with_tables(text: str) -> str:
 
 
 def merging_methods() -> str:
-    """One line a method: equation, paper, what it merges, where its training starts, needs and cost."""
-    head = ["method", "result", "paper", "merges", "trained from", "needs", "cost"]
+    """One line a method: equation, paper, and its use: what it merges, where its training starts, needs, cost."""
+    head = ["method", "result", "paper", "use"]
     rows = []
     for name, method in METHODS.items():
         kinds = " and ".join(kind for kind, has in (("folds", method.fold), ("several", method.batch)) if has)
         about, paper = method.about.replace("*", r"\*"), _links(method.paper)
-        rows.append([f"`{name}`", about, paper, kinds, method.train_from, method.needs, method.cost])
+        use = f"{kinds}; trained from {method.train_from}; needs {method.needs}; cost: {method.cost}"
+        rows.append([f"`{name}`", about, paper, use])
     return table(head, rows)
 
 

@@ -23,6 +23,15 @@ def value_problems(config: RunConfig) -> list[str]:
         (config.lora.target_modules not in ("", []), "lora.target_modules: names no layer; null: PEFT's for the model"),
         (config.head.training == "task" or config.head.kind == "lda", "head.training: seen belongs to head.kind: lda"),
         (not config.head.strict or config.head.kind == "lda", "head.strict: belongs to head.kind: lda"),
+        (
+            config.head.solver == "lda" or (config.head.kind == "lda" and config.kind.has_head),
+            f"head.solver: {config.head.solver} belongs to head.kind: lda of a classifier",
+        ),
+        (
+            config.head.solver == "lda" or not config.head.strict,
+            f"head.solver: {config.head.solver} changes the rows of all classes with every task, which head.strict "
+            "excludes; use lda",
+        ),
         (config.trains or config.head.kind != "linear", "trains: false needs head.kind: lda"),
     ]
     problems = [message for fine, message in checks if not fine]
@@ -107,10 +116,16 @@ def _merge_problems(config: RunConfig) -> list[str]:
 def _search_problems(config: RunConfig) -> list[str]:
     """Why there is no merge line θ + αΔ to search, or nothing to search it with."""
     merge, method, problems = config.merge, config.merging_method, list[str]()
-    if not config.rehearses:
+    if not (config.rehearses or (config.analytic_head and config.kind.has_head)):
+        needed = "head.kind: lda" if config.kind.has_head else "strategy.replay: generated"
         problems.append(
-            "merge.coefficient: search measures the earlier tasks on their written rows; set strategy.replay: "
-            "generated, or give a number"
+            "merge.coefficient: search measures the earlier tasks on their written rows, or on draws of their classes; "
+            f"set {needed}, or give a number"
+        )
+    if config.trains is False or config.head.strict or config.strategy.joint:
+        problems.append(
+            "merge.coefficient: search needs several tasks that train the backbone; leave out trains: false, "
+            "head.strict and strategy.joint"
         )
     if method.kernel is not None or (merge.train_from or method.train_from) != "merged":
         problems.append(

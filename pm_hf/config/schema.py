@@ -176,7 +176,8 @@ class MergeSettings:
     coefficient: Annotated[Number, Field(ge=0, le=1)] | Literal["average", "fisher", "search"] | None = setting(
         None,
         "of every task but the first: a number; average: 1/t; fisher: the published closed form (method pm); search: "
-        "the best on held-out rows and the pool (strategy.replay); null: the method's",
+        "the best on held-out rows and what stands for earlier tasks, the pool (strategy.replay) or draws of their "
+        "classes (head.kind lda); null: the method's",
     )
     max_rank: Whole | None = setting(64, "rank kept; null: exact, the rank grows with every task", ge=1)
     on_zero_curvature: Literal["error", "average"] = setting("average", "pm: refuse, or 1/t; the same as in `options`")
@@ -201,6 +202,11 @@ class HeadSettings:
     )
     drift: Literal["ridge", "none"] = setting("ridge", "lda: how old class means follow the backbone")
     ridge: Number = setting(1.0, "lda: λ = ridge · tr(FᵀF)/d of the drift regression", gt=0)
+    solver: Literal["lda", "bound", "search"] = setting(
+        "lda",
+        "lda: rows are the discriminants, or minimise a bound of the expected loss with each class's own covariance; "
+        "search: those that lose less on rows held out in turn",
+    )
     strict: Flag = setting(False, "lda: freeze backbone and covariance after task 1, old rows stay bit-identical")
 
 
@@ -313,7 +319,7 @@ class RunConfig:
 
     @property
     def searches(self) -> bool:
-        """Whether the coefficient is searched for on held-out rows and the pool."""
+        """Whether the coefficient is searched for on held-out rows and what stands for the earlier tasks."""
         return self.merge.coefficient == "search"
 
     @property

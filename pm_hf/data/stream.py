@@ -192,6 +192,17 @@ def sample(rows: Rows, count: int | None, seed: int) -> Rows:
     return rows.take(order if count is None else order[:count])
 
 
+def sample_classes(rows: Rows, count: int, seed: int) -> Rows:
+    """About `count` rows drawn without repetition, as many of each class as it has and another has, at least one of
+    each, in a seeded order."""
+    order, taken = random.Random(f"sample/{seed}").sample(range(len(rows)), len(rows)), Counter[str]()
+    turn = {}
+    for index in order:
+        turn[index] = taken[rows.labels[index]]
+        taken[rows.labels[index]] += 1
+    return rows.take(sorted(order, key=lambda index: turn[index])[: max(count, len(taken))])
+
+
 def _task_labels(language: bool, train: Rows, test: Rows) -> tuple[str, ...]:
     return _closed_answers(train, test) if language else tuple(sorted(set(train.labels)))
 

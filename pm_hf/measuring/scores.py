@@ -1,5 +1,6 @@
 """Scores of a merged adapter on the tasks of a stream, loaded as every user loads it."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from pm_hf.models.contexts import autocast, evaluating
 from pm_hf.models.loading import has_tokenizer, load_merged
 from pm_hf.models.lora import find_head
 
+MOST_CONFUSIONS = 20  # pairs of classes that are kept
 ACCURACY_DESCRIPTION = "Accuracy of argmax over all classes seen, and of argmax inside the task's own classes."
 
 
@@ -60,6 +62,8 @@ class Scorer:
     autocast: torch.dtype | None
     device: torch.device = torch.device("cpu")
     cut: dict[str, int] = field(default_factory=dict)  # {task: test rows longer than max_length}
+    # {task: counts of (class, class that it was taken for)} of the classifier that was scored last
+    taken: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)
 
     def load(self, merged: Path, head: str | None) -> tuple[PeftModel, list[str]]:
         """The merged adapter on its base, as every user loads it, and the labels of its head's rows."""
@@ -138,6 +142,8 @@ class Scorer:
         for task in tasks:
             logits, truth = self.logits(model, task, labels, head)
             self.cut[task.name] = getattr(self.encoder, "cut", 0)
+            said = (classes[row] for row in logits.argmax(1).tolist())
+            self.taken[task.name] = Counter(zip((classes[row] for row in truth), said, strict=True))
             own = [classes.index(label) for label in task.own]
             scores.append(metric.compute(predictions=logits.numpy(), references=truth, own=own))
             if loss:
@@ -167,6 +173,16 @@ class Scorer:
                 scores.append(metric.compute(predictions=logits.numpy(), references=truth, own=own))
             self.cut[task.name] = scorer.encoder.cut
         return scores
+
+    def confusions(self, tasks: Sequence[Task]) -> list[tuple[str, str, int, int]]:
+        """(class, another that test rows of it were taken for, how many, test rows of the class), most first, at most
+        MOST_CONFUSIONS; [] for a language model."""
+        counts = sum((self.taken.get(task.name, Counter()) for task in tasks), Counter[tuple[str, str]]())
+        rows = Counter[str]()
+        for (label, _), count in counts.items():
+            rows[label] += count
+        wrong = [(label, said, count, rows[label]) for (label, said), count in counts.items() if label != said]
+        return sorted(wrong, key=lambda pair: (-pair[2], pair[:2]))[:MOST_CONFUSIONS]
 
     def cut_notes(self, tasks: Sequence[Task]) -> list[str]:
         """What is to be said of test rows that were scored without a part of them."""

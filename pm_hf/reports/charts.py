@@ -1,41 +1,32 @@
-"""Charts as SVG that adapt to light and dark, and the same charts and matrices as PNG."""
+"""Charts and heat maps as pictures: where everything stands. `canvas` draws them as SVG and PNG."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from html import escape as html_escape
 from pathlib import Path
 
-import numpy as np
-
-from pm_hf.text import printable
-
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 340, 64, 16, 16, 52  # pixels
-
-
-# of the series c0 … c7, on a light and on a dark ground
-LIGHT = ("#0b5cad", "#b3450b", "#1c7a3e", "#8a2ba0", "#8a6100", "#c2185b", "#00727a", "#4a4f57")
-DARK = ("#6db3f8", "#ff9d5c", "#66d08c", "#d998ec", "#e6bb4a", "#ff86b3", "#4fd0d8", "#b9c0c8")
-SOFT = "#5b6470"  # of what is not a series
-
-
-def _variables(colours: Sequence[str]) -> str:
-    return ";".join(f"--c{i}:{colour}" for i, colour in enumerate(colours))
-
-
-STYLE = (
-    f".chart{{--ink:#1a1d21;--soft:{SOFT};--rule:#d5dae0;{_variables(LIGHT)};"
-    "font:13px system-ui,sans-serif;max-width:100%;height:auto}\n"
-    f"@media (prefers-color-scheme:dark){{.chart{{--ink:#e8eaed;--soft:#a8b0ba;--rule:#3a4149;{_variables(DARK)}}}}}\n"
-    ".chart text{fill:var(--ink)}.chart .tick{fill:var(--soft)}.chart .rule{stroke:var(--rule);stroke-width:1}\n"
-    ".chart .mark{stroke:var(--soft);stroke-width:1;stroke-dasharray:2 3}\n"
-    ".chart path{fill:none;stroke-width:2}.chart .dot{stroke-width:1.5}\n"
-    + "".join(f".chart .c{i}{{stroke:var(--c{i});--own:var(--c{i})}}" for i in range(len(LIGHT)))
-    + ".chart .full{fill:var(--own)}.chart .open{fill:none}"
+from pm_hf.files import write_text
+from pm_hf.reports.canvas import (
+    LIGHT,
+    SHAPES,
+    Bar,
+    Curve,
+    Label,
+    Line,
+    Picture,
+    Point,
+    Shape,
+    picture_svg,
+    text_width,
+    write_picture,
 )
-SHAPES = "circle", "square", "up", "down", "diamond", "cross"
-DASHES = "", "6 3", "2 2", "8 3 2 3"
+from pm_hf.text import format_number
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LEGEND = 480, 280, 64, 12, 14, 52, 22  # pixels
+SHORT_NAME = 22  # characters of names of which two stand side by side in a legend
+CELL = (52, 26)  # pixels of a heat map's cell with a number in it
+LONGEST_NAME, MOST_NUMBERED = 24, 20  # characters of a task's name, tasks whose scores are written into the cells
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,8 @@ class Series:
 class Chart:
     """What a chart shows. name: of its file; about: one sentence of what is to be seen, for who does not see it.
 
-    marks: {x: name} of upright lines. limits: of the y axis, by default those of the points.
+    marks: {x: name} of upright lines. limits: of the y axis, by default those of the points. bars: from 0, side by
+    side, instead of points.
     """
 
     name: str
@@ -68,6 +60,7 @@ class Chart:
     about: str = ""
     marks: dict[float, str] = field(default_factory=dict)
     limits: tuple[float, float] | None = None
+    bars: bool = False
 
     @cached_property
     def points(self) -> list[tuple[float, float]]:
@@ -85,34 +78,88 @@ class Chart:
         """Ends of the x and the y axis, each with some room."""
         xs, ys = zip(*self.points, strict=True)
         low, high = self.limits or (min(ys), max(ys))
+        low, high = (min(low, 0.0), max(high, 0.0)) if self.bars else (low, high)
         room = 0.0 if self.limits else 0.05 * (high - low) or 0.05 * abs(high) or 0.5
-        side = 0.03 * (max(xs) - min(xs)) or 0.5
+        side = 0.5 if self.bars else 0.03 * (max(xs) - min(xs)) or 0.5
         bottom = max(0.0, low - room) if low >= 0 else low - room
         return (min(xs) - side, max(xs) + side), (bottom, high + room)
 
-
-def escape(text: str) -> str:
-    """Text in HTML and XML, which know no control characters."""
-    return html_escape(printable(text))
+    @cached_property
+    def constant(self) -> float | None:
+        """The one value that all points have, None where they differ or there is only one."""
+        values = {y for _, y in self.points}
+        return values.pop() if len(values) == 1 and len(self.points) > 1 and not self.marks else None
 
 
 def svg(chart: Chart, identifier: str, *, alone: bool = False) -> str:
     """The chart as an <svg> with a title and a description; `alone`: as a file of its own, with the style in it."""
-    columns = 3 if max(len(series.name) for series in chart.series) <= 30 else 1
-    height = HEIGHT + 22 * math.ceil(len(chart.series) / columns)
-    head = 'xmlns="http://www.w3.org/2000/svg" ' if alone else ""
-    about = f"{chart.title}. {chart.about}".strip()
-    parts = [
-        f'<svg {head}class="chart" role="img" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
-        f' aria-labelledby="{identifier}-t {identifier}-d">',
-        f'<title id="{identifier}-t">{escape(chart.title)}</title><desc id="{identifier}-d">{escape(about)}</desc>',
-        f"<style>{STYLE}</style>" if alone else "",
-    ]
-    parts += [*_axes(chart), *_marks(chart)]
+    return picture_svg(chart_picture(chart, titled=alone), identifier, alone=alone)
+
+
+def write_chart(chart: Chart, path: Path) -> None:
+    """The chart as .svg or .png, by the file's name."""
+    _write(chart_picture(chart, titled=True), path)
+
+
+def write_matrix(
+    scores: Sequence[Sequence[float | None]], tasks: Sequence[str], path: Path, title: str, *, lower: bool
+) -> None:
+    """A heat map as .svg or .png: tasks down, what was learned across; a stronger colour is a better score."""
+    _write(matrix_picture(scores, tasks, title, lower=lower), path)
+
+
+def _write(picture: Picture, path: Path) -> None:
+    text = write_picture(picture, path)
+    if text is not None:
+        write_text(path, text)
+
+
+def chart_picture(chart: Chart, *, titled: bool = False) -> Picture:
+    """Axes, marks, series and legend; titled: with the title above."""
+    shapes: list[Shape] = [*_axes(chart), *_marks(chart)]
     for place, series in enumerate(chart.series):
-        parts += _drawn(chart, series, place)
-    parts += _legend(chart, columns)
-    return "\n".join([part for part in parts if part] + ["</svg>"])
+        shapes += _bars(chart, series, place) if chart.bars else _drawn(chart, series, place)
+    columns = 2 if max(len(series.name) for series in chart.series) <= SHORT_NAME else 1
+    height = HEIGHT + LEGEND * math.ceil(len(chart.series) / columns)
+    shapes += _legend(chart, columns)
+    shapes += [Label(12, -4, chart.title)] * titled
+    return Picture(WIDTH, height, chart.title, chart.about, shapes, LEGEND * titled)
+
+
+def matrix_picture(
+    scores: Sequence[Sequence[float | None]], tasks: Sequence[str], title: str, *, lower: bool
+) -> Picture:
+    """A cell for each score, crossed out where there is none; numbers where they have room."""
+    known = [score for row in scores for score in row if score is not None]
+    low, high = min(known), max(known)
+    numbered, (wide, high_cell) = len(tasks) <= MOST_NUMBERED, CELL
+    width = wide if numbered else max(6, 960 // len(scores))
+    names = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in tasks]
+    left, top = max(map(text_width, names)) + 16, 64
+    shapes: list[Shape] = [Label(8, 20, title), Label(left, 42, "tasks learned", faint=True)]
+    every = 1 if numbered else math.ceil(len(scores) / MOST_NUMBERED)
+    shapes += [
+        Label(left + width * (t + 0.5), top - 6, str(t + 1), "middle", faint=True) for t in range(0, len(scores), every)
+    ]
+    for i, name in enumerate(names):
+        y = top + high_cell * i
+        shapes.append(Label(left - 8, y + 18, name, "end"))
+        for t, row in enumerate(scores):
+            x, score = left + width * t, row[i]
+            if score is None:
+                shapes.append(Line((x + 1, y + high_cell - 1), (x + width - 1, y + 1)))
+                continue
+            share = (score - low) / (high - low) if high > low else 1.0
+            hint = f"{tasks[i]} after {t + 1}: {score:.3f}"
+            better = 1 - share if lower and high > low else share
+            shapes.append(Bar(x + 1, y + 1, width - 2, high_cell - 2, share=better, hint=hint))
+            shapes += [Label(x + width / 2, y + 18, format_number(score, 2), "middle")] * numbered
+    ends = (high, low) if lower else (low, high)
+    bottom = top + high_cell * len(tasks) + 24
+    key = f"from {ends[0]:.3f} (worst) to {ends[1]:.3f} (best); a stroke: not measured"
+    shapes.append(Label(8, bottom, key, faint=True))
+    across = max(left + width * len(scores) + 8, text_width(title) + 16, text_width(key) + 16)
+    return Picture(math.ceil(across), bottom + 12, title, key, shapes)
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:
@@ -131,33 +178,26 @@ def _place(chart: Chart, x: float, y: float) -> tuple[float, float]:
     return round(across, 1), round(down, 1)
 
 
-def _axes(chart: Chart) -> list[str]:
+def _axes(chart: Chart) -> list[Shape]:
     (left, right), (low, high) = chart.ranges
-    parts = []
-    for y in ticks(low, high):
+    shapes: list[Shape] = []
+    for y in ticks(low, high, 5):
         _, down = _place(chart, left, y)
-        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down}" y2="{down}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{down + 4}" text-anchor="end">{y:g}</text>')
-    for x in ticks(left, right, 10):
+        shapes.append(Line((LEFT, down), (WIDTH - RIGHT, down)))
+        shapes.append(Label(LEFT - 8, down + 5, f"{y:g}", "end", faint=True))
+    for x in ticks(left, right, 7):
         if chart.whole and x != int(x):
             continue
         across, _ = _place(chart, x, low)
-        parts.append(f'<text class="tick" x="{across}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:g}</text>')
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 14}" text-anchor="middle">{escape(chart.x)}</text>')
-    parts.append(
-        f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(chart.y)}</text>'
-    )
-    return parts
+        shapes.append(Label(across, HEIGHT - BOTTOM + 19, f"{x:g}", "middle", faint=True))
+    shapes.append(Label((LEFT + WIDTH) / 2, HEIGHT - 12, chart.x, "middle"))
+    shapes.append(Label(14, (TOP + HEIGHT - BOTTOM) / 2, chart.y, "middle", turned=True))
+    return shapes
 
 
-def _marks(chart: Chart) -> list[str]:
-    parts = []
-    for x, name in chart.marks.items():
-        across, _ = _place(chart, x, 0)
-        line = f'<line class="mark" x1="{across}" x2="{across}" y1="{TOP}" y2="{HEIGHT - BOTTOM}">'
-        parts.append(f"{line}<title>{escape(name)}</title></line>")
-    return parts
+def _marks(chart: Chart) -> list[Shape]:
+    places = ((_place(chart, x, 0)[0], name) for x, name in chart.marks.items())
+    return [Line((x, TOP), (x, HEIGHT - BOTTOM), "mark", name) for x, name in places]
 
 
 def _look(series: Series, place: int) -> tuple[int, int]:
@@ -166,110 +206,50 @@ def _look(series: Series, place: int) -> tuple[int, int]:
     return colour % len(LIGHT), shape % len(SHAPES)
 
 
-def _drawn(chart: Chart, series: Series, place: int) -> list[str]:
+def _drawn(chart: Chart, series: Series, place: int) -> list[Shape]:
     colour, shape = _look(series, place)
-    markers, path, pen = [], [], "M"
+    parts: list[list[tuple[float, float]]] = [[]]
+    points: list[Shape] = []
     for x, y in zip(series.x, series.y, strict=True):
         if y is None:
-            pen = "M"
+            parts.append([])
             continue
         across, down = _place(chart, x, y)
-        path.append(f"{pen}{across} {down}")
-        pen = "L"
-        hint = f"<title>{escape(series.name)}: {y:.4g} at {x:g}</title>" if series.line else ""
-        markers += [marker(across, down, SHAPES[shape], colour, hint)] * series.dots
-    dash = f' stroke-dasharray="{DASHES[series.dash]}"' if series.dash else ""
-    line = [f'<path class="c{colour}"{dash} d="{" ".join(path)}"/>'] if series.line and path else []
-    return line + markers
+        parts[-1].append((across, down))
+        hint = f"{series.name}: {y:.4g} at {x:g}" if series.line else ""
+        points += [Point(across, down, shape, colour, hint)] * series.dots
+    curves = [part for part in parts if part]
+    line: list[Shape] = [Curve(curves, colour, series.dash)] if series.line and curves else []
+    return line + points
 
 
-def marker(x: float, y: float, shape: str, colour: int, inside: str = "", size: float = 4) -> str:
-    """One point as an SVG element."""
-    kind, s = f'class="dot full c{colour}"', size
-    if shape == "circle":
-        return f'<circle {kind} cx="{x}" cy="{y}" r="{s - 0.5}">{inside}</circle>'
-    corners = {
-        "square": [(-s, -s), (s, -s), (s, s), (-s, s)],
-        "up": [(0, -s), (s, s), (-s, s)],
-        "down": [(0, s), (s, -s), (-s, -s)],
-        "diamond": [(0, -s - 1), (s + 1, 0), (0, s + 1), (-s - 1, 0)],
-        "cross": [(-s, -s), (s, s), (0, 0), (s, -s), (-s, s), (0, 0)],
-    }[shape]
-    listed = " ".join(f"{round(x + dx, 1)},{round(y + dy, 1)}" for dx, dy in corners)
-    return f'<polygon {kind} points="{listed}">{inside}</polygon>'
+def _bars(chart: Chart, series: Series, place: int) -> list[Shape]:
+    """Bars from 0; those of one x stand side by side, in the order of the series."""
+    (left, right), _ = chart.ranges
+    unit = (WIDTH - LEFT - RIGHT) / (right - left)
+    width = round(0.8 * unit / len(chart.series), 1)
+    shapes: list[Shape] = []
+    for x, y in zip(series.x, series.y, strict=True):
+        if y is not None:
+            across, down = _place(chart, x, y)
+            _, zero = _place(chart, x, 0)
+            start = round(across - 0.4 * unit + place * width, 1)
+            hint = f"{series.name}: {y:.4g} at {x:g}"
+            height = round(abs(down - zero), 1)
+            shapes.append(Bar(start, min(down, zero), width, height, _look(series, place)[0], hint=hint))
+    return shapes
 
 
-def _legend(chart: Chart, columns: int) -> list[str]:
-    parts, width = [], (WIDTH - LEFT) / columns
+def _legend(chart: Chart, columns: int) -> list[Shape]:
+    shapes: list[Shape] = []
+    width = (WIDTH - 12) / columns
     for place, series in enumerate(chart.series):
-        x, y = LEFT + width * (place % columns), HEIGHT + 22 * (place // columns) + 6
+        x, y = 12 + width * (place % columns), HEIGHT + LEGEND * (place // columns) + 6
         colour, shape = _look(series, place)
-        dash = f' stroke-dasharray="{DASHES[series.dash]}"' if series.dash else ""
-        line = f'<path class="c{colour}"{dash} d="M{x} {y}L{x + 28} {y}"/>' if series.line else ""
-        parts.append(line + marker(x + 14, y, SHAPES[shape], colour) * series.dots)
-        parts.append(f'<text x="{x + 36}" y="{y + 4}">{escape(series.name)}</text>')
-    return parts
-
-
-PNG_MARKERS, PNG_LINES = "os^vDX", ("-", "--", ":", "-.")  # of SHAPES and DASHES
-
-
-def write_chart(chart: Chart, path: Path) -> None:
-    """The chart as PNG, 150 dots per inch."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for place, series in enumerate(chart.series):
-        values = [float("nan") if y is None else y for y in series.y]
-        colour, shape = _look(series, place)
-        axes.plot(
-            series.x,
-            values,
-            label=printable(series.name),
-            color=LIGHT[colour],
-            marker=PNG_MARKERS[shape] if series.dots else "",
-            linestyle=PNG_LINES[series.dash] if series.line else "none",
-            markersize=5 if series.line else 3,
-        )
-    for x in chart.marks:
-        axes.axvline(x, color=SOFT, linewidth=0.8, linestyle=":")
-    across, up = chart.ranges
-    axes.set(xlim=across, ylim=up)
-    for write, text in ((axes.set_title, chart.title), (axes.set_xlabel, chart.x), (axes.set_ylabel, chart.y)):
-        write(printable(text), parse_math=False)  # a name may have a $
-    if chart.whole:
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axes.grid(axis="y", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    for name in axes.legend(frameon=False).get_texts():
-        name.set_parse_math(False)
-    figure.savefig(path)
-
-
-def write_matrix(
-    scores: Sequence[Sequence[float | None]], tasks: Sequence[str], path: Path, title: str, *, lower: bool
-) -> None:
-    """A heat map as PNG: tasks down, what was learned across; a stronger colour is a better score."""
-    from matplotlib.figure import Figure
-
-    rows = np.array(scores, dtype=float).T  # None is NaN
-    low, high = np.nanmin(rows), np.nanmax(rows)
-    numbered = len(tasks) <= 20
-    side = 1.5 + 0.5 * min(len(tasks), 20)
-    figure = Figure(figsize=(side + 2.5, side + 0.5), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(rows, cmap="Blues_r" if lower else "Blues", aspect="auto")
-    for i, t in np.argwhere(np.isfinite(rows)) if numbered else ():
-        share = (rows[i, t] - low) / (high - low or 1)
-        colour = "white" if (1 - share if lower else share) > 0.6 else "black"
-        axes.text(t, i, f"{rows[i, t]:.2f}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set(xlabel="tasks learned", ylabel="task")
-    axes.set_title(printable(title), parse_math=False)  # a name may have a $
-    short = [name if len(name) <= 24 else name[:23] + "…" for name in map(printable, tasks)]
-    axes.set_yticks(range(len(tasks)), short, parse_math=False)
-    every = max(1, len(scores) // 20)
-    axes.set_xticks(range(0, len(scores), every), [str(t + 1) for t in range(0, len(scores), every)])
-    figure.colorbar(image, ax=axes)
-    figure.savefig(path)
+        if chart.bars:
+            shapes.append(Bar(x + 8, y - 6, 12, 12, colour))
+        else:
+            shapes += [Curve([[(x, y), (x + 28, y)]], colour, series.dash)] * series.line
+            shapes += [Point(x + 14, y, shape, colour)] * series.dots
+        shapes.append(Label(x + 36, y + 5, series.name))
+    return shapes

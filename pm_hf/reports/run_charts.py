@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 from pm_hf.reports.charts import Chart, Series, write_chart
+from pm_hf.reports.verdict import Group, group_runs
 from pm_hf.runs.records import CLASS_INCREMENTAL, COMPARED_COEFFICIENTS, TASK_INCREMENTAL, Report, TaskRecord
 from pm_hf.text import format_metric
 
@@ -45,62 +47,76 @@ COSTS: tuple[tuple[str, Cost, str, str, str], ...] = (  # (name, what of a recor
 
 
 def charts(runs: list[Report]) -> list[Chart]:
-    """Every chart that the runs have the numbers for; a run has one colour and one shape in all of them."""
-    lost = f"{metric_name(runs[0].metric)} lost"
-    forgotten = _of_runs(runs, [run.forgetting for run in runs], line=False)
-    about = "A positive number is what was lost since the task's best score."
+    """Every chart that the runs have the numbers for; seeds of one method are drawn as their mean, which has one colour
+    and one shape in all of them."""
+    groups, lost = group_runs(runs), f"{metric_name(runs[0].metric)} lost"
+    forgotten = _of_groups(groups, lambda run: run.forgetting)
+    about = "What each task lost since its best score; below zero it became better."
     drawn = [
-        means_chart(runs),
-        Chart("forgetting", "Forgetting of each task", "task", lost, forgotten, about),
-        _coefficient_chart(runs),
+        means_chart(groups),
+        Chart("forgetting", "Forgetting of each task", "task", lost, forgotten, about, bars=True),
+        _coefficient_chart(groups),
         *(_loss_chart(run, place) for place, run in enumerate(runs, start=1)),
     ]
     for file, cost, title, unit, about in COSTS:
-        values = [[None if record is None else cost(record) for record in run.records] for run in runs]
-        drawn.append(Chart(file, title, "task", unit, _of_runs(runs, values), about))
+        drawn.append(Chart(file, title, "task", unit, _of_groups(groups, partial(_costs, cost)), about))
     drawn += [chart for place, run in enumerate(runs, start=1) for chart in search_charts(run, place, len(runs))]
     drawn += [chart for place, run in enumerate(runs, start=1) for chart in line_charts(run, place, len(runs))]
     return [chart for chart in drawn if chart.points]
 
 
-def means_chart(runs: list[Report]) -> Chart:
-    """Mean score on the tasks seen after each task, one line a run."""
-    means = [_means(run, place) for place, run in enumerate(runs)]
-    title, name = "Mean score on the tasks seen", metric_name(runs[0].metric)
+def means_chart(groups: Sequence[Group]) -> Chart:
+    """Mean score on the tasks seen after each task, one line a group."""
+    means = [_means(group, place) for place, group in enumerate(groups)]
+    title, name = "Mean score on the tasks seen", metric_name(groups[0].runs[0].metric)
     about = "After each task, the mean over the tasks learned until then; it may fall as tasks are added."
     return Chart("score-after-each-task", title, "tasks learned", f"mean {name}", means, about)
 
 
 def plot_means(runs: list[Report], path: Path) -> None:
-    """That chart as PNG, the runs called by their methods; accuracies from 0 to 1. Needs the extra `plots`."""
+    """That chart as a file, each run for itself and called by its method; accuracies from 0 to 1. A PNG needs the extra
+    `plots`."""
     limits = (0.0, 1.02) if runs[0].metric == CLASS_INCREMENTAL else None
-    write_chart(replace(means_chart([replace(run, label=run.method) for run in runs]), limits=limits), path)
+    write_chart(replace(means_chart([Group(run.method, [run]) for run in runs]), limits=limits), path)
 
 
-def _of_runs(runs: list[Report], values: list[list[float | None]], *, line: bool = True) -> list[Series]:
-    """One series a run, for the runs that have a value."""
+def _of_groups(groups: Sequence[Group], values: Callable[[Report], Sequence[float | None]]) -> list[Series]:
+    """One series a group, the mean of its runs, for the groups that have a value."""
+    means = [_mean_of_each([values(run) for run in group.runs]) for group in groups]
     return [
-        Series(run.label, _count(len(y)), y, line=line, colour=place, shape=place)
-        for place, (run, y) in enumerate(zip(runs, values, strict=True))
+        Series(group.label, _count(len(y)), y, colour=place, shape=place)
+        for place, (group, y) in enumerate(zip(groups, means, strict=True))
         if any(value is not None for value in y)
     ]
 
 
-def _means(run: Report, place: int) -> Series:
+def _mean_of_each(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """Of values that stand below each other, the mean of those that there are."""
+    columns = ([value for value in column if value is not None] for column in zip(*rows, strict=False))
+    return [fmean(column) if column else None for column in columns]
+
+
+def _costs(cost: Cost, run: Report) -> list[float | None]:
+    return [None if record is None else cost(record) for record in run.records]
+
+
+def _means(group: Group, place: int) -> Series:
     """The mean after each task; of a joint training, which has one, a level to compare with."""
-    last = run.means[-1]
-    name = run.label if last is None else f"{run.label} ({last:.3f})"
-    if run.joint:
-        count = len(run.tasks)
-        return Series(name, _count(count), run.means[-1:] * count, colour=place, dash=1, dots=False)
-    return Series(name, _count(len(run.means)), run.means, colour=place, shape=place)
+    means = _mean_of_each([run.means for run in group.runs])
+    last = means[-1]
+    name = group.label if last is None else f"{group.label} ({last:.3f})"
+    if group.joint:
+        count = len(group.runs[0].tasks)
+        return Series(name, _count(count), means[-1:] * count, colour=place, dash=1, dots=False)
+    return Series(name, _count(len(means)), means, colour=place, shape=place)
 
 
-def _coefficient_chart(runs: list[Report]) -> Chart:
-    used = [[None if alpha is None or run.joint else alpha.used for alpha in run.alphas] for run in runs]
-    series = _of_runs(runs, used)
+def _coefficient_chart(groups: Sequence[Group]) -> Chart:
+    series = _of_groups(
+        groups, lambda run: [None if alpha is None or run.joint else alpha.used for alpha in run.alphas]
+    )
     if series:
-        longest = max(len(of_run.x) for of_run in series)
+        longest = max(len(of_group.x) for of_group in series)
         inverse = [1 / t for t in _count(longest)]
         series.append(Series("1/t", _count(longest), inverse, colour=7, shape=5, dash=1))
     about = "With what weight each task was folded in; 1/t would make the merge the mean of the tasks."
@@ -125,7 +141,8 @@ def _loss_chart(run: Report, place: int) -> Chart:
 
 
 def search_charts(run: Report, place: int, runs: int) -> list[Chart]:
-    """What the coefficient of each task was searched with: losses of held-out new rows and of the pool."""
+    """What the coefficient of each task was searched with: losses of held-out new rows and of the earlier tasks', the
+    pool or draws of their classes."""
     drawn = []
     for t, record in enumerate(run.records, start=1):
         if record is None or not record.search or record.coefficient is None:
@@ -133,13 +150,14 @@ def search_charts(run: Report, place: int, runs: int) -> list[Chart]:
         x, chosen = [point["coefficient"] for point in record.search], record.coefficient.used
         sums = dict(zip(x, [point["objective"] for point in record.search], strict=True))
         series = [Series("objective", x, list(sums.values()), colour=0, shape=0)]
-        series.append(Series("written rows, a task", x, [p["old"] for p in record.search], colour=1, shape=1))
+        rows, unit = ("written", "token") if record.replay else ("drawn", "row")
+        series.append(Series(f"{rows} rows, a task", x, [p["old"] for p in record.search], colour=1, shape=1))
         series.append(Series("new rows held out", x, [p["new"] for p in record.search], colour=2, shape=2))
         series.append(Series(f"chosen {chosen:.1f}", [chosen], [sums[chosen]], line=False, colour=3, shape=3))
         where = f"task {t}, {record.task}" + (f", {run.label}" if runs > 1 else "")
         about = "Chosen is the smallest coefficient within one standard error of the smallest objective."
         name = f"search-{t}" if runs == 1 else f"search-{place}-{t}"
-        title, unit = f"Search of the coefficient of {where}", "cross-entropy, nats a token"
+        title, unit = f"Search of the coefficient of {where}", f"cross-entropy, nats a {unit}"
         drawn.append(Chart(name, title, "coefficient α", unit, series, about, _marks(series)))
     return drawn
 

@@ -3,7 +3,7 @@
 Language models have no head; what their answers are chosen by can be computed in the same way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,22 +13,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pm_hf.adapters.folder import replace_head
+from pm_hf.adapters.folder import folded_tasks, replace_head
 from pm_hf.config.schema import HeadSettings, RunConfig
 from pm_hf.data.rows import Rows
-from pm_hf.data.stream import Task, sample
+from pm_hf.data.stream import Task, sample, sample_classes
 from pm_hf.errors import InputError
 from pm_hf.measuring.analytic_head import (
+    SOLVERS,
     HeadStatistics,
+    compared,
     held_out_temperature,
     leave_one_out,
     merge_temperature,
     ridge_drift,
 )
+from pm_hf.measuring.bound_head import DIRECTIONS
+from pm_hf.measuring.head_search import NODES, head_search
+from pm_hf.measuring.line_search import Point
 from pm_hf.measuring.scores import Scorer
 from pm_hf.merging.lowrank import LowRank
-from pm_hf.models.lora import find_head, head_matrix
-from pm_hf.models.task_model import TaskModel
+from pm_hf.models.contexts import scaled_adapter
+from pm_hf.models.lora import adapted_layers, find_head, head_matrix
+from pm_hf.models.task_model import TASK_ADAPTER, TaskModel
 from pm_hf.runs.paths import STATISTICS_FILE, TaskPaths
 from pm_hf.runs.start import TaskStart
 
@@ -48,6 +54,10 @@ class HeadPolicy:
     def curvature_heads(self, built: TaskModel, start: TaskStart) -> dict[str, LowRank] | None:
         """{head: its [weight | bias] before the task, (rows, in + 1)} of a head that belongs into the curvature."""
         return None
+
+    def search(self, built: TaskModel, task: Task, start: TaskStart, rows: int) -> list[Point]:
+        """What the coefficient of a trained task is searched with, measured on about so many of its rows; nothing."""
+        return []
 
     def after_merge(
         self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None, *, trained: bool
@@ -129,16 +139,32 @@ class AnalyticHead(HeadPolicy):
         in, and the row with the largest logit decides.
         """
         module, settings = str(head), self.settings
-        statistics = _load_statistics(start.statistics)
+        known = _load_statistics(start.statistics, 0 if settings.solver == "lda" else DIRECTIONS)
         features = self.scorer.features(paths.merged, task.train, task.own, module)
-        if statistics.labels and settings.drift == "ridge" and trained and start.running is not None:
+        if known.labels and settings.drift == "ridge" and trained and start.running is not None:
             before = self._features_before(start.running.path, task, module)
-            statistics = statistics.moved(ridge_drift(before, features, settings.ridge))
-        statistics, temperature = self._with_task(statistics, features, task)
+            known = known.moved(ridge_drift(before, features, settings.ridge))
+        statistics, temperature = self._with_task(known, features, task)
+        statistics, solver, temperature = self._solver(known, statistics, temperature, features, task)
         statistics.save(paths.statistics)
-        weight, bias = (value if statistics.temperature else value / temperature for value in statistics.solve())
+        rows = SOLVERS[solver](statistics)
+        weight, bias = (value if statistics.temperature else value / temperature for value in rows)
         replace_head(paths.merged, module, weight, bias, statistics.labels)
-        return []
+        return [] if solver == _best_solver(known.losses) else [f"head.solver: {solver} from {task.name} on"]
+
+    def _solver(
+        self, known: HeadStatistics, statistics: HeadStatistics, temperature: float, features: Tensor, task: Task
+    ) -> tuple[HeadStatistics, str, float]:
+        """(statistics with what the solvers lose on rows held out in turn, of all tasks, the solver of the rows, their
+        temperature). known: the statistics without the task; temperature: that of the discriminants."""
+        settings, own_mean = self.settings, self.settings.means == "task"
+        if settings.solver == "lda":
+            return statistics, "lda", temperature
+        asked = tuple(SOLVERS) if settings.solver == "search" else (settings.solver,)
+        found = compared(known, features, task.train.labels, asked, one_mean_per_task=own_mean)
+        losses = {name: known.losses.get(name, 0.0) + nats for name, (nats, _) in found.items()} or known.losses
+        solver = _best_solver(losses)
+        return replace(statistics, losses=losses), solver, found[solver][1] if solver in found else temperature
 
     def _with_task(self, statistics: HeadStatistics, features: Tensor, task: Task) -> tuple[HeadStatistics, float]:
         """(statistics with the task's own classes, their temperature); in strict mode frozen from the first task on."""
@@ -149,6 +175,33 @@ class AnalyticHead(HeadPolicy):
         if self.settings.strict and statistics.temperature is None:
             statistics = statistics.frozen(temperature)
         return statistics, temperature
+
+    def search(self, built: TaskModel, task: Task, start: TaskStart, rows: int) -> list[Point]:
+        """J(α) against draws of the earlier classes, see `head_search`.
+
+        Half of the rows, at most, are those held out of the training (`Task.eval`). The task adapter is scaled.
+        """
+        assert start.running is not None
+        seed, settings = self.scorer.config.seed + start.index, self.settings
+        features = dict[float, Tensor]()
+        held_out = sample_classes(task.eval, rows // 2, seed)
+        fitted = sample_classes(task.train, rows - len(held_out), seed)
+        model, layers = built.model.to(self.scorer.device), adapted_layers(built.model, TASK_ADAPTER)
+        for share in NODES:
+            with scaled_adapter(list(layers.values()), TASK_ADAPTER, share):
+                features[share] = self.scorer.features_of(model, fitted.with_rows(held_out), task.own, str(built.head))
+        return head_search(
+            _load_statistics(start.statistics),
+            {share: values[: len(fitted)] for share, values in features.items()},
+            fitted.labels,
+            {share: values[len(fitted) :] for share, values in features.items()},
+            held_out.labels,
+            earlier=folded_tasks(start.running),
+            ridge=settings.ridge,
+            drift=settings.drift == "ridge",
+            one_mean_per_task=settings.means == "task",
+            seed=seed,
+        )
 
     def _features_before(self, running: Path, task: Task, head: str) -> Tensor:
         """The task's features under the running merge, (n, d); the last ones are kept: a merge line has several merges
@@ -237,8 +290,14 @@ def _compete(linear: nn.Linear, weight: Tensor, bias: Tensor) -> RemovableHandle
     return linear.register_forward_hook(against_all)
 
 
-def _load_statistics(path: Path | None) -> HeadStatistics:
-    return HeadStatistics() if path is None else HeadStatistics.load(path)
+def _load_statistics(path: Path | None, directions: int = 0) -> HeadStatistics:
+    """The statistics of a file, with so many directions of each class; those of nothing without one."""
+    return (HeadStatistics() if path is None else HeadStatistics.load(path)).with_directions(directions)
+
+
+def _best_solver(losses: Mapping[str, float]) -> str:
+    """That of the least loss; the discriminants where nothing was compared."""
+    return min(losses, key=lambda solver: losses[solver], default="lda")
 
 
 def _class_indices(rows: Rows, labels: Sequence[str]) -> Tensor:

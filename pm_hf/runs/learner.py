@@ -62,6 +62,9 @@ from pm_hf.training.task_trainer import precision, train, training_arguments
 
 __all__ = ["ForgettingError", "evaluate", "learn"]
 
+SEARCH_COST = 0.1  # of the training's time, that the search of a classifier's coefficient takes
+LEAST_SEARCH_ROWS = 64
+
 
 def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> Report:
     """Run a stream of tasks, or continue it after the last finished one, and return its report.
@@ -239,6 +242,7 @@ class Run:
                 training=trained.record,
                 scores=scores,
                 held_out=held_out,
+                confusions=self.scorer.confusions(self._scored(index)),
                 untouched=untouched,
                 replay=replay,
                 search=trained.search,
@@ -274,7 +278,7 @@ class Run:
         stop.check()
         curvature = self._measure(built, task, start)
         stop.check()
-        search = on_main_process(lambda: self._search(built, task, start, rehearsed))
+        search = on_main_process(lambda: self._search(built, task, start, rehearsed, record))
         stop.check()
         on_main_process(lambda: self._save(built, task, self.folder.task(start.index).adapter))
         return TrainedTask(built.head, record, curvature, search)
@@ -452,11 +456,19 @@ class Run:
         on_main_process(lambda: curvature.save(path))
         return Curvature.load(path)  # from here on it is read a chunk at a time
 
-    def _search(self, built: TaskModel, task: Task, start: TaskStart, rehearsed: Rehearsed) -> list[Point]:
+    def _search(
+        self, built: TaskModel, task: Task, start: TaskStart, rehearsed: Rehearsed, record: TrainingRecord | None
+    ) -> list[Point]:
         """What the coefficient is chosen by where it is searched for; the first task is taken as it is."""
-        if self.rehearsal is None or not self.config.searches or start.running is None:
+        if not self.config.searches or start.running is None or record is None:
             return []
-        return self.rehearsal.search(built, task, rehearsed.pool)
+        if self.rehearsal is not None:
+            return self.rehearsal.search(built, task, rehearsed.pool)
+        args = training_arguments(self.config, self.folder.path, start.index)
+        batch = args.train_batch_size * args.gradient_accumulation_steps * process_count()
+        # three passes without gradients over this share of the rows that were trained on, of which each took three too
+        rows = max(LEAST_SEARCH_ROWS, int(SEARCH_COST * record.optimizer_steps * batch))
+        return self.head.search(built, task, start, rows)
 
     def _save(self, built: TaskModel, task: Task, path: Path) -> None:
         factors, saved, peft_config = task_tensors(built.model, self.config.stream.kind)
@@ -499,6 +511,10 @@ class Run:
         note = None if trained.search else "no written row of an earlier task to search with: 1/t"
         return replace(report, coefficient=replace(report.coefficient, source="line_search", note=note))
 
+    def _scored(self, index: int) -> Sequence[Task]:
+        """The tasks that are scored after a task."""
+        return self.stream.seen(index) if self.config.merges else (self.stream.tasks[index],)
+
     def _scores(
         self, model: nn.Module, labels: Sequence[str], head: str | None, index: int, answers: HeadStatistics | None
     ) -> tuple[dict[str, list[float | None]], dict[str, dict[str, float]]]:
@@ -506,8 +522,7 @@ class Run:
 
         Where tasks are not merged, each keeps the scores of its own adapter.
         """
-        merges, texts = self.config.merges, self.stream.held_out
-        tasks = self.stream.seen(index) if merges else (self.stream.tasks[index],)
+        merges, texts, tasks = self.config.merges, self.stream.held_out, self._scored(index)
         measured = self.scorer.score_loaded(model, labels, head, [*tasks, *texts], answers)
         of_tasks, of_texts = measured[: len(tasks)], measured[len(tasks) :]
         past = self.folder.record(index - 1).scores if index and not merges else {}

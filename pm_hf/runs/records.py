@@ -40,8 +40,9 @@ class TaskRecord:
     several coefficients, or none, decided the merge. merge_error: largest relative Frobenius error of a module.
     curvature_bytes: size of the sums. training: None where only the head was computed. scores: {metric: one score for
     each task seen}. held_out: {text: {metric: score}}; untouched: the same of the base, in the first task's record.
+    confusions: (class, another that test rows of it were taken for, how many, test rows of the class), most first.
     replay: counts and seconds of the written rows, see `pm_hf.runs.rehearsal`; search: the points of the coefficient's
-    search, see `search_points`; these three are left out where there is none. conditions: threads, processes, device,
+    search, see `search_points`; these four are left out where there is none. conditions: threads, processes, device,
     versions. files: {name in the task's folder: size and SHA-256} of what it left; inputs: what it depends on besides,
     see `pm_hf.runs.inputs`; {} where an older version wrote it.
     """
@@ -60,6 +61,7 @@ class TaskRecord:
     training: TrainingRecord | None = None
     scores: dict[str, list[float | None]] = field(default_factory=dict)
     held_out: dict[str, dict[str, float]] = field(default_factory=dict)
+    confusions: list[tuple[str, str, int, int]] = field(default_factory=list)
     untouched: dict[str, dict[str, float]] = field(default_factory=dict)
     replay: dict[str, Any] = field(default_factory=dict)
     search: list[dict[str, float]] = field(default_factory=list)
@@ -82,7 +84,7 @@ class TaskRecord:
             value = getattr(self, part.name)
             if part.name == "training":
                 content |= {} if value is None else value.to_dict()
-            elif part.name in ("untouched", "replay", "search") and not value:
+            elif part.name in ("untouched", "confusions", "replay", "search") and not value:
                 continue
             elif part.name == "conditions":
                 content |= value

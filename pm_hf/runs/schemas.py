@@ -110,6 +110,7 @@ class StepFile:
     test_rows: int | None = None
     scores: Scores = field(default_factory=dict)
     held_out: Texts = field(default_factory=dict)
+    confusions: list[tuple[str, str, int, int]] = field(default_factory=list)
     untouched: Texts = field(default_factory=dict)
     replay: ReplayFile | None = None
     search: list[SearchPointFile] = field(default_factory=list)

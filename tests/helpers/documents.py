@@ -288,6 +288,7 @@ def batched(examples: list[dict]) -> list[dict]:
 FOLDERS: dict[str, Callable[[Path], Names]] = {
     "README.md": readme,
     "docs/add-a-class.md": add_a_class,
+    "docs/choose.md": streams,
     "docs/coefficient.md": coefficient,
     "docs/general-ability.md": general_ability,
     "docs/index.md": index,

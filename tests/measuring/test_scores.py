@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -69,3 +71,17 @@ def test_logits_come_in_the_order_of_the_rows_whatever_the_batch_size(tiny_base,
     with torch.no_grad():
         alone = torch.cat([model(input_ids=torch.tensor([row["input_ids"]])).logits for row in rows])
     assert torch.allclose(logits, alone, atol=1e-5)
+
+
+def test_confusions_are_the_wrong_test_rows_by_class(finished_run):
+    run = finished_run(24, method="sequential")
+    records = [json.loads(path.read_text()) for path in sorted(run.glob("task-*/step.json"))]
+    assert any("confusions" in record for record in records)
+    for seen, record in enumerate(records, start=1):
+        wrong = sum(round((1 - score) * 16) for score in record["scores"]["class_incremental"])  # 2 classes of 8 rows
+        pairs = record.get("confusions", [])
+        assert len(pairs) < 20
+        assert sum(count for *_, count, _ in pairs) == wrong
+        assert {rows for *_, rows in pairs} <= {8}
+        assert all(label != taken and {label, taken} <= set(CLASSES[: 2 * seen]) for label, taken, *_ in pairs)
+        assert [count for *_, count, _ in pairs] == sorted((count for *_, count, _ in pairs), reverse=True)

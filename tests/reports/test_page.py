@@ -3,9 +3,10 @@
 import json
 import re
 from html.parser import HTMLParser
+from statistics import mean, stdev
 
 import pytest
-from helpers import refusal
+from helpers import edited_json, refusal
 from helpers.records import HOSTILE, matrix, page_of, write_run
 
 from pm_hf.cli import main
@@ -216,6 +217,53 @@ def test_settings_that_differ_are_named_first(runs):
     assert {row[0] for row in found.table("All settings")[1:]} >= {"training.learning_rate", "training.hub_token"}
 
 
+def test_seeds_of_one_method_are_one_row_and_one_line(tmp_path):
+    folders = [write_run(tmp_path / f"{m}{s}", TASKS[:2], m, s, R=matrix(2, s)) for m in ("pm", "best") for s in (1, 2)]
+    text, found = read(*folders)
+    _, *rows = found.table("Mean accuracy over tasks")
+    assert [row[0] for row in rows] == ["pm (2 seeds)", "best (2 seeds)"]
+    values = [json.loads((folder / "report.json").read_text())["metrics"]["ACC"] for folder in folders]
+    assert rows[0][1] == f"{mean(values[:2]):.3f} ± {stdev(values[:2]):.3f}"
+    assert text.count("<strong>") == 4  # the best of each average
+    assert "Further seeds" in text
+    drawn = re.search(r"<h3>Mean score on the tasks seen</h3>.*?</figure>", text, flags=re.S)[0]
+    assert drawn.count("<path") == 4  # two methods, in the chart and in its legend
+    assert f"pm ({mean(values[:2]):.3f})" in drawn
+
+
+def test_a_chart_whose_values_are_all_the_same_is_a_sentence(tmp_path):
+    folder = write_run(tmp_path / "run", ["a", "b"])
+    for path in folder.glob("task-*/step.json"):
+        edited_json(path, merge_error=0.0)
+    text, _ = read(folder)
+    assert "<p>Truncation error of each merge: 0 throughout.</p>" in text
+    assert "<h3>Truncation error" not in text
+    write_report([folder])
+    assert not list(folder.glob("plots/truncation*"))
+    assert list(folder.glob("plots/time-of-each-task.svg"))
+
+
+def test_the_lowest_score_has_a_colour_and_what_was_not_measured_a_hatch(tmp_path):
+    folder = write_run(tmp_path / "run", ["a", "b"], R=[[0.5, None], [0.25, 0.75]])
+    text, _ = read(folder)
+    matrix_of_run = text[text.index("accuracy on each task (row)") :]
+    assert '<td class="heat" style="--v:0.000">0.250</td>' in matrix_of_run
+    assert '<td class="absent">–</td>' in matrix_of_run
+    write_report([folder])
+    drawn = (folder / "plots" / "matrix-1.svg").read_text()
+    filled = re.findall(r'<rect class="heat" style="--v:([\d.]+)" fill="(#\w+)"', drawn)
+    assert [float(share) for share, _ in filled] == pytest.approx([0.56, 0.12, 1.0])
+    assert "#ffffff" not in {colour for _, colour in filled}
+    assert len(re.findall('<line class="rule"', drawn)) == 1
+
+
+def test_classes_that_were_confused_are_listed(tmp_path):
+    folder = write_run(tmp_path / "run", ["a", "b"])
+    edited_json(folder / "task-01-x" / "step.json", confusions=[["<lost>", "found", 3, 8]])
+    _, found = read(folder)
+    assert found.table("pm: classes that were confused most")[1] == ["<lost>", "found", "3", "8"]
+
+
 def test_fifty_tasks_make_one_wide_table(tmp_path):
     write_run(tmp_path / "run", [f"task {i}" for i in range(50)])
     text, found = read(tmp_path / "run")
@@ -271,7 +319,9 @@ def test_without_matplotlib_the_page_is_the_same(runs, tmp_path, monkeypatch):
     path, notes = write_report(runs, tmp_path / "out" / "here")
     assert path.read_text(encoding="utf-8") == page_of(read_runs(runs))
     assert notes == ["no PNG: matplotlib is not installed (the extra plots)"]
-    assert {plot.suffix for plot in (path.parent / "plots").iterdir()} == {".svg"}
+    plots = path.parent / "plots"
+    assert {plot.suffix for plot in plots.iterdir()} == {".svg"}
+    assert (plots / "matrix-1.svg").is_file()
 
 
 # charts

@@ -75,12 +75,14 @@ def test_the_page_asks_for_nothing_and_says_nothing(report, theme, tmp_path):
     assert 0.02 < ink.mean() < 0.5  # something is drawn, in either theme
 
 
-def test_the_page_does_not_grow_wider_than_the_window(report, tmp_path):
+@pytest.mark.parametrize("width", [500, 1280, 1920])  # 500 is the narrowest window that a headless Chromium opens
+def test_the_page_does_not_grow_wider_than_the_window(width, report, tmp_path):
     folder = tmp_path / "profile"
     script = "<script>document.title = [document.documentElement.scrollWidth, innerWidth].join(' ')</script>"
     text = report.read_text(encoding="utf-8").replace("default-src 'none'", "script-src 'unsafe-inline'")
     (tmp_path / "measured.html").write_text(text.replace("</body>", script + "</body>"), encoding="utf-8")
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder}", "--dump-dom", (tmp_path / "measured.html").as_uri()]
+    size = f"--window-size={width},3000"
+    command = [CHROMIUM, *FLAGS, size, f"--user-data-dir={folder}", "--dump-dom", (tmp_path / "measured.html").as_uri()]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=True)
-    width, window = map(int, done.stdout.split("<title>")[1].split("</title>")[0].split())
-    assert width <= window
+    needed, window = map(int, done.stdout.split("<title>")[1].split("</title>")[0].split())
+    assert needed <= window <= width

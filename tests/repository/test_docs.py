@@ -53,7 +53,7 @@ def anchor(heading):
 def test_navigation_lists_every_page_once():
     pages = nav(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     assert sorted(f"docs/{page}" for page in pages) == DOCS
-    assert len(DOCS) == 18
+    assert len(DOCS) == 19
 
 
 @pytest.mark.parametrize("page", [*PAGES, *LINKING])
@@ -135,6 +135,14 @@ def test_results_page_is_that_of_the_results_with_its_pictures():
     assert re.findall(r"\]\((?!http)(\S+)\)", page) == [path.relative_to(ROOT).as_posix() for path in hooks.pictures()]
     assert len(hooks.pictures()) == 2
     assert all(path.is_file() for path in hooks.pictures())
+
+
+def test_figures_of_the_choice_of_methods_are_lines_of_the_results():
+    text = (ROOT / "docs" / "choose.md").read_text(encoding="utf-8")
+    measured = (ROOT / "results" / "README.md").read_text(encoding="utf-8").split("\n")
+    table = [line for line in text.split("\n") if line.startswith("|") and line.count("|") == 9]
+    assert len(table) == 8
+    assert set(table) <= set(measured)
 
 
 def test_every_public_name_is_on_the_api_page():

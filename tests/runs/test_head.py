@@ -6,14 +6,18 @@ import pytest
 import torch
 from helpers import refusal
 from helpers.models import OLD_NAME
-from helpers.streams import domains, settings, steps, tensors, write_data
+from helpers.streams import domains, same_tensors, settings, steps, tensors, write_data
 from helpers.streams import language_settings as language
 
+import pm_hf.runs.head
 import pm_hf.runs.learner
 from pm_hf.adapters.folder import open_adapter
+from pm_hf.adapters.merge import merge_adapters
 from pm_hf.config.loading import load_config
-from pm_hf.data.stream import load_stream
+from pm_hf.data.stream import load_stream, sample_classes
 from pm_hf.measuring.analytic_head import HeadStatistics
+from pm_hf.measuring.head_search import interpolated
+from pm_hf.measuring.line_search import COEFFICIENT_GRID, smallest_within_error
 from pm_hf.models.lora import find_head
 from pm_hf.runs.learner import Run, evaluate, learn
 
@@ -167,3 +171,92 @@ def test_best_without_an_analytic_head_has_nothing_to_start_from(tiny_base, data
     learn(settings(tiny_base, data, tmp_path / "run", "best", groups=2, head__kind="linear", **SHORT))
     assert len(steps(tmp_path / "run")) == 2
     assert tensors(tmp_path / "run" / "merged")[f"{HEAD}.weight"].shape[0] == 4
+
+
+# the coefficient searched against draws of the earlier classes
+
+SEARCHED = {"merge__coefficient": "search", **SHORT}
+
+
+def check_search(folder):
+    """Every task but the first took the smallest α within the error of eleven, and its points follow the definition."""
+    first, *others = steps(folder)
+    assert "search" not in first
+    assert first["coefficient"]["used"] == 1
+    for earlier, step in enumerate(others, start=1):
+        points = step["search"]
+        assert [point["coefficient"] for point in points] == list(COEFFICIENT_GRID)
+        assert step["coefficient"]["used"] == smallest_within_error(points)
+        assert (step["coefficient"]["source"], step["coefficient"]["note"]) == ("line_search", None)
+        for point in points:
+            assert point["objective"] == pytest.approx(point["new"] + earlier * point["old"])
+    return [step["search"] for step in others]
+
+
+def test_the_coefficient_is_searched_against_draws_of_the_earlier_classes(tiny_base, data, tmp_path, monkeypatch):
+    searched = []
+    search = pm_hf.runs.head.head_search
+
+    def watched(known, fitted, labels, held_out, held_labels, **options):
+        searched.append((known, fitted, labels, held_out, held_labels, options))
+        return search(known, fitted, labels, held_out, held_labels, **options)
+
+    monkeypatch.setattr(pm_hf.runs.head, "head_search", watched)
+    learn(settings(tiny_base, data, tmp_path / "run", method="best", **SEARCHED))
+    assert len(check_search(tmp_path / "run")) == 2
+    config = load_config(tmp_path / "run" / "config.yaml")
+    stream = load_stream(config)
+    run = Run(config, stream)
+    for index, (known, fitted, labels, _, held_labels, options) in enumerate(searched, start=1):
+        task, before = stream.tasks[index], run.folder.task(index - 1)
+        assert sorted(held_labels) == sorted(task.eval.labels)
+        assert sorted(labels) == sorted(task.train.labels)  # 44 of at least 64 rows
+        assert options["earlier"] == index
+        assert torch.equal(known.means, HeadStatistics.load(before.statistics).means)
+        own = sample_classes(task.train, 64, options["seed"])
+        found = run.scorer.features(before.merged, own, task.own, HEAD)
+        torch.testing.assert_close(fitted[0.0], found, rtol=1e-4, atol=1e-5)
+        for alpha in (0.25, 1.0):  # the parabola, and the line's end
+            merge_adapters(
+                run.folder.task(index).adapter, tmp_path / "at", into=before.merged, coefficient=alpha, overwrite=True
+            )
+            found = run.scorer.features(tmp_path / "at", own, task.own, HEAD)
+            moved = (found - fitted[0.0]).norm()
+            assert moved > 0.1
+            assert (interpolated(fitted, alpha) - found).norm() < (0.1 if alpha < 1 else 1e-3) * moved
+
+
+def test_a_search_in_a_domain_stream_ends_the_same_after_it_was_killed(tiny_base, tmp_path, monkeypatch):
+    config = domains(tiny_base, tmp_path, tmp_path / "run", "best", **SEARCHED)
+    learn(config)
+    check_search(tmp_path / "run")
+    again = config | {"output_dir": str(tmp_path / "again")}
+    search = pm_hf.runs.head.head_search
+
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pm_hf.runs.head, "head_search", killed)
+    with pytest.raises(KeyboardInterrupt):
+        learn(again)
+    monkeypatch.setattr(pm_hf.runs.head, "head_search", search)
+    learn(again)
+    assert [step.get("search") for step in steps(tmp_path / "again")] == [
+        step.get("search") for step in steps(tmp_path / "run")
+    ]
+    assert same_tensors(tmp_path / "again" / "merged", tmp_path / "run" / "merged")
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("average", {}, "set head.kind: lda, or give a number"),
+        ("best", {"head__strict": True}, "search needs several tasks that train the backbone"),
+        ("best", {"trains": False}, "search needs several tasks that train the backbone"),
+        ("joint", {"head__kind": "lda"}, "search needs several tasks that train the backbone"),
+        ("best", {"merge__train_from": "last", "head__training": "task"}, "search needs steps from the running merge"),
+    ],
+)
+def test_a_search_with_nothing_to_search_is_refused(tiny_base, data, tmp_path, method, changes, message):
+    asked = settings(tiny_base, data, tmp_path / "run", method, **{"merge__coefficient": "search"} | changes)
+    assert message in refusal(load_config, asked)

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 
 from pm_hf.merging.coefficient import fixed_coefficient
 from pm_hf.reports.card import loading_lines
-from pm_hf.reports.run_charts import plot_means
+from pm_hf.reports.run_charts import means_chart, plot_means
+from pm_hf.reports.verdict import Group
 from pm_hf.runs.records import Report, TaskRecord, read_coefficient
 
 SCORES = [[0.9, None, None], [0.6, 0.8, None], [0.5, 0.7, 1.0]]
@@ -126,19 +128,14 @@ def test_plot_writes_a_picture(report, tmp_path):
     assert len(content) > 5000
 
 
-def test_plot_draws_the_mean_accuracy_of_the_tasks_seen(report, tmp_path, monkeypatch):
-    figure = pytest.importorskip("matplotlib.figure")
-    drawn, real = [], figure.Figure.savefig
-
-    def keep(self, *args, **kwargs):
-        drawn.extend((line.get_label(), list(line.get_ydata())) for line in self.axes[0].lines)
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(figure.Figure, "savefig", keep)
-    plot_means([report], tmp_path / "plot.png")
-    ((label, means),) = drawn
-    assert label == "pm (0.733)"
-    assert means == pytest.approx([0.9, 0.7, 2.2 / 3])
+def test_plot_draws_the_mean_accuracy_of_the_tasks_seen(report, tmp_path):
+    (series,) = means_chart([Group("pm", [report])]).series
+    assert series.name == "pm (0.733)"
+    assert series.y == pytest.approx([0.9, 0.7, 2.2 / 3])
+    plot_means([report], tmp_path / "plot.svg")
+    (heights,) = re.findall(r'<path class="c0" d="(M.*?)"', (tmp_path / "plot.svg").read_text())[:1]
+    first, second, third = (float(point.split()[1]) for point in heights[1:].split("L"))
+    assert (second - third) / (second - first) == pytest.approx((2.2 / 3 - 0.7) / 0.2, abs=0.01)
 
 
 def test_errors_of_the_merges_are_told_where_there_are_any(report):

@@ -25,8 +25,8 @@ from pm_hf.config.loading import load_config
 from pm_hf.data.encoders import make_encoder
 from pm_hf.data.pool import Pool, targets
 from pm_hf.data.stream import load_stream
+from pm_hf.reports.canvas import escape
 from pm_hf.reports.card import model_card
-from pm_hf.reports.charts import escape
 from pm_hf.reports.page import write_report
 from pm_hf.reports.release import read_finished_run
 from pm_hf.runs.learner import learn

@@ -137,7 +137,7 @@ def test_elastic_penalty_refuses_a_curvature_that_does_not_fit(model):
 
 
 def two_past_grams(model):
-    """({module: [inputs (examples, tokens, in) of two past tasks]}, the sums of their Grams, key and value sharing one).
+    """({module: [inputs (examples, tokens, in) of two past tasks]}, the sums of their Grams; key and value share one).
 
     The last of the two changed every output by half its input.
     """

@@ -34,11 +34,13 @@ NAMES = {
     "joint": "joint training (upper bound)",
     "joint_lda": "joint training + analytic head (upper bound)",
     "frozen": "control: frozen backbone + analytic head",
+    "classifier": "control: the same rows as classes, a classifier of the base trained with `best`",
     "untouched": "control: the base, untouched",
 }
 # rows that are no method of their own: a method, and what is changed of it
 VARIANTS: dict[str, dict[str, Any]] = {
     "untouched": {"method": "joint", "trains": False},  # the base is scored and left alone
+    "classifier": {"method": "best"},  # of a stream of classes that classifier.py makes
     "pm_lda": {"method": "pm", "head.kind": "lda"},
     "average_lda": {"method": "average", "head.kind": "lda"},
     "gram_lda": {"method": "pm_gram_lda", "perturbation.scale": 0.0},
@@ -58,18 +60,12 @@ ANSWERS = {
     "bits/byte, held-out text": "held_out",
     "change against the base, %": "held_out_change",
 }
-TEXT = {
-    "bits/byte": "ACC",
-    "AAA": "AAA",
-    "forgetting": "forgetting",
-    "bits/byte, held-out text": "held_out",
-    "change against the base, %": "held_out_change",
-}
+TEXT = {"bits/byte": "ACC", "AAA": "AAA", "forgetting": "forgetting", "bits/byte, held-out text": "held_out"}
 CORE = ("sequential", "average", "pm", "best", "frozen", "joint", "joint_lda")
 ENGINES = ("coma", "cofima", "magmax", "opcm", "slao", "sfa", "ewc", "olora", "base_kl", "replay", "individual")
 LDA = ("pm_gram_lda", "pm_lda", "average_lda", "gram_lda", "best_no_drift", "best_local", "best_average", "first_lda")
 REST = ("merge_only", "pm_trace", "pm_gram", *LDA, *ENGINES)
-LANGUAGE = ("sequential", "average", "slao", "pm", "replay", "best", "joint", "frozen", "untouched")
+LANGUAGE = ("sequential", "average", "slao", "pm", "replay", "best", "joint", "frozen", "classifier", "untouched")
 TEXTS = ("sequential", "average", "pm", "pm_trace", "joint", "untouched")
 
 

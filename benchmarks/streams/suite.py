@@ -92,8 +92,15 @@ def run(job: Job, options: argparse.Namespace) -> None:
 
     stream, folder = STREAMS[job.stream], options.runs / job.stream / f"{job.method}-{job.seed}"
     source, changes = data_settings(job.stream, job.seed, folder, options)
+    changes["seed"] = job.seed
+    if job.method == "classifier":
+        from classifier import as_classes, register
+
+        register()
+        config = load_config(source, values=changes | {"method": "average"})
+        source, changes = as_classes(config, folder.with_name(f"{folder.name}-rows")), {}
     with kept(pictures_folder(job.stream, options)):
-        report = learn(source, seed=job.seed, **(changes | VARIANTS.get(job.method, {"method": job.method})))
+        report = learn(source, **(changes | VARIANTS.get(job.method, {"method": job.method})))
     path = result_path(*job)
     path.parent.mkdir(parents=True, exist_ok=True)
     config = anywhere(load_config(folder / "config.yaml").to_dict())

@@ -41,7 +41,8 @@ class TaskRecord:
     curvature_bytes: size of the sums. training: None where only the head was computed. scores: {metric: one score for
     each task seen}. held_out: {text: {metric: score}}. confusions: (class, another that test rows of it were taken for,
     how many, test rows of the class), most first. replay: counts and seconds of the written rows, see
-    `pm_hf.runs.rehearsal`; search: the points of the coefficient's search, see `search_points`; these three are left
+    `pm_hf.runs.rehearsal`; search: the points of the coefficient's search, see `search_points`; gate: the scale at
+    which the merge is `deployed`, and the points of all `scales`, see `pm_hf.measuring.gate.judge`; these four are left
     out where there is none. conditions: threads, processes, device, versions. files: {name in the task's folder: size
     and SHA-256} of what it left; inputs: what it depends on besides, see `pm_hf.runs.inputs`; {} where an older version
     wrote it.
@@ -64,6 +65,7 @@ class TaskRecord:
     confusions: list[tuple[str, str, int, int]] = field(default_factory=list)
     replay: dict[str, Any] = field(default_factory=dict)
     search: list[dict[str, float]] = field(default_factory=list)
+    gate: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
     process_peak_memory_mb: float | None = None
     conditions: dict[str, Any] = field(default_factory=dict)
@@ -83,7 +85,7 @@ class TaskRecord:
             value = getattr(self, part.name)
             if part.name == "training":
                 content |= {} if value is None else value.to_dict()
-            elif part.name in ("replay", "search", "confusions") and not value:
+            elif part.name in ("replay", "search", "gate", "confusions") and not value:
                 continue
             elif part.name == "conditions":
                 content |= value

@@ -1,19 +1,22 @@
 """SIGKILL at random moments, then the same command: is everything the same in the end? results/running/kill-N.json
 
-python benchmarks/running/kill.py [--times 60] [--seed 0]
+python benchmarks/running/kill.py [--times 60] [--each 7] [--seed 0] [--replay]
 
-The run is `pm-hf train` on docstrings (MiniLM, P&M, three tasks, LoRA dropout, a checkpoint every few steps). One run
-is left alone. Then runs are started and killed, started again and killed again, until --times kills have hit. Each kill
-has a phase of the run (training, measuring, …, in turn) and comes a random part of that phase's duration after the run
-has entered it for the first or second time since its start; the phase in which it really landed is read afterwards.
-After every third kill, as soon as there is a checkpoint, the newest one is damaged: a file of it is overwritten with
-zeros, cut, removed, or has one bit changed; two checkpoints are kept. Every run that was killed is brought to its end
-by the same command, and compared with the run that was left alone: the tensors of every adapter and of the curvature
-bit for bit, and every step.json without its seconds, megabytes and digests.
+The run is `pm-hf train` on docstrings (MiniLM, P&M, three tasks, LoRA dropout, a checkpoint every few steps); --replay:
+a tiny language model with generated rehearsal, perturbation and a search of the coefficient on three tasks of the tests
+(results/running/kill-replay-N.json). One run is left alone. Then runs are started and killed, started again and killed
+again, --each times at most, until --times kills have hit. Each kill has a phase of the run (training, measuring, …, in
+turn) and comes a random part of that phase's duration after the run has entered it for the first or second time since
+its start; the phase in which it really landed is read afterwards. After every third kill, as soon as there is a
+checkpoint, the newest one is damaged: a file of it is overwritten with zeros, cut, removed, or has one bit changed; two
+checkpoints are kept. Every run that was killed is brought to its end by the same command, and compared with the run
+that was left alone: the tensors of every adapter and of the curvature bit for bit, every pool of written rows byte for
+byte, and every step.json without its seconds, megabytes and digests.
 """
 
 import argparse
 import hashlib
+import importlib
 import os
 import random
 import shutil
@@ -22,6 +25,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -35,8 +40,6 @@ from pm_hf.files import read_json, write_json
 
 LIBRARIES = ("accelerate", "aiohttp", "fsspec", "jinja2", "networkx", "huggingface_hub")
 SETTINGS = {
-    "method": "pm",
-    "stream.class_groups": 3,
     "lora.dropout": 0.1,
     "training.bf16": False,
     "training.per_device_train_batch_size": 8,
@@ -46,10 +49,8 @@ SETTINGS = {
     "training.save_total_limit": 2,
 }
 ROWS = 40  # for training and as many for testing, of each library
-PHASES = ("training", "checkpoint", "measuring", "saving", "merging", "scoring", "finishing", "publishing")
 DAMAGES = ("zeros", "cut", "missing", "flipped bit")  # in turn
 LONGEST = 300.0  # seconds after which a run counts as hanging
-KILLS = 7  # of one run at most; then it is left alone
 MEASURED = ("seconds", "step_seconds", "process_peak_memory_mb", "files")  # digests of files that hold seconds
 
 
@@ -57,16 +58,19 @@ def main() -> int:
     """Kill, continue, compare; 1 where anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=60)
+    parser.add_argument("--each", type=int, default=7, help="kills of one run at most; then it is left alone")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--replay", action="store_true", help="a language model with generated rehearsal")
     parser.add_argument("--runs", type=Path, default=Path("runs/kill"))
     options = parser.parse_args()
-    began, draw = time.perf_counter(), random.Random(options.seed)
+    began, draw, subject = time.perf_counter(), random.Random(options.seed), REPLAY if options.replay else DEMO
+    options.runs = options.runs.resolve()
     shutil.rmtree(options.runs, ignore_errors=True)
-    collect(options.runs / "data")
-    durations, kills, folders = undisturbed(options.runs), list[dict](), list[str]()
+    subject.prepare(options.runs / "data")
+    durations, kills, folders = undisturbed(options.runs, subject), list[dict](), list[str]()
     while len(kills) < options.times:
         folders.append(f"killed-{len(folders):02d}")
-        kills += until_done(options.runs, folders[-1], draw, durations, options.times, kills)
+        kills += until_done(options, subject, folders[-1], draw, durations, kills)
         print(f"{len(kills)} kills in {len(folders)} runs", file=sys.stderr, flush=True)
     expected = outcome(options.runs / "whole")
     different = {name: differences(outcome(options.runs / name), expected) for name in folders}
@@ -87,7 +91,7 @@ def main() -> int:
         "moments": kills,
         "seconds": time.perf_counter() - began,
     }
-    path = ROOT / "results" / "running" / f"kill-{options.times}.json"
+    path = ROOT / "results" / "running" / f"kill-{'replay-' if options.replay else ''}{options.times}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**figures, **environment()})
     where = ", ".join(f"{phase} {count}" for phase, count in landed.most_common())
@@ -99,7 +103,7 @@ def main() -> int:
     return int(bool(different) or hurt < len(kills) // 3)
 
 
-def collect(folder: Path) -> None:
+def docstrings(folder: Path) -> None:
     """Docstrings of six libraries, as the embedded demo collects them."""
     sys.path.insert(0, str(ROOT / "recipes"))
     import demo
@@ -108,23 +112,51 @@ def collect(folder: Path) -> None:
     demo.write({library: demo.collect(library, 2 * ROWS) for library in LIBRARIES}, folder)
 
 
-def undisturbed(runs: Path) -> dict[str, float]:
-    """Run once to the end; the median seconds of each phase."""
-    status = wait(start(runs, "whole"), LONGEST)
+def prompts(folder: Path) -> None:
+    """Prompts and answers of three tasks and a tiny language model, as the tests have them; run.json: settings."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    settings = importlib.import_module("helpers.rehearsal").settings
+    write = importlib.import_module("helpers.streams").write_language_data
+    folder.mkdir(parents=True)
+    write_json(folder / "run.json", settings(write(folder), ""))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run that is killed. prepare: writes its data into a folder; config: relative to that; phases: aimed at."""
+
+    prepare: Callable[[Path], None]
+    config: Path
+    changes: dict[str, object]
+    phases: tuple[str, ...]
+
+
+TRAINED = ("training", "checkpoint", "measuring", "saving", "merging")
+ENDING = ("scoring", "finishing", "publishing")
+REHEARSED = ("training", "checkpoint", "searching", "writer", "writing", "merging", "labelling")
+DEMO = Subject(
+    docstrings, ROOT / "configs" / "demo.yaml", {"method": "pm", "stream.class_groups": 3}, (*TRAINED, *ENDING)
+)
+REPLAY = Subject(prompts, Path("run.json"), {"perturbation.scale": 0.5}, (*REHEARSED, *ENDING))
+
+
+def undisturbed(runs: Path, subject: Subject) -> dict[str, float]:
+    """Run once to the end; the median seconds of each phase that is aimed at."""
+    status = wait(start(runs, "whole", subject), LONGEST)
     assert status == 0, f"the run that is left alone ended with {status}; see {runs / 'whole.log'}"
     entered = [(float(at), phase) for phase, at in (line.split() for line in read(runs / "whole.phases"))]
     spans: dict[str, list[float]] = {}
     for (begin, phase), (end, _) in zip(entered, entered[1:], strict=False):
         spans.setdefault(phase, []).append(end - begin)
-    assert set(PHASES) <= set(spans), f"the run went through {sorted(spans)} only"
-    return {phase: median(seconds) for phase, seconds in spans.items()}
+    assert set(subject.phases) <= set(spans), f"the run went through {sorted(spans)} only"
+    return {phase: median(spans[phase]) for phase in subject.phases}
 
 
-def start(runs: Path, name: str) -> subprocess.Popen:
+def start(runs: Path, name: str, subject: Subject) -> subprocess.Popen:
     """pm-hf train in a process of its own, which notes its phases."""
     (runs / f"{name}.phases").unlink(missing_ok=True)
-    changes = {"data_dir": runs / "data", "output_dir": runs / name, **SETTINGS}
-    arguments = ["--config", str(ROOT / "configs/demo.yaml"), *(f"{k}={v}" for k, v in changes.items())]
+    changes = {"data_dir": runs / "data", "output_dir": runs / name, **SETTINGS, **subject.changes}
+    arguments = ["--config", str(runs / "data" / subject.config), *(f"{k}={v}" for k, v in changes.items())]
     program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import kill; sys.exit(kill.worker())"
     command = [sys.executable, "-c", program, str(runs / f"{name}.phases"), *arguments]
     environ = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -135,6 +167,7 @@ def start(runs: Path, name: str) -> subprocess.Popen:
 def worker() -> int:
     """What runs in that process: the command line, with a line in the file of phases wherever one begins."""
     import pm_hf.runs.learner as learner
+    import pm_hf.runs.rehearsal as rehearsal
     from pm_hf.cli import main as command_line
     from pm_hf.measuring.scores import Scorer
     from pm_hf.runs.folder import RunFolder
@@ -161,8 +194,12 @@ def worker() -> int:
         (learner, "train", "training", "between"),
         (AtomicCheckpoints, "_save_checkpoint", "checkpoint", "training"),
         (learner, "estimate_curvature", "measuring", "saving"),
+        (rehearsal.Rehearsal, "search", "searching", "between"),
+        (rehearsal, "train_writer", "writer", "between"),
+        (rehearsal, "collect", "writing", "between"),
         (learner, "merge_adapters", "merging", "between"),
-        (Scorer, "score", "scoring", "between"),
+        (rehearsal.Rehearsal, "finish", "labelling", "between"),
+        (Scorer, "score_loaded", "scoring", "between"),
         (RunFolder, "finish_task", "finishing", "between"),
         (RunFolder, "promote", "publishing", "between"),
     ):
@@ -171,18 +208,23 @@ def worker() -> int:
 
 
 def until_done(
-    runs: Path, name: str, draw: random.Random, durations: dict, times: int, before: list[dict]
+    options: argparse.Namespace,
+    subject: Subject,
+    name: str,
+    draw: random.Random,
+    durations: dict[str, float],
+    before: list[dict],
 ) -> list[dict]:
-    """Start and kill one run until it ends by itself, left alone after KILLS kills; what each kill was. before: the
-    kills of earlier runs."""
+    """Start and kill one run until it ends by itself, left alone after `options.each` kills; what each kill was.
+    before: the kills of earlier runs."""
     kills: list[dict] = []
-    done = len(before)
+    runs, done = options.runs, len(before)
     while True:
-        process = start(runs, name)
-        if len(kills) == KILLS or done + len(kills) == times:
+        process = start(runs, name, subject)
+        if len(kills) == options.each or done + len(kills) == options.times:
             status = wait(process, LONGEST)
         else:
-            phase, entry = PHASES[(done + len(kills)) % len(PHASES)], draw.choice((1, 2))
+            phase, entry = subject.phases[(done + len(kills)) % len(subject.phases)], draw.choice((1, 2))
             after = draw.uniform(0, durations[phase])
             status = enter(process, runs / f"{name}.phases", phase, entry)
             if status is None and (status := wait(process, after)) is None:
@@ -253,10 +295,12 @@ def outcome(folder: Path) -> dict[str, object]:
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.name == "step.json":
-            contents[name] = {key: value for key, value in read_json(path).items() if key not in MEASURED}
+            record = {key: value for key, value in read_json(path).items() if key not in MEASURED}
+            record.get("replay", {}).pop("seconds", None)
+            contents[name] = record
         elif path.suffix == ".safetensors":
             contents[name] = tensors_digest(path)
-        elif path.name in ("labels.json", "adapter_config.json"):
+        elif path.name in ("labels.json", "adapter_config.json", "pool.jsonl"):
             contents[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.is_file():
             contents[name] = "there"

@@ -14,12 +14,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -92,7 +94,9 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
 FIRST = "first"  # a control made of the features of another cell
 TITLES = {cell: title for cell, (title, _) in CELLS.items()} | {FIRST: "first task's LoRA"}
 DRIFTS = ("lda, none", "lda, mean shift", "lda, ridge", "lda, oracle")
-HEADS = ("linear", "aligned", "bound", "bound, oracle", *DRIFTS, "lda, one mean a class", "joint head", "RanPAC")
+SHRUNK = {f"lda, shrunk {share}": share for share in (0.1, 0.3, 0.6)}  # of Σ, beyond what OAS takes
+HEADS = ("linear", "aligned", "bound", "bound, oracle", *DRIFTS, *SHRUNK, "lda, one mean a class")
+HEADS += ("joint head", "RanPAC")
 
 
 def main() -> int:
@@ -105,6 +109,7 @@ def main() -> int:
     parser.add_argument("--models", type=Path, default=SHARED / "models", help="folder with the ViTs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time, one thread each")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder for the runs themselves")
+    parser.add_argument("--features", type=Path, help="folder for the features that the heads were computed of")
     options = parser.parse_args()
     if lacking := lacking_input(options.streams, options):
         parser.error(lacking)
@@ -135,6 +140,8 @@ def cell_result(job: tuple[str, str, int], options: argparse.Namespace) -> None:
         accuracies: dict[str, Any] = {cell: scores | heads(features, cell)}
         if cell == "fisher":
             accuracies[FIRST] = heads(features, FIRST)
+        if options.features is not None:
+            features.save(options.features / f"{name}-{cell}-{seed}.safetensors")
     path = result_path(*job)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
@@ -177,6 +184,17 @@ class Features:
             self._known[key] = self.run.scorer.features_of(self._models[merge], rows, part.own, head).double()
         return self._known[key]
 
+    def save(self, path: Path) -> None:
+        """Write what was read, float16, as MERGE/TASK/train or test, with the index of each row's class among those of
+        its task; for heads that are not thought of yet."""
+        sides = {False: "train", True: "test"}
+        tensors = {f"{merge}/{task}/{sides[test]}": rows.half() for (merge, task, test), rows in self._known.items()}
+        for side, tasks in (("train", self.tasks), ("test", self.scored)):
+            for index, task in enumerate(tasks):
+                tensors[f"{index}/{side}"] = _targets(task, list(task.own), test=side == "test")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, {"own": json.dumps([task.own for task in self.tasks])})
+
 
 def heads(features: Features, cell: str) -> dict[str, float]:
     """{head: ACC, the mean over tasks of the accuracy among all classes} on the features of the last merge."""
@@ -206,6 +224,7 @@ def heads(features: Features, cell: str) -> dict[str, float]:
             drift: _followed(features, drift, one_mean_per_task=domains) for drift in ("none", "mean shift", "ridge")
         }
         accuracies |= {f"lda, {drift}": score(_linear(statistics)) for drift, (statistics, _) in followed.items()}
+        accuracies |= {head: score(_shrunk(followed["ridge"][0], share)) for head, share in SHRUNK.items()}
         accuracies["aligned"] = score(_aligned(followed["ridge"][0], labels))
         accuracies["bound"] = score(_bound(*followed["ridge"]))
         if domains:
@@ -285,6 +304,14 @@ def _linear(statistics: HeadStatistics) -> Callable[[Tensor], Tensor]:
     return lambda rows: class_logits(rows @ weight.T + bias, statistics.labels)[0]
 
 
+def _shrunk(statistics: HeadStatistics, share: float) -> Callable[[Tensor], Tensor]:
+    """The analytic head with so much of the pooled covariance replaced by a multiple of the identity."""
+    pooled = statistics.pooled_covariance()
+    identity = torch.eye(len(pooled), dtype=pooled.dtype) * pooled.trace() / len(pooled)
+    covariance = (1 - share) * pooled + share * identity
+    return _linear(replace(statistics, covariance=covariance, center=statistics.grand_mean()))
+
+
 def _aligned(statistics: HeadStatistics, labels: list[str]) -> Callable[[Tensor], Tensor]:
     """Logistic regression on draws from the stored Gaussians, one covariance for all classes (after SLCA)."""
     generator = torch.Generator().manual_seed(0)
@@ -340,7 +367,7 @@ def _random_projection(rows: Tensor, truth: Tensor, classes: int) -> Callable[[T
 
 
 def table() -> str:
-    """ACC of every cell with every head, a table for each stream, as Markdown."""
+    """ACC of every cell with every head that the stream has, a table for each stream, as Markdown."""
     values: dict[str, dict[str, dict[str, list[float]]]] = {}
     for path in sorted((ROOT / "results" / "ablation").glob("*/*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -349,13 +376,14 @@ def table() -> str:
                 values.setdefault(path.parent.name, {}).setdefault(cell, {}).setdefault(head, []).append(value)
     parts = []
     for name in (name for name in STREAMS if name in values):
-        lines = [f"### {STREAMS[name].title}", "", "| merge and start | " + " | ".join(HEADS) + " |"]
-        lines.append("|---" * (len(HEADS) + 1) + "|")
+        known = [head for head in HEADS if any(head in scores for scores in values[name].values())]
+        lines = [f"### {STREAMS[name].title}", "", "| merge and start | " + " | ".join(known) + " |"]
+        lines.append("|---" * (len(known) + 1) + "|")
         for cell, title in TITLES.items():
             if cell not in values[name]:
                 continue
             scores = values[name][cell]
-            shown = [spread(scores[head], interval=False) if head in scores else "–" for head in HEADS]
+            shown = [spread(scores[head], interval=False) if head in scores else "–" for head in known]
             lines.append(f"| {title} | " + " | ".join(shown) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)

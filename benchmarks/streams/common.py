@@ -45,16 +45,23 @@ def base_folder(name: str, options: argparse.Namespace) -> Path:
     return options.runs / name / "base"
 
 
+def held_out_folder(_: str, options: argparse.Namespace) -> Path:
+    """Where the texts are that no task has."""
+    return options.runs / "held-out"
+
+
 def pictures_folder(name: str, options: argparse.Namespace) -> Path:
     """Where the pictures of the stream's YAML are kept as the model takes them."""
     return options.runs / "pictures" / Path(STREAMS[name].config).stem
 
 
 def prepare(name: str, options: argparse.Namespace) -> None:
-    """What is made on this machine before the runs of a stream: data and base of recipes, pictures as the model takes
-    them."""
+    """What is made on this machine before the runs of a stream: data, base and held-out texts of recipes, pictures as
+    the model takes them."""
     stream = STREAMS[name]
-    for recipe, place in ((stream.recipe, data_folder), (stream.base_recipe, base_folder)):
+    texts = "make_held_out" if stream.held_out else None
+    made = ((stream.recipe, data_folder), (stream.base_recipe, base_folder), (texts, held_out_folder))
+    for recipe, place in made:
         if recipe and not ((folder := place(name, options)) / "made").exists():
             sys.path.insert(0, str(ROOT / "recipes"))
             importlib.import_module(recipe).write(options.data / "text", folder)
@@ -76,7 +83,9 @@ def backbone(name: str) -> str:
 
 def anywhere(config: dict[str, Any]) -> dict[str, Any]:
     """Settings without the folders of this machine."""
-    return {key: value for key, value in config.items() if key not in ("data_dir", "output_dir")}
+    texts = [text | {"test": Path(text["test"]).name} for text in config["stream"]["held_out"] or []]
+    settings = {key: value for key, value in config.items() if key not in ("data_dir", "output_dir")}
+    return settings | {"stream": config["stream"] | {"held_out": texts or None}}
 
 
 def files(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -86,6 +95,11 @@ def files(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any
         changes["model.base"] = str(options.models / backbone(name))
     if STREAMS[name].base_recipe:
         changes["model.base"] = str(base_folder(name, options))
+    if STREAMS[name].held_out:
+        texts = {text: held_out_folder(name, options) / f"{text}.jsonl" for text in STREAMS[name].held_out}
+        changes["stream.held_out"] = [
+            {"name": text, "test": str(file.absolute()), "prompt_template": ""} for text, file in texts.items()
+        ]
     return changes
 
 

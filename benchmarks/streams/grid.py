@@ -55,8 +55,16 @@ ANSWERS = {
     "choice, task given": "task_incremental",
     "exact match": "exact_match",
     "bits/byte of answers": "bits_per_byte",
+    "bits/byte, held-out text": "held_out",
+    "change against the base, %": "held_out_change",
 }
-TEXT = {"bits/byte": "ACC", "AAA": "AAA", "forgetting": "forgetting", "bits/byte, held-out text": "held_out"}
+TEXT = {
+    "bits/byte": "ACC",
+    "AAA": "AAA",
+    "forgetting": "forgetting",
+    "bits/byte, held-out text": "held_out",
+    "change against the base, %": "held_out_change",
+}
 CORE = ("sequential", "average", "pm", "best", "frozen", "joint", "joint_lda")
 ENGINES = ("coma", "cofima", "magmax", "opcm", "slao", "sfa", "ewc", "olora", "base_kl", "replay", "individual")
 LDA = ("pm_gram_lda", "pm_lda", "average_lda", "gram_lda", "best_no_drift", "best_local", "best_average", "first_lda")
@@ -78,6 +86,7 @@ class Stream:
     orders: bool = False  # seed k starts with task k; ± is then the 95 % t interval
     shuffled: bool = False  # seed k > 0 shuffles the classes before they are put into groups
     recipe: str | None = None  # file in recipes/ that makes the data of --data/text
+    held_out: Sequence[str] = ()  # texts of recipes/make_held_out.py that are scored beside the tasks
     base_recipe: str | None = None  # file in recipes/ that makes the base of --data/text
 
 
@@ -101,19 +110,20 @@ STREAMS = {
     "pacs-112": Stream("PACS at 112 pixels, 4 domains", "focus/pacs-112.yaml", "image112"),
     "grocery": Stream("groceries, 9 x 9 classes", "focus/grocery.yaml", "image112", shuffled=True),
     "smollm2-text": Stream(
-        "SmolLM2-135M, four text sets", "smollm2/text.yaml", "text", LANGUAGE, tuple(ANSWERS.items()), orders=True
+        *("SmolLM2-135M, four text sets", "smollm2/text.yaml", "text", LANGUAGE, tuple(ANSWERS.items())),
+        orders=True,
+        held_out=("news", "code"),
     ),
     "smollm2-eight": Stream(
-        "SmolLM2-135M, eight text sets", "smollm2/eight.yaml", "text", LANGUAGE, tuple(ANSWERS.items()), orders=True
+        *("SmolLM2-135M, eight text sets", "smollm2/eight.yaml", "text", LANGUAGE, tuple(ANSWERS.items())),
+        orders=True,
+        held_out=("plots", "code"),  # it learns news
     ),
     "smollm2-chat": Stream(
-        "SmolLM2-135M, four skills as chats",
-        "smollm2/chat.yaml",
-        "text",
-        LANGUAGE,
-        tuple(ANSWERS.items()),
+        *("SmolLM2-135M, four skills as chats", "smollm2/chat.yaml", "text", LANGUAGE, tuple(ANSWERS.items())),
         orders=True,
         recipe="make_chats",
+        held_out=("news", "code"),
     ),
     "t5-text": Stream(
         "a small T5 of recipes/make_t5.py, four text sets",

@@ -1,7 +1,7 @@
 """Pictures of a stream as the model's processor makes them, made once for all runs on a machine.
 
 A run looks at each picture a dozen times, which takes 2 ms of a core each time, more than a GPU needs for the rest.
-Here they are kept in a file that all processes map. A batch is what `pm_hf.data.images.ImageEncoder` gives, bit for bit.
+Here they are kept in a file that all processes map. A batch is that of `pm_hf.data.images.ImageEncoder`, bit for bit.
 """
 
 import hashlib

@@ -115,12 +115,22 @@ def _mean(column: Sequence[float | None]) -> float:
 
 def value(result: Mapping, key: str) -> float | None:
     """A metric of the stream, or the mean over tasks of another one at the end."""
-    if key == "held_out":
-        return fmean(text["bits_per_byte"] for text in result["held_out"][-1].values())
+    if key in ("held_out", "held_out_change"):
+        return held_out(result, change=key == "held_out_change")
     metrics = result["metrics"]
     if key == "task_incremental":
         return metrics[key]["ACC"]
     return metrics[key] if key in metrics else metrics["final"].get(key)
+
+
+def held_out(result: Mapping, *, change: bool) -> float | None:
+    """Bits per byte of the texts that are never trained on, at the end, or their change against the base in percent:
+    the mean over texts; None where there are none, or where the base was not scored."""
+    ends = {text: scores["bits_per_byte"] for text, scores in (result.get("held_out") or [{}])[-1].items()}
+    if change:
+        base = {text: scores["bits_per_byte"] for text, scores in (result.get("untouched") or {}).items()}
+        ends = {text: 100 * (bits / base[text] - 1) for text, bits in ends.items() if text in base}
+    return fmean(ends.values()) if ends else None
 
 
 def paired(ours: Mapping[int, dict], theirs: Mapping[int, dict], key: str) -> list[tuple[float, float]]:

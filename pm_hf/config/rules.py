@@ -23,6 +23,15 @@ def value_problems(config: RunConfig) -> list[str]:
         (config.lora.target_modules not in ("", []), "lora.target_modules: names no layer; null: PEFT's for the model"),
         (config.head.training == "task" or config.head.kind == "lda", "head.training: seen belongs to head.kind: lda"),
         (not config.head.strict or config.head.kind == "lda", "head.strict: belongs to head.kind: lda"),
+        (
+            config.head.solver == "lda" or (config.head.kind == "lda" and config.kind.has_head),
+            f"head.solver: {config.head.solver} belongs to head.kind: lda of a classifier",
+        ),
+        (
+            config.head.solver == "lda" or not config.head.strict,
+            f"head.solver: {config.head.solver} changes the rows of all classes with every task, which head.strict "
+            "excludes; use lda",
+        ),
         (config.trains or config.head.kind != "linear", "trains: false needs head.kind: lda"),
         (
             not config.head.gate or (config.head.kind == "lda" and config.kind.has_head),

@@ -207,6 +207,11 @@ class HeadSettings:
         "lda: deploy the merged adapter at the largest scale of 0, ½ and 1 that beats 0, the frozen control, on "
         "held-out rows",
     )
+    solver: Literal["lda", "bound", "search"] = setting(
+        "lda",
+        "lda: rows are the discriminants, or minimise a bound of the expected loss with each class's own covariance; "
+        "search: those that lose less on rows held out in turn",
+    )
     strict: Flag = setting(False, "lda: freeze backbone and covariance after task 1, old rows stay bit-identical")
 
 

@@ -330,9 +330,17 @@ def _task_source(stream: StreamSettings, task: TaskSettings) -> Source:
 
 def _held_out_texts(config: RunConfig) -> tuple[Task, ...]:
     stream, texts = config.stream, []
-    raise_all([problem for text in stream.held_out or [] for problem in name_problems(text.name)], "stream.held_out")
+    names = [text.name for text in (*(stream.held_out or []), *(stream.tasks or []))]
+    problems = [problem for text in stream.held_out or [] for problem in name_problems(text.name)]
+    problems += [f"two texts or tasks are named {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+    raise_all(problems if stream.held_out else [], "stream.held_out")
     for text in stream.held_out or []:
-        rows, _ = read_rows(stream.kind, _task_source(stream, text), config.data_dir, test=True, task=text.name)
+        try:
+            rows, _ = read_rows(stream.kind, _task_source(stream, text), config.data_dir, test=True, task=text.name)
+        except InputError as error:
+            inherits = stream.prompt_template and text.prompt_template is None
+            way_out = '; it has the stream\'s prompt_template, a plain text needs its own: ""' if inherits else ""
+            raise InputError(f"stream.held_out: {text.name}: {error}{way_out}") from error
         texts.append(
             Task(text.name, (), Rows([], []), _limit_rows(rows, stream.test_rows, f"{config.seed}/{text.name}"))
         )

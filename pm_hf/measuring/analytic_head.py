@@ -1,9 +1,11 @@
 """The analytic head: linear discriminant analysis from class means and one scatter matrix."""
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import as_record, save_tensors
+from pm_hf.measuring.bound_head import START, bound_rows, class_directions, pooled_directions
 
 HEAD_FORMAT = "pm_hf.head.v1"
 
@@ -25,6 +28,8 @@ class HeadStatistics:
     counts (C,), means (C, d), scatter (d, d) = Σ_x (x − μ_c)(x − μ_c)ᵀ, float64.
     covariance, center, temperature: set once the head is frozen (strict mode), None before.
     layer: of a language model, whose hidden states the features are; None of a classifier.
+    directions: (C, k, d) float32, of each class's own covariance (see `bound_head`); k = 0 where none are kept.
+    losses: {solver: nats of all tasks' rows that it was compared on, see `compared`}, {} where there is no choice.
     """
 
     labels: list[str] = field(default_factory=list)
@@ -35,11 +40,26 @@ class HeadStatistics:
     center: Tensor | None = None
     temperature: float | None = None
     layer: int | None = None
+    directions: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0))
+    losses: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> int:
+        """k, the number of directions of each class."""
+        return self.directions.shape[1]
+
+    def with_directions(self, count: int) -> "HeadStatistics":
+        """The statistics with `count` directions a class: the largest ones, or zeros where they are not known."""
+        directions = torch.zeros(len(self.labels), count, self.means.shape[1])
+        if self.kept:
+            directions[:, : self.kept] = self.directions[:, :count]
+        return replace(self, directions=directions)
 
     def moved(self, drift: Tensor) -> "HeadStatistics":
-        """The statistics as seen through a feature drift W (d, d): μ ← Wμ, scatter ← W·scatter·Wᵀ."""
+        """The statistics as seen through a feature drift W (d, d): μ ← Wμ, scatter ← W·scatter·Wᵀ, U ← UWᵀ."""
         means, scatter = self.means @ drift.T, drift @ self.scatter @ drift.T
-        return replace(self, means=means, scatter=scatter)
+        moved = replace(self, means=means, scatter=scatter)
+        return replace(moved, directions=(self.directions.double() @ drift.T).float()) if self.kept else moved
 
     def added(
         self, features: Tensor, targets: Tensor, labels: list[str], *, one_mean_per_task: bool = False
@@ -47,7 +67,8 @@ class HeadStatistics:
         """Pool in one task's features (n, d); targets (n,) index `labels`.
 
         A known class is pooled by counts, or with `one_mean_per_task` gets a further mean of its own, the classes being
-        mixtures of one Gaussian a task (Σ shared by all).
+        mixtures of one Gaussian a task (Σ shared by all). Each class gets as many directions as the known ones have,
+        see `with_directions`.
         """
         features = features.double()
         d = features.shape[1]
@@ -57,8 +78,10 @@ class HeadStatistics:
         counts, means = torch.zeros(len(names), dtype=torch.float64), torch.zeros(len(names), d, dtype=torch.float64)
         scatter = self.scatter.clone() if len(self.labels) else torch.zeros(d, d, dtype=torch.float64)
         counts[: len(self.labels)] = self.counts
+        directions = torch.zeros(len(names), self.kept, d)
         if len(self.labels):
             means[: len(self.labels)] = self.means
+            directions[: len(self.labels)] = self.directions
         for place, (index, label) in enumerate(present):
             rows = features[targets == index]
             if not len(rows):
@@ -66,10 +89,15 @@ class HeadStatistics:
             at, mean = len(before) + place if one_mean_per_task else names.index(label), rows.mean(0)
             gap, old = mean - means[at], counts[at].clone()
             total = old + len(rows)
+            if self.kept:
+                parts = [(directions[at], means[at].clone(), float(old))] * bool(old)
+                parts.append((class_directions(rows, self.kept), mean, len(rows)))
+                directions[at] = pooled_directions(parts, self.kept) if old else parts[0][0]
             scatter += (rows - mean).T @ (rows - mean) + torch.outer(gap, gap) * (old * len(rows) / total)
             means[at] += gap * (len(rows) / total)
             counts[at] = total
-        return replace(self, labels=names, counts=counts, means=means, scatter=scatter)
+        made = replace(self, labels=names, counts=counts, means=means, scatter=scatter)
+        return replace(made, directions=directions) if self.kept else made
 
     def frozen(self, temperature: float) -> "HeadStatistics":
         """Fix covariance, center and temperature: a new class then only appends a row (a known one changes its own)."""
@@ -105,13 +133,22 @@ class HeadStatistics:
         scale = self.temperature or 1.0
         return weight / scale, bias / scale
 
+    def bound(self) -> tuple[Tensor, Tensor]:
+        """(weight (C, d), bias (C,)) of the bound head, see `bound_rows`; without directions the discriminants."""
+        if not bool(self.directions.any()):
+            return self.solve()
+        return bound_rows(self.means, self.pooled_covariance(), self.directions, self.labels)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, atomically and synced; an OSError that names it where that fails."""
         tensors = {"counts": self.counts, "means": self.means, "scatter": self.scatter}
         if self.covariance is not None and self.center is not None:
             tensors |= {"covariance": self.covariance, "center": self.center}
-        header = {"labels": self.labels, "temperature": self.temperature}
+        header: dict[str, object] = {"labels": self.labels, "temperature": self.temperature}
         header |= {} if self.layer is None else {"layer": self.layer}
+        if self.kept:
+            tensors |= {"directions": self.directions}
+        header |= {"losses": self.losses} if self.losses else {}
         save_tensors(tensors, Path(path), {"format": HEAD_FORMAT, "head": json.dumps(header)})
 
     @classmethod
@@ -133,7 +170,7 @@ class HeadStatistics:
         header = as_record(content, _Header, subject, way_out)
         problem = _shape_problem(len(header.labels), tensors)
         raise_all([f"{problem}; {way_out}"] * bool(problem), subject)
-        return cls(header.labels, temperature=header.temperature, layer=header.layer, **tensors)
+        return cls(header.labels, temperature=header.temperature, layer=header.layer, losses=header.losses, **tensors)
 
 
 @dataclass
@@ -143,18 +180,22 @@ class _Header:
     labels: list[str]
     temperature: float | None = None
     layer: int | None = None
+    losses: dict[str, float] = field(default_factory=dict)
 
 
 def _shape_problem(count: int, tensors: Mapping[str, Tensor]) -> str | None:
     """What is wrong with the tensors of a file: C = `count` means of a width d of their own."""
     needed = {"counts", "means", "scatter"}
-    if not needed <= tensors.keys() <= needed | {"covariance", "center"}:
+    if not needed <= tensors.keys() <= needed | {"covariance", "center", "directions"}:
         return f"expected the tensors {sorted(needed)}, found {sorted(tensors)}"
     d = tensors["means"].shape[-1] if tensors["means"].ndim == 2 else -1
     shapes = {"counts": (count,), "means": (count, d), "scatter": (d, d), "covariance": (d, d), "center": (d,)}
+    kept = tensors["directions"].shape[1] if "directions" in tensors and tensors["directions"].ndim == 3 else -1
+    shapes["directions"] = (count, kept, d)
     for name, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float64:
-            return f"{name}: expected float64 {shapes[name]}, found {tensor.dtype} {tuple(tensor.shape)}"
+        dtype = torch.float32 if name == "directions" else torch.float64
+        if tuple(tensor.shape) != shapes[name] or tensor.dtype != dtype:
+            return f"{name}: expected {str(dtype)[6:]} {shapes[name]}, found {tensor.dtype} {tuple(tensor.shape)}"
         if not bool(tensor.isfinite().all()):
             return f"{name}: expected finite numbers"
     return None
@@ -249,20 +290,24 @@ def _damped(old: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     return gram + damping, damping
 
 
-def fit_temperature(logits: Tensor, targets: Tensor, *others: tuple[float, Tensor, Tensor]) -> float:
-    """T ≥ 1 that minimises the mean cross-entropy of logits / T, (n, C) and (n,), on log-spaced grids.
+def fit_temperature(
+    logits: Tensor, targets: Tensor, *others: tuple[float, Tensor, Tensor], least: float = 1.0
+) -> float:
+    """T ≥ `least` that minimises the mean cross-entropy of logits / T, (n, C) and (n,), on log-spaced grids.
 
     others: (weight, logits, targets) of further rows, whose mean cross-entropies are added with their weights.
-    Never below 1: on data that the head separates perfectly the optimum is 0, which says nothing about new data.
+    Never below 1 for discriminants: on data that the head separates perfectly the optimum is 0, which says nothing
+    about new data.
     """
     parts = [(1.0, logits, targets), *others]
-    low, high = 0.0, 3.0
+    lowest = math.log10(least)
+    low, high = lowest, 3.0
     for _ in range(3):
         grid = torch.linspace(low, high, 41, dtype=torch.float64)
         losses = torch.stack([sum(w * cross_entropy(x.double() / 10**t, y) for w, x, y in parts) for t in grid])
         best = float(grid[int(losses.argmin())])
         step = (high - low) / 40
-        low, high = max(best - step, 0.0), best + step
+        low, high = max(best - step, lowest), best + step
     return float(10**best)
 
 
@@ -286,9 +331,46 @@ def held_out_temperature(
 ) -> float:
     """Temperature of the untempered head of `known` and a new task, on rows that the head was not made of.
 
-    features (n, d) and truth (n,): the task's rows and labels. Each fold of a class's rows is scored by the head of the
-    other folds; a class with one row is in all of them. On its own rows a head of few rows in many dimensions knows no
-    doubt, whatever it does on others. 1 where the rows are too few for that.
+    features (n, d) and truth (n,): the task's rows and labels, see `_held_out`. On its own rows a head of few rows in
+    many dimensions knows no doubt, whatever it does on others. 1 where the rows are too few for that.
+    """
+    scores = [
+        class_scores(part, rows, labels)
+        for part, rows, labels in _held_out(known, features, truth, one_mean_per_task, folds)
+    ]
+    return fit_temperature(*_joined(scores)) if scores else 1.0
+
+
+def compared(
+    known: HeadStatistics,
+    features: Tensor,
+    truth: Sequence[str],
+    solvers: Sequence[str],
+    *,
+    one_mean_per_task: bool = False,
+    turns: int = 2,
+) -> dict[str, tuple[float, float]]:
+    """{solver: (nats of the rows held out, the temperature that fits them)} of the heads of `known` and a new task.
+
+    features (n, d) and truth (n,): the task's rows and labels, see `_held_out`; `turns` of five folds are taken, as the
+    bound takes seconds with many classes. The nats are summed over rows. {} where the rows are too few.
+    """
+    parts = list(islice(_held_out(known, features, truth, one_mean_per_task, 5), turns))
+    found = {}
+    for solver in solvers if parts else ():
+        logits, answers = _joined([class_scores(*part, solver) for part in parts])
+        temperature = fit_temperature(logits, answers, least=LEAST_TEMPERATURE[solver])
+        found[solver] = float(cross_entropy(logits / temperature, answers, reduction="sum")), temperature
+    return found
+
+
+def _held_out(
+    known: HeadStatistics, features: Tensor, truth: Sequence[str], one_mean_per_task: bool, folds: int
+) -> Iterator[tuple[HeadStatistics, Tensor, list[str]]]:
+    """(statistics of `known` and the other folds of a new task, features (m, d) and labels of this one), fold by fold.
+
+    Each class's rows are dealt out in turn; a class with one row is in all of the statistics. Nothing for a fold
+    without rows, or without features that vary.
     """
     labels = list(dict.fromkeys(truth))
     targets = torch.tensor([labels.index(label) for label in truth])
@@ -296,19 +378,30 @@ def held_out_temperature(
     for index in range(len(labels)):
         rows = (targets == index).nonzero()[:, 0]
         turn[rows] = torch.arange(len(rows)) % folds if len(rows) > 1 else -1
-    scores, answers = [], []
     for fold in range(folds):
         held = turn == fold
         part = known.added(features[~held], targets[~held], labels, one_mean_per_task=one_mean_per_task)
         if held.any() and float(part.scatter.trace()) > 0:
-            logits, classes = class_scores(part, features[held], [truth[row] for row in held.nonzero()[:, 0].tolist()])
-            scores.append(logits)
-            answers.append(classes)
-    return fit_temperature(torch.cat(scores), torch.cat(answers)) if scores else 1.0
+            yield part, features[held], [truth[row] for row in held.nonzero()[:, 0].tolist()]
 
 
-def class_scores(statistics: HeadStatistics, features: Tensor, truth: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _joined(scores: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    logits, answers = zip(*scores, strict=True)
+    return torch.cat(logits), torch.cat(answers)
+
+
+def class_scores(
+    statistics: HeadStatistics, features: Tensor, truth: Sequence[str], solver: str = "lda"
+) -> tuple[Tensor, Tensor]:
     """(untempered logits (n, C) of the classes, index of each row's class (n,)) for features (n, d), labels (n,)."""
-    weight, bias = replace(statistics, temperature=None).solve()
+    weight, bias = SOLVERS[solver](replace(statistics, temperature=None))
     logits, classes = class_logits(features.double() @ weight.T + bias, statistics.labels)
     return logits, torch.tensor([classes.index(label) for label in truth])
+
+
+# what makes rows (weight (R, d), bias (R,)) of statistics, and the least temperature that their logits are given
+SOLVERS: dict[str, Callable[[HeadStatistics], tuple[Tensor, Tensor]]] = {
+    "lda": HeadStatistics.solve,
+    "bound": HeadStatistics.bound,
+}
+LEAST_TEMPERATURE = {"lda": 1.0, "bound": START}

@@ -76,6 +76,14 @@ class Gate:
     tasks: int = 0
     scales: Mapping[float, ScaleState] = field(default_factory=lambda: dict.fromkeys(GATE_SCALES, ScaleState()))
 
+    def with_directions(self, count: int) -> "Gate":
+        """The same with `count` directions of each class, see `HeadStatistics.with_directions`."""
+        scales = {
+            scale: replace(state, statistics=state.statistics.with_directions(count))
+            for scale, state in self.scales.items()
+        }
+        return replace(self, scales=scales)
+
     def save(self, folder: Path) -> None:
         """Write a folder: the statistics of each scale but 1, which the head has itself, and the sums."""
         folder.mkdir(exist_ok=True)

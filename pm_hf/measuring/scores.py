@@ -9,6 +9,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -64,7 +65,7 @@ class Scorer:
     # {task: counts of (class, class that it was taken for)} of the classifier that was scored last
     taken: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)
 
-    def load(self, merged: Path, head: str | None) -> tuple[nn.Module, list[str]]:
+    def load(self, merged: Path, head: str | None) -> tuple[PeftModel, list[str]]:
         """The merged adapter on its base, as every user loads it, and the labels of its head's rows."""
         labels = [] if head is None else open_adapter(merged).labels[head]
         model = load_merged(self.config.model, merged, labels, self.config.stream.kind)

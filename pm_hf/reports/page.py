@@ -412,10 +412,11 @@ def _held_out(runs: list[Report]) -> list[Part]:
         names = [(text, metric) for text, scores in run.held_out[0].items() for metric in scores]
         rows = []
         for text, metric in names:
-            values = [step.get(text, {}).get(metric) for step in run.held_out]
+            values = [step.get(text, {}).get(metric) for step in (run.untouched, *run.held_out)]
             rows.append([f"{text}: {metric_name(metric)}", *(cell(value) for value in values)])
-        header = ["text", *(str(t + 1) for t in range(len(run.held_out)))]
-        tables.append(Table(f"{run.label}: texts that are never trained on, after each task", header, rows))
+        header = ["text", "the base", *(str(t + 1) for t in range(len(run.held_out)))]
+        title = f"{run.label}: texts that are never trained on, before and after each task"
+        tables.append(Table(title, header, rows))
     return tables
 
 

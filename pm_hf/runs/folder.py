@@ -335,6 +335,7 @@ class RunFolder:
             freedom=records[-1].freedom,
             train_from=records[-1].train_from,
             held_out=[record.held_out for record in records if record.held_out],
+            untouched=records[0].untouched,
             notes=notes,
             classes={task.name: list(task.own) for task in scored} if numbered else {},
         )

@@ -20,12 +20,15 @@ from pm_hf.data.rows import Rows
 from pm_hf.data.stream import Task, sample, sample_classes
 from pm_hf.errors import InputError
 from pm_hf.measuring.analytic_head import (
+    SOLVERS,
     HeadStatistics,
+    compared,
     held_out_temperature,
     leave_one_out,
     merge_temperature,
     ridge_drift,
 )
+from pm_hf.measuring.bound_head import DIRECTIONS
 from pm_hf.measuring.gate import GATE_SCALES, Gate, LineFeatures, ScaleState, deployed_scale, judge
 from pm_hf.measuring.head_search import NODES, head_search
 from pm_hf.measuring.line_search import Point
@@ -145,17 +148,52 @@ class AnalyticHead(HeadPolicy):
         are in the statistics of their classes.
         """
         module, settings = str(head), self.settings
-        statistics = _load_statistics(start.statistics)
+        known = _load_statistics(start.statistics, self.directions)
         features = self._features(paths.merged, task, module, [1.0])[1.0]
         self._after = paths.merged, features
-        if statistics.labels and settings.drift == "ridge" and trained and start.running is not None:
+        if known.labels and settings.drift == "ridge" and trained and start.running is not None:
             before = self._features_before(start.running.path, task, module)
-            statistics = statistics.moved(ridge_drift(before, features[0], settings.ridge))
-        statistics, temperature = self._with_task(statistics, features, task)
+            known = known.moved(ridge_drift(before, features[0], settings.ridge))
+        statistics, solver, rows = self._solved(known, features, task)
         statistics.save(paths.statistics)
-        weight, bias = (value if statistics.temperature else value / temperature for value in statistics.solve())
-        replace_head(paths.merged, module, weight, bias, statistics.labels)
-        return []
+        replace_head(paths.merged, module, *rows, statistics.labels)
+        return [] if solver == _best_solver(known.losses) else [f"head.solver: {solver} from {task.name} on"]
+
+    @property
+    def directions(self) -> int:
+        """Directions that the statistics keep of each class."""
+        return 0 if self.settings.solver == "lda" else DIRECTIONS
+
+    def _solved(
+        self, known: HeadStatistics, features: Sequence[Tensor], task: Task
+    ) -> tuple[HeadStatistics, str, tuple[Tensor, Tensor]]:
+        """(statistics with the task's own classes, the solver, (weight (C, d), bias (C,)) of the head).
+
+        known: the statistics without the task; features: of its training rows (n, d) and, where there are more, of
+        those held out (m, d), which count where the run holds them out without being asked for.
+        """
+        rows = task.train.with_rows(task.eval) if self.scorer.config.holds_out_rows else task.train
+        values = torch.cat(list(features))[: len(rows)]
+        statistics, temperature = self._with_task(known, values, rows, task.own)
+        statistics, solver, temperature = self._solver(known, statistics, temperature, values, rows)
+        weight, bias = SOLVERS[solver](statistics)
+        if not statistics.temperature:
+            weight, bias = weight / temperature, bias / temperature
+        return statistics, solver, (weight, bias)
+
+    def _solver(
+        self, known: HeadStatistics, statistics: HeadStatistics, temperature: float, features: Tensor, rows: Rows
+    ) -> tuple[HeadStatistics, str, float]:
+        """(statistics with what the solvers lose on rows held out in turn, of all tasks, the solver of the rows, their
+        temperature). known: the statistics without the task; temperature: that of the discriminants."""
+        settings, own_mean = self.settings, self.settings.means == "task"
+        if settings.solver == "lda":
+            return statistics, "lda", temperature
+        asked = tuple(SOLVERS) if settings.solver == "search" else (settings.solver,)
+        found = compared(known, features, rows.labels, asked, one_mean_per_task=own_mean)
+        losses = {name: known.losses.get(name, 0.0) + nats for name, (nats, _) in found.items()} or known.losses
+        solver = _best_solver(losses)
+        return replace(statistics, losses=losses), solver, found[solver][1] if solver in found else temperature
 
     def gate(self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None) -> dict[str, Any]:
         """Compare the scales of the merge that `after_merge` has left, see `pm_hf.measuring.gate`.
@@ -177,9 +215,10 @@ class AnalyticHead(HeadPolicy):
             scale: LineFeatures(*after[scale], before=before[scale][0] if scale in before else None)
             for scale in GATE_SCALES
         }
-        known = Gate() if start.gate is None else Gate.load(start.gate, _load_statistics(start.statistics))
+        statistics = _load_statistics(start.statistics)
+        gate = Gate() if start.gate is None else Gate.load(start.gate, statistics)
         judged, points = judge(
-            known,
+            gate.with_directions(self.directions),
             line,
             task.train.labels,
             task.eval.labels,
@@ -190,12 +229,11 @@ class AnalyticHead(HeadPolicy):
         )
         deployed, states = deployed_scale(points), dict[float, ScaleState]()
         for scale, state in judged.scales.items():
-            statistics, temperature = self._with_task(state.statistics, after[scale], task)
+            statistics, _, rows = self._solved(state.statistics, after[scale], task)
             states[scale] = replace(state, statistics=statistics)
             if scale == deployed != 1:
                 scale_adapter(paths.merged, paths.deployed, scale)
-                weight, bias = (value / temperature for value in statistics.solve())
-                replace_head(paths.deployed, module, weight, bias, statistics.labels)
+                replace_head(paths.deployed, module, *rows, statistics.labels)
         Gate(judged.tasks, states).save(paths.gate)
         return {"deployed": deployed, "scales": points}
 
@@ -216,18 +254,12 @@ class AnalyticHead(HeadPolicy):
         return features
 
     def _with_task(
-        self, statistics: HeadStatistics, features: Sequence[Tensor], task: Task
+        self, statistics: HeadStatistics, features: Tensor, rows: Rows, own: Sequence[str]
     ) -> tuple[HeadStatistics, float]:
-        """(statistics with the task's own classes, their temperature); in strict mode frozen from the first task on.
-
-        features: of the training rows, and of those held out, which count where the run asked for them itself.
-        """
-        own_mean, rows = self.settings.means == "task", task.train
-        if self.scorer.config.holds_out_rows:
-            rows = rows.with_rows(task.eval)
-        values, targets = torch.cat(list(features))[: len(rows)], _class_indices(rows, task.own)
-        statistics = statistics.added(values, targets, list(task.own), one_mean_per_task=own_mean)
-        temperature = statistics.temperature or merge_temperature(statistics, values, rows.labels)
+        """(statistics with a task's own classes, their temperature); in strict mode frozen from the first task on."""
+        own_mean, targets = self.settings.means == "task", _class_indices(rows, own)
+        statistics = statistics.added(features, targets, list(own), one_mean_per_task=own_mean)
+        temperature = statistics.temperature or merge_temperature(statistics, features, rows.labels)
         if self.settings.strict and statistics.temperature is None:
             statistics = statistics.frozen(temperature)
         return statistics, temperature
@@ -294,7 +326,7 @@ class AnalyticAnswers(AnalyticHead):
                 f"{len(rows)} training rows of {task.name} are right there, each left out in turn"
             )
         features = scorer.prompt_states(task.train, [int(statistics.layer or 0)])[0]
-        self._with_task(statistics, [features], task)[0].save(paths.statistics)
+        self._with_task(statistics, features, task.train, task.own)[0].save(paths.statistics)
         return notes
 
     def answers(self, statistics: Path | None) -> HeadStatistics:
@@ -357,8 +389,14 @@ def _compete(linear: nn.Linear, weight: Tensor, bias: Tensor) -> RemovableHandle
     return linear.register_forward_hook(against_all)
 
 
-def _load_statistics(path: Path | None) -> HeadStatistics:
-    return HeadStatistics() if path is None else HeadStatistics.load(path)
+def _load_statistics(path: Path | None, directions: int = 0) -> HeadStatistics:
+    """The statistics of a file, with so many directions of each class; those of nothing without one."""
+    return (HeadStatistics() if path is None else HeadStatistics.load(path)).with_directions(directions)
+
+
+def _best_solver(losses: Mapping[str, float]) -> str:
+    """That of the least loss; the discriminants where nothing was compared."""
+    return min(losses, key=lambda solver: losses[solver], default="lda")
 
 
 def _class_indices(rows: Rows, labels: Sequence[str]) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
@@ -226,6 +227,7 @@ class Run:
                 replay = self.rehearsal.finish(model, written, rehearsed, start, paths)
             answers = self.head.answers(paths.statistics)
             scores, held_out = self._scores(model, labels, trained.head, index, answers)
+            untouched = self._untouched(model) if index == 0 else {}
             record = TaskRecord(
                 task=task.name,
                 labels=list(task.labels),
@@ -242,6 +244,7 @@ class Run:
                 scores=scores,
                 held_out=held_out,
                 confusions=self.scorer.confusions(self._scored(index)),
+                untouched=untouched,
                 replay=replay,
                 search=trained.search,
                 gate=gate,
@@ -530,6 +533,15 @@ class Run:
         names = dict.fromkeys([*past, *(name for values in of_tasks for name in values)])
         scores = {name: [*past.get(name, before), *(values.get(name) for values in of_tasks)] for name in names}
         return scores, {text.name: values for text, values in zip(texts, of_texts, strict=True)}
+
+    def _untouched(self, model: PeftModel) -> dict[str, dict[str, float]]:
+        """{text that is never trained on: {metric: score}} of the base, without the adapter that it has here."""
+        texts = self.stream.held_out
+        if not texts:
+            return {}
+        with model.disable_adapter():
+            measured = self.scorer.score_loaded(model, [], None, texts)
+        return {text.name: values for text, values in zip(texts, measured, strict=True)}
 
 
 def make_penalties(config: RunConfig, built: TaskModel, start: TaskStart) -> list[Penalty]:

@@ -39,13 +39,13 @@ class TaskRecord:
     labels: of its head, in row order. fingerprint, test_fingerprint: digests of its rows. coefficient: None where
     several coefficients, or none, decided the merge. merge_error: largest relative Frobenius error of a module.
     curvature_bytes: size of the sums. training: None where only the head was computed. scores: {metric: one score for
-    each task seen}. held_out: {text: {metric: score}}. confusions: (class, another that test rows of it were taken for,
-    how many, test rows of the class), most first. replay: counts and seconds of the written rows, see
-    `pm_hf.runs.rehearsal`; search: the points of the coefficient's search, see `search_points`; gate: the scale at
-    which the merge is `deployed`, and the points of all `scales`, see `pm_hf.measuring.gate.judge`; these four are left
-    out where there is none. conditions: threads, processes, device, versions. files: {name in the task's folder: size
-    and SHA-256} of what it left; inputs: what it depends on besides, see `pm_hf.runs.inputs`; {} where an older version
-    wrote it.
+    each task seen}. held_out: {text: {metric: score}}; untouched: the same of the base, in the first task's record.
+    confusions: (class, another that test rows of it were taken for, how many, test rows of the class), most first.
+    replay: counts and seconds of the written rows, see `pm_hf.runs.rehearsal`; search: the points of the coefficient's
+    search, see `search_points`; gate: the scale at which the merge is `deployed`, and the points of all `scales`, see
+    `pm_hf.measuring.gate.judge`; these five are left out where there is none. conditions: threads, processes, device,
+    versions. files: {name in the task's folder: size and SHA-256} of what it left; inputs: what it depends on besides,
+    see `pm_hf.runs.inputs`; {} where an older version wrote it.
     """
 
     task: str
@@ -63,6 +63,7 @@ class TaskRecord:
     scores: dict[str, list[float | None]] = field(default_factory=dict)
     held_out: dict[str, dict[str, float]] = field(default_factory=dict)
     confusions: list[tuple[str, str, int, int]] = field(default_factory=list)
+    untouched: dict[str, dict[str, float]] = field(default_factory=dict)
     replay: dict[str, Any] = field(default_factory=dict)
     search: list[dict[str, float]] = field(default_factory=list)
     gate: dict[str, Any] = field(default_factory=dict)
@@ -85,7 +86,7 @@ class TaskRecord:
             value = getattr(self, part.name)
             if part.name == "training":
                 content |= {} if value is None else value.to_dict()
-            elif part.name in ("replay", "search", "gate", "confusions") and not value:
+            elif part.name in ("untouched", "confusions", "replay", "search", "gate") and not value:
                 continue
             elif part.name == "conditions":
                 content |= value
@@ -177,6 +178,7 @@ class Report:
     train_from: str = "merged"  # where each task's training started
     merge_errors: list[float] = field(default_factory=list)
     held_out: list[dict] = field(default_factory=list)  # {text: {metric: score}} after each task, never trained on
+    untouched: dict[str, dict] = field(default_factory=dict)  # the same of the base, before any task
     notes: list[str] = field(default_factory=list)
     classes: dict[str, list[str]] = field(default_factory=dict)
     saved_metrics: dict[str, Any] = field(default_factory=dict)  # of a report.json that was read
@@ -248,6 +250,7 @@ class Report:
         content |= {name: getattr(self, name) for name in ("merge_errors", "held_out", "notes")}
         content |= {name: getattr(self, name) for name in ("scores", "task_incremental", "matrices")}
         content |= {"classes": self.classes} if self.classes else {}
+        content |= {"untouched": self.untouched} if self.untouched else {}
         return content | {"metrics": self.metrics, "versions": self.versions}
 
     def save(self) -> None:
@@ -283,6 +286,7 @@ class Report:
             train_from=content.get("train_from", "merged"),
             merge_errors=content.get("merge_errors") or [],
             held_out=content.get("held_out") or [],
+            untouched=content.get("untouched") or {},
             notes=content.get("notes") or [],
             classes=content.get("classes") or _numbered_classes(config, records),
             saved_metrics=content["metrics"],
@@ -313,7 +317,10 @@ class Report:
             lines.append("at the end: " + "  ".join(f"{format_metric(k)} {v:.3f}" for k, v in others.items()))
         for text in self.held_out[0] if self.held_out else ():
             values = [step[text][BITS_PER_BYTE] for step in self.held_out]
-            lines.append(f"held out, {text}: bits per byte " + " ".join(format_number(value) for value in values))
+            line = f"held out, {text}: bits per byte " + " ".join(format_number(value) for value in values)
+            if (base := self.untouched.get(text, {}).get(BITS_PER_BYTE)) is not None:
+                line += f"; the base {format_number(base)}, {100 * (values[-1] / base - 1):+.1f} %"
+            lines.append(line)
         alphas = [alpha for alpha in self.alphas if alpha is not None]
         if alphas:
             name = "coefficient, not used (the whole matrix is free)" if self.freedom == "free" else "coefficient used"

@@ -128,6 +128,7 @@ class StepFile:
     scores: Scores = field(default_factory=dict)
     held_out: Texts = field(default_factory=dict)
     confusions: list[tuple[str, str, int, int]] = field(default_factory=list)
+    untouched: Texts = field(default_factory=dict)
     replay: ReplayFile | None = None
     search: list[SearchPointFile] = field(default_factory=list)
     gate: GateFile | None = None
@@ -208,6 +209,7 @@ class ReportFile:
     train_from: Start = "merged"
     merge_errors: list[Score] | None = None
     held_out: list[Texts] | None = None
+    untouched: Texts = field(default_factory=dict)
     notes: list[str] | None = None
     classes: dict[str, list[str]] | None = None
     versions: dict[str, str] | None = None

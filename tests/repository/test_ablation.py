@@ -63,7 +63,7 @@ def test_controls_have_the_features_of_their_own_backbone(ablation, run):
     assert ablation.heads(ablation.Features(frozen), "frozen")["lda, none"] == pytest.approx(report.metrics["ACC"])
     _, once = run("best", head__strict=True)
     first = ablation.heads(ablation.Features(once), ablation.FIRST)
-    assert set(first) == {"lda, none", "joint head", "RanPAC"}
+    assert set(first) == {"lda, none", "bound", "joint head", "RanPAC"}
     whole, joint = run("joint", head__kind="lda")
     assert ablation.heads(ablation.Features(joint), "joint")["lda, none"] == pytest.approx(whole.metrics["ACC"])
 
@@ -72,7 +72,9 @@ def test_controls_have_the_features_of_their_own_backbone(ablation, run):
 def test_mean_shift_moves_old_means_by_what_the_new_rows_move(ablation, run):
     _, linear = run("average")
     features = ablation.Features(linear)
-    moved, still = (ablation._followed(features, drift, one_mean_per_task=False) for drift in ("mean shift", "none"))
+    (moved, _), (still, _) = (
+        ablation._followed(features, drift, one_mean_per_task=False) for drift in ("mean shift", "none")
+    )
     first = len(linear.stream.tasks[0].own)
     shift = sum((features.of(t, t) - features.of(t - 1, t)).mean(0) for t in (1, 2))
     assert torch.allclose(moved.means[:first], still.means[:first] + shift)

@@ -12,9 +12,12 @@ from helpers.streams import language_settings as settings
 
 from pm_hf.config.loading import load_config
 from pm_hf.data.encoders import make_encoder
+from pm_hf.data.rows import Rows
 from pm_hf.data.stream import load_stream
+from pm_hf.measuring.language_scores import LanguageScorer
 from pm_hf.merging.curvature import Curvature
 from pm_hf.runs.learner import evaluate, learn
+from pm_hf.runs.records import Report
 
 pytestmark = pytest.mark.filterwarnings(OLD_NAME)
 PLAIN = ["loss", "perplexity", "bits_per_byte", "token_accuracy"]
@@ -161,11 +164,15 @@ def test_plain_text_is_judged_by_bits_per_byte_beside_a_held_out_text(language_d
         assert report.scores[1][at] == pytest.approx(own, rel=1e-4)
     assert report.held_out[1]["dark"]["bits_per_byte"] == pytest.approx(bits(held), rel=1e-4)
     with model.disable_adapter():
+        assert report.untouched["dark"]["bits_per_byte"] == pytest.approx(bits(held), rel=1e-4)
         assert report.scores[0][0] < 0.8 * bits([row["text"] for row in texts if row["source"] == "red"])
     assert report.metrics["forgetting"] == pytest.approx(report.scores[1][0] - report.scores[0][0])
     table = report.table()
     assert "bits per byte on each task" in table
-    assert "held out, dark: bits per byte" in table
+    before, after = (scores["dark"]["bits_per_byte"] for scores in (report.untouched, report.held_out[1]))
+    change = f"; the base {before:.3f}, {100 * (after - before) / before:+.1f} %"
+    assert f" {after:.3f}{change}\n" in table[table.index("held out, dark: bits per byte ") :]
+    assert Report.load(tmp_path / "run").table() == table
     again = evaluate(load_config(config), tmp_path / "run" / "merged")
     assert again["gold"] == pytest.approx({name: report.matrices[name][1][1] for name in PLAIN}, rel=1e-6)
     assert list(again) == ["red", "gold", "dark"]
@@ -173,8 +180,15 @@ def test_plain_text_is_judged_by_bits_per_byte_beside_a_held_out_text(language_d
 
 
 def test_chats_are_learned_turn_by_turn(language_data, tmp_path):
-    report = learn(chats(language_data, tmp_path / "run"))
+    held = [{"name": "dark", "test": "held.jsonl"}]
+    config = chats(language_data, tmp_path / "run", stream__held_out=held)
+    report = learn(config)
     assert list(report.matrices) == ANSWERED
+    assert [list(scores) for scores in (report.untouched, *report.held_out)] == [["dark"]] * 3
+    model, encoder = loaded(config, tmp_path / "run" / "merged").unload(), make_encoder(load_config(config))
+    texts = [json.loads(line)["text"] for line in (language_data / "held.jsonl").read_text().splitlines()]
+    expected = LanguageScorer(model, encoder).token_scores(Rows([""] * len(texts), texts))
+    assert report.untouched["dark"] == pytest.approx(expected, rel=1e-4)
     assert report.test_rows == [8, 8]  # two conversations of each kind, two turns each
     assert report.scores[0][0] > 0.8
     assert report.matrices["exact_match"][0][0] > 0.8
@@ -213,6 +227,13 @@ def test_free_text_and_answers_in_one_stream_are_judged_by_bits_per_byte(languag
     assert report.matrices["class_incremental"][1][0] is None
     assert report.matrices["class_incremental"][1][1] is not None
     assert list(report.held_out[0]) == ["dark"]
+    inheriting = [{"name": "dark", "test": "held.jsonl"}, {"name": "first", "test": "held.jsonl"}]
+    config = settings(language_data, tmp_path / "other", stream__held_out=inheriting[:1])
+    message = refusal(learn, config)
+    assert "stream.held_out: dark: " in message
+    assert 'it has the stream\'s prompt_template, a plain text needs its own: ""' in message
+    config["stream"]["held_out"] = inheriting
+    assert "stream.held_out: two texts or tasks are named 'first'" in refusal(learn, config)
 
 
 @pytest.mark.parametrize("method", ["joint", "individual", "replay"])

@@ -22,6 +22,7 @@ STEP = {
     "coefficient": {"raw": 0.4, "used": 0.4, "numerator": None, "one_over_t": 0.5, "note": None},
     "scores": {"class_incremental": [0.5, 1], "task_incremental": [0.5, None]},
     "held_out": {"text": {"bits_per_byte": 1.5}},
+    "untouched": {"text": {"bits_per_byte": 1.25}},
     "training_loss": 0.5,
     "optimizer_steps": 3,
     "factors": {"1": 3},
@@ -74,6 +75,7 @@ BAD_STEP = {  # path: values
     "scores": [None, [0.5], {"class_incremental": []}, {"a": [1], "b": [1, 2]}, "x"],
     "scores.class_incremental": [None, 0.5, ["0.5", "0.5"], [True, False], [0.5, float("nan")], [0.5], [0.5] * 3],
     "held_out": ["x", [1], {"text": 1}, {"text": {"x": "1"}}],
+    "untouched": ["x", [1], {"text": 1}, {"text": {"x": "1"}}, None],
     "training_loss": ["0.5", [1], float("nan")],
     "optimizer_steps": [1.5, "3", None],
     "factors": [["1"], {"1": "3"}, {"1": 1.5}],
@@ -114,6 +116,7 @@ def test_a_step_file_comes_back_as_it_stands(tmp_path):
     assert record.training.log == STEP["log"]
     assert type(record.training.log[0][0]) is int
     assert record.scores == STEP["scores"]
+    assert (record.held_out, record.untouched) == (STEP["held_out"], STEP["untouched"])
     assert (record.replay, record.search) == (STEP["replay"], STEP["search"])
     assert (record.coefficient.source, record.files) == ("average", STEP["files"])
 

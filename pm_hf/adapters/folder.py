@@ -416,6 +416,27 @@ def replace_head(path: Path, head: str, weight: Tensor, bias: Tensor, labels: Se
             raise RuntimeError(f"{path}: the rewritten adapter does not read back as it was written")
 
 
+def scale_adapter(path: Path, output: Path, factor: float) -> None:
+    """Write the adapter with every update s·BA times `factor`, into B; all else stays, values held whole included.
+
+    A folder at `output` is replaced.
+    """
+    adapter = open_adapter(path)
+    tensors = load_file(path / ADAPTER_WEIGHTS)
+    for module, layout in adapter.layouts.items():
+        bias = [f"{module}.lora_B.bias"] * layout.bias
+        for name in (layout.tensors(module)[1], *bias):
+            stored = adapter.stored_name(name)
+            tensors[stored] = tensors[stored] * factor
+    with new_folder(output, overwrite=True) as folder:
+        save_tensors(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+        for file in path.iterdir():
+            if file.name != ADAPTER_WEIGHTS:
+                (folder / file.name).write_bytes(file.read_bytes())
+        if open_adapter(folder).layouts != adapter.layouts:
+            raise RuntimeError(f"{output}: the scaled adapter does not read back as it was written")
+
+
 def cast_error(product: LowRank, dtype: torch.dtype) -> float:
     """Relative Frobenius error ‖BA − stored‖/‖BA‖ of storing the factors in `dtype`; 0 when they keep their dtype."""
     if dtype == product.A.dtype:

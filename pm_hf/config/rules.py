@@ -33,6 +33,14 @@ def value_problems(config: RunConfig) -> list[str]:
             "excludes; use lda",
         ),
         (config.trains or config.head.kind != "linear", "trains: false needs head.kind: lda"),
+        (
+            not config.head.gate or (config.head.kind == "lda" and config.kind.has_head),
+            "head.gate: belongs to a classifier's head.kind: lda",
+        ),
+        (
+            not config.head.gate or (config.trains is not False and not config.head.strict),
+            "head.gate: compares with a backbone that is not trained; leave out trains: false and head.strict",
+        ),
     ]
     problems = [message for fine, message in checks if not fine]
     scale = config.perturbation.scale

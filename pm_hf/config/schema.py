@@ -215,6 +215,11 @@ class HeadSettings:
     )
     drift: Literal["ridge", "none"] = setting("ridge", "lda: how old class means follow the backbone")
     ridge: Number = setting(1.0, "lda: λ = ridge · tr(FᵀF)/d of the drift regression", gt=0)
+    gate: Flag = setting(
+        False,
+        "lda: deploy the merged adapter at the largest scale of 0, ½ and 1 that beats 0, the frozen control, on "
+        "held-out rows",
+    )
     solver: Literal["lda", "bound", "search"] = setting(
         "lda",
         "lda: rows are the discriminants, or minimise a bound of the expected loss with each class's own covariance; "
@@ -334,6 +339,11 @@ class RunConfig:
     def searches(self) -> bool:
         """Whether the coefficient is searched for on held-out rows and what stands for the earlier tasks."""
         return self.merge.coefficient == "search"
+
+    @property
+    def holds_out_rows(self) -> bool:
+        """Whether a share of a task's training rows is held out though `stream.eval_share` does not ask for it."""
+        return self.stream.eval_share is None and (self.searches or self.head.gate)
 
     @property
     def computes_coefficient(self) -> bool:

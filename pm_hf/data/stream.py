@@ -22,7 +22,8 @@ from pm_hf.data.sources import path_of, read_rows
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import read_json
 
-SEARCH_SHARE = 0.1  # of each class's training rows, held out for `merge.coefficient: search` without an eval_share
+# of each class's training rows, held out for `merge.coefficient: search` and `head.gate` without an eval_share
+HELD_OUT_SHARE = 0.1
 MOST_ANSWERS = 200  # a language task with more different completions has free answers, none to choose among
 
 
@@ -33,7 +34,7 @@ class Task:
     Of a language model the labels are the answers to choose among, none where the completions are free text.
     train is empty where a finished task's training rows are left out; its labels are then those of its step.json.
     replayed: rows of earlier tasks that are trained on with its own. eval: training rows held out for evaluations
-    during the training, and for the search of the coefficient.
+    during the training, for the search of the coefficient and for the gate.
     """
 
     name: str
@@ -136,7 +137,7 @@ def make_stream(
     raise_all(_stream_problems(scenario, parts, language, left) + _strategy_problems(config, left), "stream")
     own = [left[name] if name in left else _task_labels(language, train, test) for name, train, test in parts]
     everything = tuple(sorted({label for labels in own for label in labels}))
-    tasks, share = [], stream.eval_share or (SEARCH_SHARE if config.searches else None)
+    tasks, share = [], stream.eval_share or (HELD_OUT_SHARE if config.holds_out_rows else None)
     for (name, train, test), labels in zip(parts, own, strict=True):
         train = _limit_per_class(train, stream.train_per_class, config.seed, name)
         train = _limit_rows(train, stream.train_rows, f"{config.seed}/{name}/train", labels)
@@ -145,7 +146,7 @@ def make_stream(
         shared = everything if scenario == "domain_incremental" and (labels or not language) else labels
         tasks.append(Task(name, shared, train, test, shared, eval=evaluated))
     few = [task.name for task in tasks if share and not len(task.eval) and task.name not in left]
-    asking = "eval_share" if stream.eval_share else "merge.coefficient: search"
+    asking = "eval_share" if stream.eval_share else "merge.coefficient: search" if config.searches else "head.gate"
     raise_all([f"task {name!r}: too few training rows for {asking} to hold one out" for name in few], "stream")
     if config.strategy.replay_per_class:
         tasks = _with_replay(tasks, config.strategy.replay_per_class, config.seed)

@@ -278,6 +278,12 @@ def drift_residuals(before: Tensor, after: Tensor, drift: Tensor, ridge: float) 
     return (new - old @ drift.T) / (1 - leverage)
 
 
+def square_root(covariance: Tensor) -> Tensor:
+    """The symmetric root of a positive semidefinite matrix (d, d)."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
 def _damped(old: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """(FₒᵀFₒ + λI, λI)."""
     gram, d = old.T @ old, old.shape[1]
@@ -285,17 +291,21 @@ def _damped(old: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     return gram + damping, damping
 
 
-def fit_temperature(logits: Tensor, targets: Tensor, least: float = 1.0) -> float:
+def fit_temperature(
+    logits: Tensor, targets: Tensor, *others: tuple[float, Tensor, Tensor], least: float = 1.0
+) -> float:
     """T ≥ `least` that minimises the mean cross-entropy of logits / T, (n, C) and (n,), on log-spaced grids.
 
+    others: (weight, logits, targets) of further rows, whose mean cross-entropies are added with their weights.
     Never below 1 for discriminants: on data that the head separates perfectly the optimum is 0, which says nothing
     about new data.
     """
+    parts = [(1.0, logits, targets), *others]
     lowest = math.log10(least)
     low, high = lowest, 3.0
     for _ in range(3):
         grid = torch.linspace(low, high, 41, dtype=torch.float64)
-        losses = torch.stack([cross_entropy(logits.double() / 10**t, targets) for t in grid])
+        losses = torch.stack([sum(w * cross_entropy(x.double() / 10**t, y) for w, x, y in parts) for t in grid])
         best = float(grid[int(losses.argmin())])
         step = (high - low) / 40
         low, high = max(best - step, lowest), best + step
@@ -350,7 +360,7 @@ def compared(
     found = {}
     for solver in solvers if parts else ():
         logits, answers = _joined([class_scores(*part, solver) for part in parts])
-        temperature = fit_temperature(logits, answers, LEAST_TEMPERATURE[solver])
+        temperature = fit_temperature(logits, answers, least=LEAST_TEMPERATURE[solver])
         found[solver] = float(cross_entropy(logits / temperature, answers, reduction="sum")), temperature
     return found
 

@@ -13,6 +13,7 @@ from pm_hf.measuring.analytic_head import (
     drift_residuals,
     fit_temperature,
     ridge_drift,
+    square_root,
 )
 from pm_hf.measuring.line_search import COEFFICIENT_GRID, Point, search_points
 
@@ -31,11 +32,10 @@ class DrawnRows:
     def __init__(self, known: HeadStatistics, rows: int, seed: int, count: int = DRAWS) -> None:
         """rows: number n of the residuals that R_α is the covariance of."""
         each, generator = max(LEAST_DRAWS, count // len(known.labels)), torch.Generator().manual_seed(seed)
-        values, vectors = torch.linalg.eigh(known.pooled_covariance())
-        spread = vectors * values.clamp(min=0).sqrt()  # (d, d), spread·spreadᵀ = Σ
         means = known.means.repeat_interleave(each, 0)
         self.labels = [label for label in known.labels for _ in range(each)]
-        self._start = means + torch.randn(means.shape, generator=generator, dtype=torch.float64) @ spread.T
+        normal = torch.randn(means.shape, generator=generator, dtype=torch.float64)
+        self._start = means + normal @ square_root(known.pooled_covariance())
         self._mix = torch.randn(len(means), rows, generator=generator, dtype=torch.float64) / rows**0.5
 
     def at(self, drift: Tensor, residuals: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def head_search(
     known: the statistics of the earlier tasks, at α = 0. fitted, held_out: {α of NODES: features (n, d) and (m, d) of
     rows of the task, those that the new classes and W_α are computed of, and others}, with their labels. drift: whether
     the head's statistics follow the backbone by W_α (see `ridge_drift`); the draws do in any case. The head at α is the
-    analytic one of the moved statistics and the new classes, its temperature the one that fits the held-out rows; the
+    analytic one of the moved statistics and the new classes, its temperature the one that minimises J(α); the
     residuals are those of rows left out of the regression (see `drift_residuals`). seed: of the draws.
     """
     labels = list(dict.fromkeys(fitted_labels))
@@ -90,7 +90,7 @@ def head_search(
         new, answers = class_scores(statistics, interpolated(held_out, alpha), held_out_labels)
         old_rows = drawn.at(W, drift_residuals(before, features, W, ridge))
         old, old_answers = class_scores(statistics, old_rows, drawn.labels)
-        temperature = fit_temperature(new, answers)
+        temperature = fit_temperature(new, answers, (earlier, old, old_answers))
         losses[alpha] = (
             cross_entropy(new / temperature, answers, reduction="none"),
             cross_entropy(old / temperature, old_answers, reduction="none"),

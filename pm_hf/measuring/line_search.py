@@ -35,7 +35,7 @@ def search_points(losses: Mapping[float, tuple[Tensor, Tensor]], earlier: int) -
         point["objective"] = point["new"] + earlier * point["old"]
     lowest = losses[min(points, key=lambda point: point["objective"])["coefficient"]]
     for point in points:
-        new, old = (_mean_variance(a - b) for a, b in zip(losses[point["coefficient"]], lowest, strict=True))
+        new, old = (mean_variance(a - b) for a, b in zip(losses[point["coefficient"]], lowest, strict=True))
         point["error"] = (new + earlier**2 * old) ** 0.5
     return points
 
@@ -47,7 +47,7 @@ def smallest_within_error(points: Iterable[Point]) -> float:
     return float(min(p["coefficient"] for p in points if p["objective"] - lowest <= p["error"]))
 
 
-def _mean_variance(values: Tensor) -> float:
+def mean_variance(values: Tensor) -> float:
     """Variance of the mean of independent values, (n,); 0 for a single one."""
     return float(values.double().var()) / len(values) if len(values) > 1 else 0.0
 

@@ -31,6 +31,7 @@ from pm_hf.models.released import fit_vocabulary
 
 HEAD_NAMES = ("classifier", "score")  # what PEFT saves by itself for a sequence classifier
 TEXT_KIND = "text-classification"
+LOADED_ADAPTER = "default"  # name that PEFT gives to the adapter of a folder
 
 
 TOKENIZER_FILE = "tokenizer_config.json"  # beside an adapter whose tokens are not those of the base
@@ -160,7 +161,7 @@ def load_merged(settings: ModelSettings, folder: Path, labels: Sequence[str], ki
     with seeded(0), quiet(), whole_load(folder, settings):
         model = PeftModel.from_pretrained(base, str(folder)).eval()
         # it does not tell what it left out, so the file is read again
-        result = model.load_adapter(str(folder), "default", torch_device="cpu", key_mapping=mapping)
+        result = model.load_adapter(str(folder), LOADED_ADAPTER, torch_device="cpu", key_mapping=mapping)
     check_loaded(folder, settings, result.missing_keys, result.unexpected_keys)
     return model
 

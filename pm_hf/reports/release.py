@@ -14,12 +14,13 @@ from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import damaged_file, read_checked, read_json, same_files
-from pm_hf.runs.paths import ADAPTER_FOLDER, MERGED_FOLDER, TASK_PREFIX, RunPaths, TaskPaths
+from pm_hf.runs.paths import ADAPTER_FOLDER, DEPLOYED_FOLDER, MERGED_FOLDER, TASK_PREFIX, RunPaths, TaskPaths
 from pm_hf.runs.records import Report, TaskRecord
 from pm_hf.runs.schemas import MergeReportFile
 
 LOCAL_PATH = re.compile(r"""(?<![\w/.:])~?/[^\s/,;:'"]+/[^\s,;:'"]+""")
-PUBLISHED = (f"{ADAPTER_FOLDER}/", f"{MERGED_FOLDER}/")  # files of a task's folder that are published
+# files of a task's folder that are published
+PUBLISHED = tuple(f"{name}/" for name in (ADAPTER_FOLDER, MERGED_FOLDER, DEPLOYED_FOLDER))
 SECRET_KEY = re.compile(r"(^|_)(token|password|secret|key)$")
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 TOKENIZER_PATHS = ("name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file")  # local
@@ -203,7 +204,7 @@ def _unreleased(config: RunConfig, paths: RunPaths, tasks: Sequence[TaskPaths]) 
         marks = {name: mark for name, mark in TaskRecord.load(task.step).files.items() if name.startswith(PUBLISHED)}
         if damage := damaged_file(task.folder, marks):
             return [f"{damage}; bring the file back from a copy"]
-    if not same_files(tasks[-1].merged, merged):
+    if not same_files(tasks[-1].released, merged):
         return [f"{merged} is not the adapter that its report is about (max_forgetting kept an older one)"]
     return []
 

@@ -105,6 +105,7 @@ class RunFolder:
             last.optimum if last.optimum.is_dir() else last.adapter,
             last.pool if last.pool.is_file() else None,
             last.writers if last.writers.is_dir() else None,
+            last.gate if last.gate.is_dir() else None,
         )
 
     def count_finished(self) -> int:
@@ -210,7 +211,7 @@ class RunFolder:
         if config.measures_curvature and trains and record.curvature_bytes != 0:  # null: of before it was kept
             needed.append(last.curvature)
         if config.analytic_head:
-            needed.append(last.statistics)
+            needed += [last.statistics, *([last.gate] if config.head.gate else [])]
         needed += [last.pool] * config.keeps_pool + [last.writers] * config.keeps_writers
         begun_from_another = index > 1 or self.start is not None
         if record.train_from == "last" and begun_from_another and not config.merging_method.factors:
@@ -234,8 +235,9 @@ class RunFolder:
         self.check_not_removed()
         task, paths = self.stream.tasks[index], self.task(index)
         make_folder(paths.folder)
-        for stale in (paths.adapter, paths.merged, paths.optimum, paths.change):
+        for stale in (paths.adapter, paths.merged, paths.deployed, paths.optimum, paths.change):
             remove_adapter(stale)
+        shutil.rmtree(paths.gate, ignore_errors=True)
         remove_leftovers(paths.folder, held=True)
         return _note_conditions(paths, task, self.inputs, self.record(index - 1).conditions if index else {})
 
@@ -261,7 +263,8 @@ class RunFolder:
         for older in map(self.task, range(index + 1 - kept)):
             older.curvature.unlink(missing_ok=True)
             older.pool.unlink(missing_ok=True)
-            shutil.rmtree(older.writers, ignore_errors=True)
+            for folder in (older.writers, older.gate):
+                shutil.rmtree(folder, ignore_errors=True)
             remove_adapter(older.optimum)
             remove_adapter(older.change)
 
@@ -284,7 +287,7 @@ class RunFolder:
                 f"{self.paths.merged} is still the previous adapter",
                 report,
             )
-        newest = self.task(done - 1).merged
+        newest = self.task(done - 1).released
         remove_leftovers(self.path)
         if self.config.merges and not (self.paths.merged.is_dir() and same_files(newest, self.paths.merged)):
             copy_folder(newest, self.paths.merged, self._strangers(done))
@@ -294,7 +297,7 @@ class RunFolder:
         """Names in `merged/` that no finished task's merge was written with: files of the user's."""
         ours = set(ADAPTER_FILES)
         for index in range(done):
-            ours |= {Path(file).parts[1] for file in self._marks(index, [self.task(index).merged])}
+            ours |= {Path(file).parts[1] for file in self._marks(index, [self.task(index).released])}
         return sorted(path.name for path in self.paths.merged.glob("*") if path.name not in ours)
 
     def report(self, done: int) -> Report:
@@ -362,6 +365,8 @@ def log_finished_task(index: int, total: int, record: TaskRecord, metric: str) -
     line = f"task {index + 1}/{total} {record.task}: {name} {scores[-1]:.3f}, mean of {len(scores)} {mean:.3f}"
     if alpha is not None and record.freedom != "free":
         line += f", coefficient {alpha.used:.3f} (1/t {alpha.one_over_t:.3f})"
+    if record.gate:
+        line += f", deployed at scale {record.gate['deployed']:g}"
     if record.replay:
         line += f", {record.replay['kept']} of {record.replay['written']} written rows kept"
     log_line(f"{line}, {record.seconds:.1f} s")

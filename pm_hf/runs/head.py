@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pm_hf.adapters.folder import folded_tasks, replace_head
+from pm_hf.adapters.folder import folded_tasks, replace_head, scale_adapter
 from pm_hf.config.schema import HeadSettings, RunConfig
 from pm_hf.data.rows import Rows
 from pm_hf.data.stream import Task, sample, sample_classes
@@ -28,11 +29,13 @@ from pm_hf.measuring.analytic_head import (
     ridge_drift,
 )
 from pm_hf.measuring.bound_head import DIRECTIONS
+from pm_hf.measuring.gate import GATE_SCALES, Gate, LineFeatures, ScaleState, deployed_scale, judge
 from pm_hf.measuring.head_search import NODES, head_search
 from pm_hf.measuring.line_search import Point
 from pm_hf.measuring.scores import Scorer
 from pm_hf.merging.lowrank import LowRank
 from pm_hf.models.contexts import scaled_adapter
+from pm_hf.models.loading import LOADED_ADAPTER
 from pm_hf.models.lora import adapted_layers, find_head, head_matrix
 from pm_hf.models.task_model import TASK_ADAPTER, TaskModel
 from pm_hf.runs.paths import STATISTICS_FILE, TaskPaths
@@ -65,6 +68,10 @@ class HeadPolicy:
         """Give the merge its final rows; what is to be said of it. trained: whether the task trained the backbone."""
         return []
 
+    def gate(self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None) -> dict[str, Any]:
+        """Deploy the merge at the scale that the gate lets through; `gate` of step.json. {}: without one, as it is."""
+        return {}
+
     def answers(self, statistics: Path | None) -> HeadStatistics | None:
         """What a language model's answers are chosen by, from the file beside a merge; None: its likelihoods."""
         return None
@@ -94,6 +101,7 @@ class AnalyticHead(HeadPolicy):
     def __init__(self, settings: HeadSettings, scorer: Scorer) -> None:
         self.settings, self.scorer = settings, scorer
         self._kept: tuple[tuple[Path, str], Tensor] | None = None  # of `_features_before`
+        self._after: tuple[Path, list[Tensor]] | None = None  # a merge, and features of `_row_sets` under it
 
     def check(self, built: TaskModel) -> None:
         """The discriminants need a bias."""
@@ -136,24 +144,45 @@ class AnalyticHead(HeadPolicy):
         """Follow the backbone's drift, add the task's own classes, write the rows into the merge.
 
         The statistics are saved beside the merge. With `means: task` a class has a row for every task that it comes
-        in, and the row with the largest logit decides.
+        in, and the row with the largest logit decides. Rows that were held out of the training without being asked for
+        are in the statistics of their classes.
         """
         module, settings = str(head), self.settings
-        known = _load_statistics(start.statistics, 0 if settings.solver == "lda" else DIRECTIONS)
-        features = self.scorer.features(paths.merged, task.train, task.own, module)
+        known = _load_statistics(start.statistics, self.directions)
+        features = self._features(paths.merged, task, module, [1.0])[1.0]
+        self._after = paths.merged, features
         if known.labels and settings.drift == "ridge" and trained and start.running is not None:
             before = self._features_before(start.running.path, task, module)
-            known = known.moved(ridge_drift(before, features, settings.ridge))
-        statistics, temperature = self._with_task(known, features, task)
-        statistics, solver, temperature = self._solver(known, statistics, temperature, features, task)
+            known = known.moved(ridge_drift(before, features[0], settings.ridge))
+        statistics, solver, rows = self._solved(known, features, task)
         statistics.save(paths.statistics)
-        rows = SOLVERS[solver](statistics)
-        weight, bias = (value if statistics.temperature else value / temperature for value in rows)
-        replace_head(paths.merged, module, weight, bias, statistics.labels)
+        replace_head(paths.merged, module, *rows, statistics.labels)
         return [] if solver == _best_solver(known.losses) else [f"head.solver: {solver} from {task.name} on"]
 
+    @property
+    def directions(self) -> int:
+        """Directions that the statistics keep of each class."""
+        return 0 if self.settings.solver == "lda" else DIRECTIONS
+
+    def _solved(
+        self, known: HeadStatistics, features: Sequence[Tensor], task: Task
+    ) -> tuple[HeadStatistics, str, tuple[Tensor, Tensor]]:
+        """(statistics with the task's own classes, the solver, (weight (C, d), bias (C,)) of the head).
+
+        known: the statistics without the task; features: of its training rows (n, d) and, where there are more, of
+        those held out (m, d), which count where the run holds them out without being asked for.
+        """
+        rows = task.train.with_rows(task.eval) if self.scorer.config.holds_out_rows else task.train
+        values = torch.cat(list(features))[: len(rows)]
+        statistics, temperature = self._with_task(known, values, rows, task.own)
+        statistics, solver, temperature = self._solver(known, statistics, temperature, values, rows)
+        weight, bias = SOLVERS[solver](statistics)
+        if not statistics.temperature:
+            weight, bias = weight / temperature, bias / temperature
+        return statistics, solver, (weight, bias)
+
     def _solver(
-        self, known: HeadStatistics, statistics: HeadStatistics, temperature: float, features: Tensor, task: Task
+        self, known: HeadStatistics, statistics: HeadStatistics, temperature: float, features: Tensor, rows: Rows
     ) -> tuple[HeadStatistics, str, float]:
         """(statistics with what the solvers lose on rows held out in turn, of all tasks, the solver of the rows, their
         temperature). known: the statistics without the task; temperature: that of the discriminants."""
@@ -161,17 +190,76 @@ class AnalyticHead(HeadPolicy):
         if settings.solver == "lda":
             return statistics, "lda", temperature
         asked = tuple(SOLVERS) if settings.solver == "search" else (settings.solver,)
-        found = compared(known, features, task.train.labels, asked, one_mean_per_task=own_mean)
+        found = compared(known, features, rows.labels, asked, one_mean_per_task=own_mean)
         losses = {name: known.losses.get(name, 0.0) + nats for name, (nats, _) in found.items()} or known.losses
         solver = _best_solver(losses)
         return replace(statistics, losses=losses), solver, found[solver][1] if solver in found else temperature
 
-    def _with_task(self, statistics: HeadStatistics, features: Tensor, task: Task) -> tuple[HeadStatistics, float]:
-        """(statistics with the task's own classes, their temperature); in strict mode frozen from the first task on."""
-        own_mean = self.settings.means == "task"
-        targets = _class_indices(task.train, task.own)
-        statistics = statistics.added(features, targets, list(task.own), one_mean_per_task=own_mean)
-        temperature = statistics.temperature or merge_temperature(statistics, features, task.train.labels)
+    def gate(self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None) -> dict[str, Any]:
+        """Compare the scales of the merge that `after_merge` has left, see `pm_hf.measuring.gate`.
+
+        The state of the scales is saved beside it, and the adapter that is deployed where that is not the merge itself.
+        """
+        if not self.settings.gate:
+            return {}
+        module, settings = str(head), self.settings
+        assert self._after is not None
+        after, before = {1.0: self._after[1]}, dict[float, list[Tensor]]()
+        others = [scale for scale in GATE_SCALES if scale != 1]
+        after |= self._features(paths.merged, task, module, others)
+        if start.running is not None:
+            before = {1.0: [self._features_before(start.running.path, task, module)]}
+            drifting = [scale for scale in others if scale]  # at 0 there is nothing that could drift
+            before |= self._features(start.running.path, task, module, drifting, held_out=False)
+        line = {
+            scale: LineFeatures(*after[scale], before=before[scale][0] if scale in before else None)
+            for scale in GATE_SCALES
+        }
+        statistics = _load_statistics(start.statistics)
+        gate = Gate() if start.gate is None else Gate.load(start.gate, statistics)
+        judged, points = judge(
+            gate.with_directions(self.directions),
+            line,
+            task.train.labels,
+            task.eval.labels,
+            ridge=settings.ridge,
+            drift=settings.drift == "ridge",
+            one_mean_per_task=settings.means == "task",
+            seed=self.scorer.config.seed + start.index,
+        )
+        deployed, states = deployed_scale(points), dict[float, ScaleState]()
+        for scale, state in judged.scales.items():
+            statistics, _, rows = self._solved(state.statistics, after[scale], task)
+            states[scale] = replace(state, statistics=statistics)
+            if scale == deployed != 1:
+                scale_adapter(paths.merged, paths.deployed, scale)
+                replace_head(paths.deployed, module, *rows, statistics.labels)
+        Gate(judged.tasks, states).save(paths.gate)
+        return {"deployed": deployed, "scales": points}
+
+    def _features(
+        self, merged: Path, task: Task, head: str, scales: Sequence[float], *, held_out: bool = True
+    ) -> dict[float, list[Tensor]]:
+        """{scale of a merged adapter: features of the task's training rows (n, d), and of those held out (m, d) where
+        the run asks for them itself}."""
+        asked = held_out and (self.settings.gate or self.scorer.config.holds_out_rows)
+        model, features = self.scorer.load(merged, head)[0], dict[float, list[Tensor]]()
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        for scale in scales:
+            with scaled_adapter(layers, LOADED_ADAPTER, scale):
+                features[scale] = [
+                    self.scorer.features_of(model, rows, task.own, head)
+                    for rows in (task.train, *([task.eval] if asked else []))
+                ]
+        return features
+
+    def _with_task(
+        self, statistics: HeadStatistics, features: Tensor, rows: Rows, own: Sequence[str]
+    ) -> tuple[HeadStatistics, float]:
+        """(statistics with a task's own classes, their temperature); in strict mode frozen from the first task on."""
+        own_mean, targets = self.settings.means == "task", _class_indices(rows, own)
+        statistics = statistics.added(features, targets, list(own), one_mean_per_task=own_mean)
+        temperature = statistics.temperature or merge_temperature(statistics, features, rows.labels)
         if self.settings.strict and statistics.temperature is None:
             statistics = statistics.frozen(temperature)
         return statistics, temperature
@@ -238,7 +326,7 @@ class AnalyticAnswers(AnalyticHead):
                 f"{len(rows)} training rows of {task.name} are right there, each left out in turn"
             )
         features = scorer.prompt_states(task.train, [int(statistics.layer or 0)])[0]
-        self._with_task(statistics, features, task)[0].save(paths.statistics)
+        self._with_task(statistics, features, task.train, task.own)[0].save(paths.statistics)
         return notes
 
     def answers(self, statistics: Path | None) -> HeadStatistics:
@@ -274,6 +362,17 @@ def head_policy(config: RunConfig, scorer: Scorer) -> HeadPolicy:
     if not config.kind.has_head:
         return HeadPolicy()
     return LinearHead(in_curvature=config.shared_head and config.sums_curvature)
+
+
+def gate_notes(gate: Mapping[str, Any]) -> list[str]:
+    """What is to be said of the scale that the gate chose, where it is not 1."""
+    if not gate or gate["deployed"] == 1:
+        return []
+    whole = next(point for point in gate["scales"] if point["scale"] == 1)
+    gain = f"scale 1 gains {whole['gain']:.3f} ± {whole['error']:.3f} nats over it"
+    if gate["deployed"] == 0:
+        return [f"the gate held the deployed model at the control, the base with the analytic head: {gain}"]
+    return [f"the gate deployed the merged adapter at scale {gate['deployed']:g} of the way from the control: {gain}"]
 
 
 def _compete(linear: nn.Linear, weight: Tensor, bias: Tensor) -> RemovableHandle:

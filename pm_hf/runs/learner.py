@@ -49,7 +49,7 @@ from pm_hf.models.task_model import (
     task_tensors,
 )
 from pm_hf.runs.folder import ForgettingError, RunFolder, finished_labels, log_finished_task
-from pm_hf.runs.head import head_policy
+from pm_hf.runs.head import gate_notes, head_policy
 from pm_hf.runs.paths import STATISTICS_FILE, TaskPaths
 from pm_hf.runs.records import Report, TaskRecord, primary_metric
 from pm_hf.runs.rehearsal import Rehearsal, Rehearsed, replay_note
@@ -221,7 +221,8 @@ class Run:
             """What process 0 does with the trained task."""
             merge = self._merge(paths, start, trained)
             of_head = self.head.after_merge(paths, task, start, trained.head, trained=self._trains(index))
-            (model, labels), replay = self.scorer.load(paths.merged, trained.head), {}
+            gate = self.head.gate(paths, task, start, trained.head)
+            (model, labels), replay = self.scorer.load(paths.released, trained.head), {}
             if self.rehearsal is not None and written is not None:
                 replay = self.rehearsal.finish(model, written, rehearsed, start, paths)
             answers = self.head.answers(paths.statistics)
@@ -246,6 +247,7 @@ class Run:
                 untouched=untouched,
                 replay=replay,
                 search=trained.search,
+                gate=gate,
                 seconds=time.perf_counter() - began,
                 process_peak_memory_mb=process_peak_memory_mb(),
                 conditions=conditions(),
@@ -256,6 +258,7 @@ class Run:
                     *self._learning_notes(task, trained, index),
                     *self._truncation_notes(task, trained, index),
                     *([replay_note(replay)] if replay else []),
+                    *gate_notes(gate),
                 ],
             )
             self.folder.finish_task(index, record)

@@ -39,7 +39,12 @@ from pm_hf.runs.start import TaskStart, start_task
 from pm_hf.text import NO_VALUE, format_metric, format_number, printable, text_table
 
 # {setting that older lines do not know: what they were made with}
-NEWER_SETTINGS = {("curvature", "at"): "optimum", ("strategy", "drift_weight"): 0.0}
+NEWER_SETTINGS = {
+    ("curvature", "at"): "optimum",
+    ("strategy", "drift_weight"): 0.0,
+    ("head", "gate"): False,
+    ("head", "solver"): "lda",
+}
 SAME_SCORE = 1e-4  # difference of two scores of one adapter that is not worth a note
 
 

@@ -16,6 +16,8 @@ LOGS_FOLDER, TRACKERS_FILE = "logs", "trackers.json"
 TASK_PREFIX = "task-"
 ADAPTER_FOLDER, MERGED_FOLDER, CHECKPOINTS_FOLDER = "adapter", "merged", "checkpoints"
 OPTIMUM_FOLDER = "optimum"  # adapter folder of the last task's own optimum, for methods that train from it
+GATE_FOLDER = "gate"  # what the gate keeps of the scales that it compares
+DEPLOYED_FOLDER = "deployed"  # adapter folder of the merge at the scale that the gate chose, where that is not 1
 # adapter folder of θ*_t − θ̂_{t−1}, where training started from the last optimum and not from θ̂_{t−1}
 CHANGE_FOLDER = "change"
 
@@ -29,6 +31,7 @@ class TaskPaths:
         self.adapter, self.merged = folder / ADAPTER_FOLDER, folder / MERGED_FOLDER
         self.curvature, self.statistics = folder / CURVATURE_FILE, folder / STATISTICS_FILE
         self.optimum, self.change = folder / OPTIMUM_FOLDER, folder / CHANGE_FOLDER
+        self.gate, self.deployed = folder / GATE_FOLDER, folder / DEPLOYED_FOLDER
         self.checkpoints = folder / CHECKPOINTS_FOLDER
         self.pool, self.writer, self.writers = folder / POOL_FILE, folder / WRITER_FOLDER, folder / WRITERS_FOLDER
 
@@ -40,7 +43,13 @@ class TaskPaths:
     @property
     def results(self) -> tuple[Path, ...]:
         """All that a finished task may leave to the next one."""
-        return *self.adapters, self.optimum, self.curvature, self.statistics, self.pool, self.writers
+        state = (self.optimum, self.curvature, self.statistics, self.gate, self.pool, self.writers)
+        return *self.adapters, self.deployed, *state
+
+    @property
+    def released(self) -> Path:
+        """The adapter folder that is scored and published: the merge, or what the gate deployed of it."""
+        return self.deployed if self.deployed.is_dir() else self.merged
 
     @property
     def finished(self) -> bool:

@@ -42,7 +42,8 @@ class TaskRecord:
     each task seen}. held_out: {text: {metric: score}}; untouched: the same of the base, in the first task's record.
     confusions: (class, another that test rows of it were taken for, how many, test rows of the class), most first.
     replay: counts and seconds of the written rows, see `pm_hf.runs.rehearsal`; search: the points of the coefficient's
-    search, see `search_points`; these four are left out where there is none. conditions: threads, processes, device,
+    search, see `search_points`; gate: the scale at which the merge is `deployed`, and the points of all `scales`, see
+    `pm_hf.measuring.gate.judge`; these five are left out where there is none. conditions: threads, processes, device,
     versions. files: {name in the task's folder: size and SHA-256} of what it left; inputs: what it depends on besides,
     see `pm_hf.runs.inputs`; {} where an older version wrote it.
     """
@@ -65,6 +66,7 @@ class TaskRecord:
     untouched: dict[str, dict[str, float]] = field(default_factory=dict)
     replay: dict[str, Any] = field(default_factory=dict)
     search: list[dict[str, float]] = field(default_factory=list)
+    gate: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
     process_peak_memory_mb: float | None = None
     conditions: dict[str, Any] = field(default_factory=dict)
@@ -84,7 +86,7 @@ class TaskRecord:
             value = getattr(self, part.name)
             if part.name == "training":
                 content |= {} if value is None else value.to_dict()
-            elif part.name in ("untouched", "confusions", "replay", "search") and not value:
+            elif part.name in ("untouched", "confusions", "replay", "search", "gate") and not value:
                 continue
             elif part.name == "conditions":
                 content |= value

@@ -94,6 +94,23 @@ class SearchPointFile:
 
 
 @dataclass
+class ScaleFile:
+    """What the gate measured at a scale. See `pm_hf.measuring.gate.judge`."""
+
+    scale: Number
+    gain: Number
+    error: Number
+
+
+@dataclass
+class GateFile:
+    """`gate` of a step.json."""
+
+    deployed: Number
+    scales: list[ScaleFile]
+
+
+@dataclass
 class StepFile:
     """step.json of a finished task. See `pm_hf.runs.records.TaskRecord`."""
 
@@ -114,6 +131,7 @@ class StepFile:
     untouched: Texts = field(default_factory=dict)
     replay: ReplayFile | None = None
     search: list[SearchPointFile] = field(default_factory=list)
+    gate: GateFile | None = None
     seconds: Score = None
     process_peak_memory_mb: Score = None
     threads: int | None = None
@@ -140,6 +158,8 @@ class StepFile:
         used = None if self.coefficient is None else self.coefficient.used
         if self.search and used is not None and used not in (point.coefficient for point in self.search):
             return f"search: none of {len(self.search)} points has the coefficient {used:g}"
+        if self.gate is not None and self.gate.deployed not in (point.scale for point in self.gate.scales):
+            return f"gate: none of {len(self.gate.scales)} scales is the deployed one, {self.gate.deployed:g}"
         return next((p for sample in (self.replay.samples if self.replay else ()) if (p := sample.problem())), None)
 
 

@@ -12,6 +12,7 @@ from pm_hf.data.stream import MOST_ANSWERS, TaskStream
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import expand, same_files
 from pm_hf.measuring.analytic_head import HeadStatistics
+from pm_hf.measuring.gate import Gate
 from pm_hf.merging.curvature import Curvature
 from pm_hf.merging.lowrank import LowRank, add, balanced, compact_svd, weighted_sum
 from pm_hf.merging.methods.base import Start
@@ -19,6 +20,7 @@ from pm_hf.merging.methods.linear import SEQUENTIAL
 from pm_hf.models.loading import resolve_base
 from pm_hf.runs.paths import (
     CURVATURE_FILE,
+    GATE_FOLDER,
     MERGED_FOLDER,
     POOL_FILE,
     STATISTICS_FILE,
@@ -32,7 +34,7 @@ from pm_hf.runs.writers import check_kept
 @dataclass(frozen=True)
 class StreamState:
     """What one task leaves to the next: running merge, sums of curvature, the head's statistics, its own optimum, the
-    pool of written rows or the writers."""
+    pool of written rows or the writers, and what the gate keeps."""
 
     merged: Path | None = None
     curvature: Path | None = None
@@ -40,6 +42,7 @@ class StreamState:
     optimum: Path | None = None
     pool: Path | None = None
     writers: Path | None = None
+    gate: Path | None = None
 
 
 def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
@@ -54,10 +57,12 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
         if config.analytic_head:
             _check_classes(config, stream)
         return None
-    adapter = open_adapter(expand(config.start_from, "start_from"))
-    check_loads(adapter)
-    curvature, head, pool, writers = find_beside(adapter, CURVATURE_FILE, STATISTICS_FILE, POOL_FILE, WRITERS_FOLDER)
-    state = StreamState(adapter.path, curvature, head, adapter.path, pool, writers)
+    released = open_adapter(expand(config.start_from, "start_from"))
+    check_loads(released)
+    state_files = (CURVATURE_FILE, STATISTICS_FILE, POOL_FILE, WRITERS_FOLDER, GATE_FOLDER)
+    curvature, head, pool, writers, gate = find_beside(released, *state_files)
+    adapter = _ungated(released)
+    state = StreamState(adapter.path, curvature, head, adapter.path, pool, writers, gate)
     problems = _adapter_misfits(config, stream, adapter)
     if state.curvature is None:
         problems += [f"strategy.{name} needs {CURVATURE_FILE} beside it" for name in config.curvature_penalties]
@@ -82,6 +87,8 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
     if config.analytic_head and state.statistics is None:
         way_out = "linear" if config.kind.has_head else "none"
         problems.append(f"head.kind lda needs {STATISTICS_FILE} beside it; use head.kind: {way_out}")
+    if config.head.gate and state.gate is None:
+        problems.append(f"head.gate needs {GATE_FOLDER} beside it; leave it out")
     if config.analytic_head and state.statistics is not None:
         statistics = HeadStatistics.load(state.statistics)
         strict = statistics.temperature is not None
@@ -91,6 +98,8 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
             problems.append("its head has several means a class; use head.means: task")
         if strict != config.head.strict:
             problems.append(f"its head was made with head.strict: {strict}, the config says {config.head.strict}")
+        if config.head.gate and state.gate is not None:
+            Gate.load(state.gate, statistics)
     raise_all(problems, f"start_from {adapter.path}")
     return state
 
@@ -98,10 +107,20 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
 def find_beside(adapter: Adapter, *names: str) -> list[Path | None]:
     """What was saved with an adapter: for each name the file or folder in the adapter's folder, in the folder above, or
     in the task folder of the run that published it."""
-    beside, run = [adapter.path, adapter.path.parent], RunPaths(adapter.path.parent)
-    finished = [task for task in reversed(run.tasks()) if task.finished]
-    beside += [task.folder for task in finished if same_files(task.merged, adapter.path)]
+    beside = [adapter.path, adapter.path.parent, *(task.folder for task in _published_by(adapter))]
     return [next((folder / name for folder in beside if (folder / name).exists()), None) for name in names]
+
+
+def _published_by(adapter: Adapter) -> list[TaskPaths]:
+    """The finished tasks of the run in the folder above whose release an adapter is, the last one first."""
+    tasks = reversed(RunPaths(adapter.path.parent).tasks())
+    return [task for task in tasks if task.finished and same_files(task.released, adapter.path)]
+
+
+def _ungated(released: Adapter) -> Adapter:
+    """What a run goes on from: the merge that an adapter is a scale of, where a gate deployed it; else the adapter."""
+    tasks = _published_by(released)
+    return open_adapter(tasks[0].merged) if tasks and tasks[0].released != tasks[0].merged else released
 
 
 def _adapter_misfits(config: RunConfig, stream: TaskStream, adapter: Adapter) -> list[str]:
@@ -179,7 +198,8 @@ class TaskStart:
     index: its place in the stream. train_from: merged, last or base. running: the merge that it is folded into, None
     before there is one, or where nothing is merged. frozen: the adapter in place while the task trains, None: the base
     alone. factors: the last task's adapter, whose factors the new one starts with. curvature, statistics, pool,
-    writers: the sums, the analytic head, the written rows and the writers that the tasks before it left.
+    writers, gate: the sums, the analytic head, the written rows, the writers and what the gate keeps, as the tasks
+    before it left them.
     """
 
     index: int
@@ -191,6 +211,7 @@ class TaskStart:
     statistics: Path | None = None
     pool: Path | None = None
     writers: Path | None = None
+    gate: Path | None = None
 
     @property
     def saved(self) -> Adapter | None:
@@ -226,6 +247,7 @@ def start_task(config: RunConfig, state: StreamState, index: int) -> TaskStart:
         statistics=state.statistics,
         pool=state.pool,
         writers=state.writers,
+        gate=state.gate,
     )
 
 

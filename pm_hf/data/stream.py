@@ -193,10 +193,10 @@ def sample(rows: Rows, count: int | None, seed: int) -> Rows:
 
 
 def _task_labels(language: bool, train: Rows, test: Rows) -> tuple[str, ...]:
-    return _closed_answers(train, test) if language else tuple(sorted(set(train.labels)))
+    return closed_answers(train, test) if language else tuple(sorted(set(train.labels)))
 
 
-def _closed_answers(train: Rows, test: Rows) -> tuple[str, ...]:
+def closed_answers(train: Rows, test: Rows) -> tuple[str, ...]:
     """The completions to choose among; none where they are free text."""
     answers = set(train.labels)
     free = len(answers) < 2 or len(answers) > MOST_ANSWERS or not set(test.labels) <= answers
@@ -233,7 +233,7 @@ def _load_train_and_test(config: RunConfig, source: Source, *, task: str = "", e
     if share is None:
         return data
     rows, values = data[0]
-    classes = config.kind.has_head or bool(_closed_answers(rows, rows))
+    classes = config.kind.has_head or bool(closed_answers(rows, rows))
     sides = _split_indices(rows, share, classes, f"test/{config.seed}")
     return [(rows.take(side), [values[i] for i in side] if values else []) for side in sides]
 

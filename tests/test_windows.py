@@ -9,7 +9,7 @@ from helpers.adapter_folders import assert_same, dense, write_folder
 # what a Windows process lacks or refuses, put on after the libraries have been imported
 WINDOWS = """
 import fcntl, os, shutil, sys
-import numpy, psutil, pydantic, safetensors.torch, torch
+import numpy, psutil, pydantic, pydantic.fields, safetensors.torch, torch, zoneinfo
 flags = fcntl.fcntl
 sys.modules["fcntl"] = sys.modules["resource"] = None
 del os.fork, os.getuid

@@ -50,7 +50,7 @@ SETTINGS = {
 }
 ROWS = 40  # for training and as many for testing, of each library
 DAMAGES = ("zeros", "cut", "missing", "flipped bit")  # in turn
-LONGEST = 300.0  # seconds after which a run counts as hanging
+LONGEST = 1800.0  # seconds after which a run counts as hanging
 MEASURED = ("seconds", "step_seconds", "process_peak_memory_mb", "files")  # digests of files that hold seconds
 
 

@@ -7,8 +7,8 @@ SmolLM2-135M in one thread, top-p .95 at temperature 1. First `generate` writes 
 rounds of both, the one or the other first in turn: texts that all have the longest length, and texts that end where a
 line ends, of which only the tokens up to the end count. Scoring compares the likelihoods of twelve answers after each
 prompt: prompts computed once and shared by the answers, and every prompt computed again with every answer. Rates are
-medians over the rounds, with the smallest and the largest; of rates of processor time too, as other work on the
-machine does not count there. 1 where the Writer has less than 60 % of the tokens a second of `generate`.
+medians over the rounds, with the smallest and the largest; of rates of processor time too, as other work on the machine
+does not count there. 1 where the Writer has less than 60 % of the tokens a second of `generate`.
 """
 
 import argparse

@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,13 +32,14 @@ from grid import STREAMS
 from tables import spread
 
 from pm_hf.config.loading import load_config
-from pm_hf.data.pool import in_turns
+from pm_hf.data.pool import PoolRow, in_turns
 from pm_hf.files import write_json
+from pm_hf.measuring.pool_labels import labelled
 from pm_hf.models.language_model import IGNORED, predicts_next_token, target_mask
-from pm_hf.runs import learner
+from pm_hf.runs import learner, rehearsal
 from pm_hf.runs.learner import learn
-from pm_hf.runs.rehearsal import Rehearsal, Written
-from pm_hf.runs.writers import Collected
+from pm_hf.runs.rehearsal import Rehearsal
+from pm_hf.runs.written_rows import WrittenRows
 from pm_hf.training import writer
 
 
@@ -59,30 +60,26 @@ class RunningWriter(Rehearsal):
             return super().write(*arguments)
 
 
-class Agreeing(Rehearsal):
-    """Twice as many rows are written, and those kept first that the merge gives the answer they were written for."""
+class Twice(Rehearsal):
+    """Twice as many rows are written."""
 
     def _assignment(self, task, index, count):
         return super()._assignment(task, index, 2 * count)
 
-    def _labelled(self, scorer, assignment, texts, answers):
-        rows = super()._labelled(scorer, assignment, texts, answers)
-        return sorted(rows, key=lambda row: row.completion != row.asked)[: len(rows) // 2]
+
+def agreeing(rows: list[PoolRow]) -> list[PoolRow]:
+    """Half of the rows, those first that the merge gives the answer they were written for."""
+    return sorted(rows, key=lambda row: row.completion != row.asked)[: len(rows) // 2]
 
 
-class Hard(Rehearsal):
+def hard(rows: list[PoolRow]) -> list[PoolRow]:
     """Labels are the merge's likeliest answer alone."""
-
-    def _labelled(self, *arguments):
-        return [replace(row, answers={row.completion: 1.0}) for row in super()._labelled(*arguments)]
+    return [replace(row, answers={row.completion: 1.0}) for row in rows]
 
 
-class Asked(Rehearsal):
+def asked(rows: list[PoolRow]) -> list[PoolRow]:
     """Labels are the answers that the rows were written for."""
-
-    def _labelled(self, *arguments):
-        rows = super()._labelled(*arguments)
-        return [replace(row, completion=row.asked, answers={row.asked: 1.0}) for row in rows]
+    return [replace(row, completion=row.asked, answers={row.asked: 1.0}) for row in rows]
 
 
 class Real(Rehearsal):
@@ -95,7 +92,7 @@ class Real(Rehearsal):
             groups[label].append((label, text))
         texts = in_turns(groups.values())[: assignment.count]
         counts = {"kept": len(texts), "copies": 0, "doubles": 0, "empty": 0}
-        return Written(assignment, None, Collected(texts, counts), 0, {"writer": 0.0, "write": 0.0})
+        return WrittenRows(assignment, None, texts, counts, 0, 0, {"writer": 0.0, "write": 0.0})
 
 
 class OwnAnswers:
@@ -136,6 +133,11 @@ def kind(cls: type[Rehearsal]):
     return lambda: mock.patch.object(learner, "Rehearsal", cls)
 
 
+def labels(change: Callable[[list[PoolRow]], list[PoolRow]]):
+    """What `change` makes of each task's labelled rows."""
+    return lambda: mock.patch.object(rehearsal, "labelled", lambda *parts: change(labelled(*parts)))
+
+
 def writing(**training: Any):
     """The writer's training."""
     return lambda: mock.patch.dict(writer.WRITER_TRAINING, training)
@@ -151,9 +153,9 @@ CHANGES: dict[str, tuple[str, dict[str, Any], tuple]] = {
     "epochs-8": ("writer 8 epochs", {}, (writing(num_train_epochs=8),)),
     "faster": ("writer's learning rate 2e-3", {}, (writing(learning_rate=2e-3),)),
     "running": ("writer from the running merge", {}, (kind(RunningWriter),)),
-    "hard": ("hard labels of the merge", {}, (kind(Hard),)),
-    "asked": ("labels: what was asked for", {}, (kind(Asked),)),
-    "agreeing": ("half of twice as many, the agreeing first", {}, (kind(Agreeing),)),
+    "hard": ("hard labels of the merge", {}, (labels(hard),)),
+    "asked": ("labels: what was asked for", {}, (labels(asked),)),
+    "agreeing": ("half of twice as many, the agreeing first", {}, (kind(Twice), labels(agreeing))),
     "own": ("loss over the task's own answers", {}, (own_answers,)),
     "perturbed": ("perturbed, ε = 0.5", {"perturbation.scale": 0.5}, ()),
     "real": ("training rows in place of written ones", {}, (kind(Real),)),

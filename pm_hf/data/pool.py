@@ -1,6 +1,7 @@
 """The pool: written rows of earlier tasks with what the solver says of them, and the batches that they make."""
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class Pool:
     """The rows of all tasks so far, task by task; the rows of a task take turns in the answers they were written for.
 
     Before them may stand samples of the base, which are rehearsed and belong to no task. Its size does not depend on
-    the number of tasks.
+    the number of tasks. `rows`: a tuple of PoolRow; `Pool()` has none.
     """
 
     rows: tuple[PoolRow, ...] = ()
@@ -77,15 +78,15 @@ class Pool:
                 kept.append(row)
         return Pool(tuple(kept))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """Write one JSON object a line, whole or not at all."""
-        write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in self.rows))
+        write_text(Path(path), "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in self.rows))
 
     @classmethod
-    def load(cls, path: Path) -> "Pool":
+    def load(cls, path: str | os.PathLike) -> "Pool":
         """Read the file of `save`; InputError for any other."""
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+            lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
             return cls(tuple(PoolRow(**json.loads(line)) for line in lines))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path} is no pool of written rows: {error}") from error
@@ -109,6 +110,11 @@ class Pool:
         ]
 
 
+def share(pool_rows: int, tasks: int) -> int:
+    """Rows of each task where so many have rows; never more than half, as the second task would cut it."""
+    return max(1, pool_rows // max(tasks, 2))
+
+
 def in_turns(groups: Iterable[Sequence[Any]]) -> list[Any]:
     """The first of each group, then the second of each, …"""
     groups = list(groups)
@@ -127,14 +133,19 @@ def soft_collate(collate: Callable[[list[dict]], dict[str, Tensor]]) -> Callable
     """A collator for rows with and without `soft`.
 
     Where a row has it, the batch also has soft_tokens and soft_weights, (n, K) of the n target tokens of all rows, row
-    by row: token ids and their probabilities. A row without has its label with probability 1.
+    by row: token ids and their probabilities. A row without has its label with probability 1, of the labels (N, T) that
+    the collator has made.
     """
 
     def with_soft_targets(examples: list[dict]) -> dict[str, Tensor]:
         batch = collate(examples)
         if not any("soft" in example for example in examples):
             return batch
-        soft = [target for example in examples for target in example.get("soft") or hard_targets(example)]
+        labels = batch["labels"].tolist()
+        of_rows = (
+            example.get("soft") or hard_targets({"labels": row}) for example, row in zip(examples, labels, strict=True)
+        )
+        soft = [target for of_row in of_rows for target in of_row]
         width = max(map(len, soft))
         rest = [[0] * (width - len(target)) for target in soft]
         tokens = [[*target, *fill] for target, fill in zip(soft, rest, strict=True)]

@@ -221,10 +221,10 @@ def sample_classes(rows: Rows, count: int, seed: int) -> Rows:
 
 
 def _task_labels(language: bool, train: Rows, test: Rows) -> tuple[str, ...]:
-    return _closed_answers(train, test) if language else tuple(sorted(set(train.labels)))
+    return closed_answers(train, test) if language else tuple(sorted(set(train.labels)))
 
 
-def _closed_answers(train: Rows, test: Rows) -> tuple[str, ...]:
+def closed_answers(train: Rows, test: Rows) -> tuple[str, ...]:
     """The completions to choose among; none where they are free text."""
     answers = set(train.labels)
     free = len(answers) < 2 or len(answers) > MOST_ANSWERS or not set(test.labels) <= answers
@@ -261,7 +261,7 @@ def _load_train_and_test(config: RunConfig, source: Source, *, task: str = "", e
     if share is None:
         return data
     rows, values = data[0]
-    classes = config.kind.has_head or bool(_closed_answers(rows, rows))
+    classes = config.kind.has_head or bool(closed_answers(rows, rows))
     by_task = values if config.stream.task_column is not None else [""] * len(rows)
     sides = _split_indices(rows, share, classes, f"test/{config.seed}", by_task)
     if not sides[1] and not config.kind.has_head:  # every answer stands once: they are free text

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pm_hf.data.chat import Messages
+from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
 from pm_hf.data.rows import Rows
 from pm_hf.data.stream import Task
 from pm_hf.errors import InputError
+from pm_hf.models.language_model import IGNORED
 
 MOST_REPEATS = 4  # times that a writer sees a rare answer's row in an epoch
 
@@ -112,6 +114,18 @@ class Assignment:
     key: str
     answer_longest: int = 0
     answer_ends: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, task: Task, encoder: CausalEncoder | Seq2SeqEncoder, count: int, key: str) -> "Assignment":
+        """So many texts like those of a task."""
+        form = WritingForm.of(task)
+        if form.closed or form.plain:
+            return cls(task.name, form, count, key)
+        longest = max(
+            len(example["labels"]) - example["labels"].count(IGNORED) for example in encoder.examples(task.train)
+        )
+        ends = encoder.ends(encoder.completions(task.train))
+        return cls(task.name, form, count, key, longest, tuple(sorted(ends)))
 
 
 def check_writable(task: Task) -> None:

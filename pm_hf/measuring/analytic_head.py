@@ -357,12 +357,12 @@ def compared(
     bound takes seconds with many classes. The nats are summed over rows. {} where the rows are too few.
     """
     parts = list(islice(_held_out(known, features, truth, one_mean_per_task, 5), turns))
-    found = {}
+    nats: dict[str, tuple[float, float]] = {}
     for solver in solvers if parts else ():
         logits, answers = _joined([class_scores(*part, solver) for part in parts])
         temperature = fit_temperature(logits, answers, least=LEAST_TEMPERATURE[solver])
-        found[solver] = float(cross_entropy(logits / temperature, answers, reduction="sum")), temperature
-    return found
+        nats[solver] = float(cross_entropy(logits / temperature, answers, reduction="sum")), temperature
+    return nats
 
 
 def _held_out(

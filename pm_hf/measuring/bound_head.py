@@ -37,11 +37,11 @@ def _largest(rows: Tensor, count: int, freedom: float) -> Tensor:
     """The `count` largest singular rows of a matrix, times their singular values, over √freedom; padded with zeros."""
     if len(rows) <= rows.shape[1]:
         axes = torch.linalg.eigh(rows @ rows.T).eigenvectors.flip(1)[:, :count]
-        found = axes.T @ rows
+        largest = axes.T @ rows
     else:
         values, axes = torch.linalg.eigh(rows.T @ rows)
-        found = (axes * values.clamp(min=0).sqrt()).T.flip(0)[:count]
-    return torch.nn.functional.pad(found / freedom**0.5, (0, 0, 0, count - len(found))).float()
+        largest = (axes * values.clamp(min=0).sqrt()).T.flip(0)[:count]
+    return torch.nn.functional.pad(largest / freedom**0.5, (0, 0, 0, count - len(largest))).float()
 
 
 def bound_rows(

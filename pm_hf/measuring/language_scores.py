@@ -13,7 +13,7 @@ from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder, pad_rows
 from pm_hf.data.pool import SOFT_TOKENS, SOFT_WEIGHTS, hard_targets, soft_collate, without_soft_targets
 from pm_hf.data.rows import Rows
 from pm_hf.models.contexts import autocast, evaluating, logits_only_at
-from pm_hf.models.language_model import IGNORED, target_logits
+from pm_hf.models.language_model import IGNORED, soft_cross_entropy, target_logits
 from pm_hf.models.sharded import transformer_of
 
 LanguageEncoder = CausalEncoder | Seq2SeqEncoder
@@ -121,8 +121,7 @@ class LanguageScorer:
         where an example has `soft` (see `pm_hf.data.pool`)."""
         losses = torch.empty(len(examples), dtype=torch.float64)
         for part, batch, logits, of_example in self._targets(examples):
-            tokens, weights = batch[SOFT_TOKENS], batch[SOFT_WEIGHTS]
-            values = logits.logsumexp(1) - (logits.gather(1, tokens) * weights).sum(1)
+            values = soft_cross_entropy(logits, batch[SOFT_TOKENS], batch[SOFT_WEIGHTS])
             sums = torch.zeros(2, len(part), dtype=torch.float64, device=values.device)
             sums.index_add_(1, of_example, torch.stack([values, torch.ones_like(values)]).double())
             losses[part] = (sums[0] / sums[1]).cpu()

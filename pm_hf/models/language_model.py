@@ -43,6 +43,14 @@ def target_mask(labels: Tensor, *, shifted: bool) -> Tensor:
     return torch.cat([targets[:, 1:], targets.new_zeros(len(targets), 1)], dim=1) if shifted else targets
 
 
+def soft_cross_entropy(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
+    """−Σ_k q_k log p_k of each of n target positions, (n,), in nats, of probabilities q that sum to 1.
+
+    logits: (n, V), in the dtype to compute in; tokens, weights: (n, K) token ids and their q.
+    """
+    return logits.logsumexp(1) - (logits.gather(1, tokens) * weights).sum(1)
+
+
 def target_count(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Number of a batch's targets: examples, or of a language model target tokens; a scalar."""
     labels = batch["labels"]

@@ -321,6 +321,8 @@ def _synthetic_rows(run: ReleasedRun) -> str:
     if not records:
         return ""
     kept, longest = (max(record.replay[key] for record in records) for key in ("pool_rows", "longest_common_run"))
+    of_all = max(record.replay.get("longest_written_run") or 0 for record in records)
+    in_all = f" ({of_all} before the copies were dropped)" if of_all > longest else ""
     copies, writer = (
         (sum(record.replay["copies"] for record in records)),
         max(record.replay.get("writer_bytes") or 0 for record in records),
@@ -336,7 +338,8 @@ def _synthetic_rows(run: ReleasedRun) -> str:
         f"No training row of an earlier task was kept. The adapter was also trained on synthetic rows, {written}"
         "which an adapter of the base wrote after the task's rows. They were compared with training rows: "
         f"{copies} exact or near copies were dropped, the longest run of tokens that a kept row shares with a training "
-        f"row is {longest}. {left}\n\n"
+        f"row is {longest} tokens{in_all}. Texts that say in other words what a training row says pass this check. "
+        f"{left}\n\n"
     )
 
 

@@ -382,15 +382,27 @@ def _times(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
+WRITTEN = {
+    "written": "written",
+    "kept": "kept",
+    "copies": "copies",
+    "doubles": "doubles",
+    "empty": "empty",
+    "longest_common_run": "longest run, kept",
+    "longest_written_run": "longest run, all",
+    "agreement": "answered as asked",
+    "pool_rows": "in the pool",
+}  # {key of step.json's replay: column}
+
+
 def _written_rows(run: Report) -> list[Part]:
     """Counts of the synthetic rows of each task, and a few of them."""
     records = [record for record in run.records if record is not None and record.replay]
-    counts = ("written", "kept", "copies", "doubles", "empty", "longest_common_run", "agreement", "pool_rows")
-    header = ["task", *(key.replace("_", " ") for key in counts), "writer, s", "writing, s", "labels, s"]
+    header = ["task", *WRITTEN.values(), "writer, s", "writing, s", "labels, s"]
     rows, samples = [], []
     for record in records:
         replay, seconds = record.replay, record.replay["seconds"]
-        numbers = [cell(replay[key], digits=2 if key == "agreement" else 0) for key in counts]
+        numbers = [cell(replay.get(key), digits=2 if key == "agreement" else 0) for key in WRITTEN]
         times = [cell(seconds[key], digits=1) for key in ("writer", "write", "label")]
         rows.append([record.task, *numbers, *times])
         for sample in replay["samples"]:
@@ -399,10 +411,13 @@ def _written_rows(run: Report) -> list[Part]:
     if not records:
         return []
     caption = (
-        f"{run.label}: rows that a throw-away adapter wrote to be rehearsed; copies of training rows are dropped, the "
-        "longest common run is in tokens, agreement the share whose answer is the one it was written for"
+        f"{run.label}: synthetic rows that a throw-away adapter wrote to be rehearsed. Copies (8 tokens in a row as in "
+        "a training row, or 80 % of the tokens), doubles and empty ones are dropped; the longest runs in common with a "
+        "training row are in tokens; answered as asked is the share that the merge gives the answer it was written for"
     )
-    shown = Table(f"{run.label}: some of them", ["task", "written for", "prompt", "the merge says"], samples, "text")
+    shown = Table(
+        f"{run.label}: some of those kept", ["task", "written for", "prompt", "the merge says"], samples, "text"
+    )
     return [Table(caption, header, rows), *([shown] if samples else [])]
 
 

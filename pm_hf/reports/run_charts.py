@@ -155,7 +155,10 @@ def search_charts(run: Report, place: int, runs: int) -> list[Chart]:
         series.append(Series("new rows held out", x, [p["new"] for p in record.search], colour=2, shape=2))
         series.append(Series(f"chosen {chosen:.1f}", [chosen], [sums[chosen]], line=False, colour=3, shape=3))
         where = f"task {t}, {record.task}" + (f", {run.label}" if runs > 1 else "")
-        about = "Chosen is the smallest coefficient within one standard error of the smallest objective."
+        about = (
+            "The objective is the loss of the new rows plus that of the written rows once for each earlier task. "
+            "Chosen is the smallest coefficient within one standard error of its minimum."
+        )
         name = f"search-{t}" if runs == 1 else f"search-{place}-{t}"
         title, unit = f"Search of the coefficient of {where}", f"cross-entropy, nats a {unit}"
         drawn.append(Chart(name, title, "coefficient α", unit, series, about, _marks(series)))

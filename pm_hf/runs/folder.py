@@ -368,8 +368,16 @@ def log_finished_task(index: int, total: int, record: TaskRecord, metric: str) -
     if record.gate:
         line += f", deployed at scale {record.gate['deployed']:g}"
     if record.replay:
-        line += f", {record.replay['kept']} of {record.replay['written']} written rows kept"
+        line += f", {_told(record.replay)}"
     log_line(f"{line}, {record.seconds:.1f} s")
+
+
+def _told(replay: Mapping[str, Any]) -> str:
+    """A task's written rows in a few words."""
+    rows = f"{replay['kept']} of {replay['written']} written rows kept ({replay['copies']} copies dropped)"
+    agreement = "" if replay["agreement"] is None else f", {100 * replay['agreement']:.0f} % answered as asked"
+    pool = f", {replay['pool_rows']} in the pool" if replay["pool_rows"] else ""
+    return f"{rows}{agreement}{pool}, {sum(replay['seconds'].values()):.1f} s for them"
 
 
 def _note_conditions(paths: TaskPaths, task: Task, inputs: Inputs, before: Mapping) -> list[str]:

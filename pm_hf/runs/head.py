@@ -190,10 +190,10 @@ class AnalyticHead(HeadPolicy):
         if settings.solver == "lda":
             return statistics, "lda", temperature
         asked = tuple(SOLVERS) if settings.solver == "search" else (settings.solver,)
-        found = compared(known, features, rows.labels, asked, one_mean_per_task=own_mean)
-        losses = {name: known.losses.get(name, 0.0) + nats for name, (nats, _) in found.items()} or known.losses
+        measured = compared(known, features, rows.labels, asked, one_mean_per_task=own_mean)
+        losses = {name: known.losses.get(name, 0.0) + nats for name, (nats, _) in measured.items()} or known.losses
         solver = _best_solver(losses)
-        return replace(statistics, losses=losses), solver, found[solver][1] if solver in found else temperature
+        return replace(statistics, losses=losses), solver, measured[solver][1] if solver in measured else temperature
 
     def gate(self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None) -> dict[str, Any]:
         """Compare the scales of the merge that `after_merge` has left, see `pm_hf.measuring.gate`.

@@ -5,7 +5,7 @@ are kept and make them again before every task.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -13,26 +13,25 @@ from typing import Any
 from torch import nn
 
 from pm_hf.config.schema import RunConfig
-from pm_hf.data.chat import Prompt
-from pm_hf.data.copies import TrainingTexts
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
-from pm_hf.data.pool import BASE, MOST_CHOICES, Pool, PoolRow, likeliest, targets
+from pm_hf.data.pool import BASE, Pool, PoolRow, share
 from pm_hf.data.rows import Rows
 from pm_hf.data.stream import Task, TaskStream
-from pm_hf.data.writing import Assignment, WritingForm, check_writable
+from pm_hf.data.writing import Assignment, check_writable
 from pm_hf.distributed import on_all_processes, on_main_process
 from pm_hf.environment import release_memory
-from pm_hf.measuring.language_scores import LanguageScorer
 from pm_hf.measuring.line_search import COEFFICIENT_GRID, Point, search_points
+from pm_hf.measuring.pool_labels import labelled, with_likeliest_tokens
 from pm_hf.measuring.scores import Scorer
 from pm_hf.models.contexts import scaled_adapter
 from pm_hf.models.lora import adapted_layers
 from pm_hf.models.task_model import TASK_ADAPTER, TaskModel
 from pm_hf.runs.paths import TaskPaths
 from pm_hf.runs.start import TaskStart
-from pm_hf.runs.writers import Collected, collect, keep_writer, kept_writers, load_kept, written_again
+from pm_hf.runs.writers import keep_writer, kept_writers, load_kept, written_again
+from pm_hf.runs.written_rows import WrittenRows, answers_of, written_for
 from pm_hf.training.callbacks import Stop
-from pm_hf.training.writer import WriterAdapter, base_writer, train_writer
+from pm_hf.training.writer import base_writer
 
 ADVISED_ROWS = 64  # of each task
 SAMPLES = 4  # written rows of each task that step.json and the report show
@@ -47,21 +46,6 @@ class Rehearsed:
     pool: Pool = Pool()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Written:
-    """What was written for a task, and the adapter of its writer where that is kept.
-
-    longest_run: tokens that a text has in a row as a training text has them. seconds: of the writer's training and of
-    the writing.
-    """
-
-    assignment: Assignment
-    adapter: WriterAdapter | None
-    collected: Collected
-    longest_run: int
-    seconds: dict[str, float]
 
 
 class Rehearsal:
@@ -110,64 +94,40 @@ class Rehearsal:
                 losses[alpha] = scorer.row_losses(held_out), scorer.row_losses(old)
         return search_points(losses, len(rows.tasks))
 
-    def write(self, task: Task, start: TaskStart, pool: Pool, paths: TaskPaths, stop: Stop) -> Written:
+    def write(self, task: Task, start: TaskStart, pool: Pool, paths: TaskPaths, stop: Stop) -> WrittenRows:
         """Train a writer on the task's rows and let it write the task's share of the pool.
 
         A pure function of seed, task and training rows. All processes must call this.
         """
         assignment = self._assignment(task, start.index, self._share(len(pool.tasks) + 1))
-        form, began = assignment.form, time.perf_counter()
-        writer, adapter = train_writer(
-            self.config, form.training(task.train), self.encoder, start.index, paths.writer, [stop]
+        return written_for(
+            self.config, task, assignment, self.encoder, start.index, paths.writer, self.scorer.device, [stop]
         )
-        trained = time.perf_counter()
-        writer.model.to(self.scorer.device)
-        training = TrainingTexts([self._tokens(text) for text in form.texts(task.train)])
-        known = set[tuple[int, ...]]()
-
-        def fate(text: str) -> str:
-            tokens = tuple(self._tokens(text))
-            if not tokens:
-                return "empty"
-            if tokens in known:
-                return "doubles"
-            if training.copied(tokens):
-                return "copies"
-            known.add(tokens)
-            return "kept"
-
-        collected = collect(writer, assignment, fate)
-        longest = max((training.longest_run(tokens) for tokens in known), default=0)
-        seconds = {"writer": trained - began, "write": time.perf_counter() - trained}
-        del writer
-        release_memory()
-        return Written(assignment, adapter if self.config.keeps_writers else None, collected, longest, seconds)
 
     def finish(
-        self, model: nn.Module, written: Written, rehearsed: Rehearsed, start: TaskStart, paths: TaskPaths
+        self, model: nn.Module, written: WrittenRows, rehearsed: Rehearsed, start: TaskStart, paths: TaskPaths
     ) -> dict[str, Any]:
         """Label the written rows with the model of the task's merge, save the pool or the writers; `replay` of
         step.json."""
         began, before, assignment = time.perf_counter(), rehearsed.pool, written.assignment
-        answers = self._answers([row.asked for row in before.rows], start.index + 1)
-        rows = self._labelled(self.scorer.language_scorer(model), assignment, written.collected.texts, answers)
+        answers = self._answers((row.asked for row in before.rows), start.index + 1)
+        rows = labelled(self.scorer.language_scorer(model), assignment, written.texts, answers)
         after = Pool((*before.shrunk(self._share(len(before.tasks) + 1)).rows, *rows))
         kept: dict[str, Any] = {"pool_rows": 0, "samples": []}
-        if written.adapter is None:
+        if written.adapter is None or not self.config.keeps_writers:
             after.save(paths.pool)
             shown = [{"asked": row.asked, "prompt": row.prompt, "says": row.completion} for row in rows[:SAMPLES]]
             kept = {"pool_rows": len(after.of_tasks.rows), "samples": shown}
         else:
-            kept["writer_bytes"] = keep_writer(
-                paths.writers, start.writers, written.adapter, assignment, written.collected.texts
-            )
+            kept["writer_bytes"] = keep_writer(paths.writers, start.writers, written.adapter, assignment, written.texts)
         agreeing = [float(row.completion == row.asked) for row in rows if row.asked]
-        having = {answer for answer, _ in written.collected.texts}
+        having = {answer for answer, _ in written.texts}
         return {
-            "written": sum(written.collected.counts.values()),
-            **written.collected.counts,
+            "written": sum(written.counts.values()),
+            **written.counts,
             "agreement": fmean(agreeing) if agreeing else None,
             "longest_common_run": written.longest_run,
+            "longest_written_run": written.longest_written_run,
             "rows_asked": assignment.count,
             "base_rows": len(before.of_base.rows),
             "answers_without_rows": [answer.strip() for answer in assignment.form.answers if answer not in having],
@@ -176,21 +136,14 @@ class Rehearsal:
         }
 
     def _share(self, tasks: int) -> int:
-        """Rows of each task where so many have rows; never more than half, as the second task would cut it."""
-        return max(1, self.config.strategy.pool_rows // max(tasks, 2))
+        return share(self.config.strategy.pool_rows, tasks)
 
     def _assignment(self, task: Task, index: int, count: int) -> Assignment:
-        form, key = WritingForm.of(task), f"{self.config.seed}/{index}/{task.name}"
-        if form.closed or form.plain:
-            return Assignment(task.name, form, count, key)
-        longest = max(len(targets(example)) for example in self.encoder.examples(task.train))
-        ends = self.encoder.ends(self.encoder.completions(task.train))
-        return Assignment(task.name, form, count, key, longest, tuple(sorted(ends)))
+        return Assignment.of(task, self.encoder, count, f"{self.config.seed}/{index}/{task.name}")
 
-    def _answers(self, asked: Sequence[str], learned: int) -> list[str]:
+    def _answers(self, asked: Iterable[str], learned: int) -> list[str]:
         """The answers that rows of earlier tasks were written for and those of so many tasks of the stream."""
-        own = [answer for task in self.stream.tasks[:learned] for answer in task.own]
-        return list(dict.fromkeys([*(answer for answer in asked if answer), *own]))
+        return answers_of(asked, (answer for task in self.stream.tasks[:learned] for answer in task.own))
 
     def _written_again(self, start: TaskStart, stop: Stop) -> tuple[Pool, list[str]]:
         """The rows of all earlier tasks, as their writers write them again, and what is to be said of those that were
@@ -217,7 +170,7 @@ class Rehearsal:
         def label() -> list[PoolRow]:
             assert start.running is not None
             scorer = self.scorer.language_scorer(self.scorer.load(start.running.path, None)[0])
-            return [row for task, of_task in texts for row in self._labelled(scorer, task, of_task, answers)]
+            return [row for task, of_task in texts for row in labelled(scorer, task, of_task, answers)]
 
         rows = on_main_process(label)
         release_memory()
@@ -232,46 +185,7 @@ class Rehearsal:
         writer = on_all_processes(lambda: base_writer(self.config, encoder, longest, self.scorer.autocast))
         scorer = self.scorer.language_scorer(writer.model.to(self.scorer.device))
         texts = [text for text in writer.write([""] * count, f"{self.config.seed}/base") if text.strip()]
-        return on_main_process(lambda: self._with_tokens(scorer, Rows([""] * len(texts), texts), BASE))
-
-    def _tokens(self, text: str) -> list[int]:
-        """Token ids to compare texts by: case and spacing make no difference."""
-        words = text.lower().split()
-        return list(self.encoder.tokenizer(f" {' '.join(words)}", add_special_tokens=False)["input_ids"]) * bool(words)
-
-    def _labelled(
-        self,
-        scorer: LanguageScorer,
-        assignment: Assignment,
-        texts: Sequence[tuple[str, str]],
-        answers: Sequence[str],
-    ) -> list[PoolRow]:
-        """Rows with the model's distribution over the answers; of free text with its own completion."""
-        form, task = assignment.form, assignment.task
-        pairs = [form.row(text) for _, text in texts]
-        rows = Rows([prompt for prompt, _ in pairs], [completion for _, completion in pairs])
-        if not len(rows):
-            return []
-        if form.closed:
-            probabilities = scorer.answer_probabilities(rows, answers).tolist()
-            soft = [likeliest(dict(zip(answers, values, strict=True))) for values in probabilities]
-            return [
-                PoolRow(task, answer, prompt, max(target, key=lambda key: target[key]), target, [])
-                for (answer, _), prompt, target in zip(texts, rows.inputs, soft, strict=True)
-            ]
-        if not form.plain:
-            said = scorer.completions(rows, assignment.answer_longest, set(assignment.answer_ends))
-            rows = Rows(rows.inputs, said)
-        return self._with_tokens(scorer, rows, task)
-
-    def _with_tokens(self, scorer: LanguageScorer, rows: Rows, task: str) -> list[PoolRow]:
-        prompts: Sequence[Prompt] = rows.inputs
-        tokens = scorer.likeliest_tokens(self.encoder.examples(rows), MOST_CHOICES)
-        soft = [[[list(part), list(part.values())] for part in map(likeliest, of_row)] for of_row in tokens]
-        return [
-            PoolRow(task, "", prompt, completion, {}, tokens)
-            for prompt, completion, tokens in zip(prompts, rows.labels, soft, strict=True)
-        ]
+        return on_main_process(lambda: with_likeliest_tokens(scorer, Rows([""] * len(texts), texts), BASE))
 
 
 def replay_note(replay: dict[str, Any]) -> str:
@@ -286,6 +200,8 @@ def replay_note(replay: dict[str, Any]) -> str:
         f"{replay['kept']} synthetic rows of {replay['written']} written {kept} ({dropped} dropped)",
         f"longest run in common with a training row {replay['longest_common_run']} tokens",
     ]
+    if (longest := replay.get("longest_written_run")) is not None:
+        parts[-1] += f", {longest} in all that was written"
     if agreement is not None:
         parts.append(f"the merge agrees with {100 * agreement:.0f} % of the answers they were written for")
     if replay["kept"] < replay["rows_asked"]:

@@ -77,6 +77,7 @@ class ReplayFile:
     pool_rows: int
     samples: list[SampleFile]
     seconds: ReplaySecondsFile
+    longest_written_run: int | None = None
     base_rows: int = 0
     answers_without_rows: list[str] = field(default_factory=list)
     writer_bytes: int | None = None

@@ -1,14 +1,21 @@
 """Rehearsal of pool rows beside a task's own: half of every batch, and what their soft targets add to the loss."""
 
 import random
+import sys
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
-from pm_hf.data.pool import SOFT_TOKENS, SOFT_WEIGHTS
-from pm_hf.models.language_model import IGNORED, predicts_next_token, target_mask
+from pm_hf.data.language import CausalEncoder
+from pm_hf.data.pool import SOFT_TOKENS, SOFT_WEIGHTS, Pool, soft_collate, without_soft_targets
+from pm_hf.data.rows import Examples
+from pm_hf.errors import raise_all
+from pm_hf.models.language_model import IGNORED, predicts_next_token, soft_cross_entropy, target_mask
+from pm_hf.models.sharded import transformer_of
+from pm_hf.training.trainer import BeforeTrainer
 
 
 class HalfNew(Sampler[int]):
@@ -58,3 +65,103 @@ class SoftTargets:
         hard = chosen.gather(1, labels[labels != IGNORED][:, None])[:, 0]
         soft = (chosen.gather(1, batch[SOFT_TOKENS]) * batch[SOFT_WEIGHTS]).sum(1)
         return (hard - soft).mean()
+
+
+class HalfNewMixin(BeforeTrainer):
+    """The only change is what is trained on after `rehearse`: half of every batch are the examples that it got."""
+
+    _half_new: HalfNew | None = None
+
+    def rehearse(self, examples: Examples) -> None:
+        """From now on half of every batch are these examples (see `HalfNew`), with their `soft` targets."""
+        task = getattr(self.args, "task_index", 0)
+        self._half_new = HalfNew(len(self.train_dataset), len(examples), self.args.seed + task)
+        self.train_dataset = Joined(self.train_dataset, examples)
+        self.data_collator = soft_collate(self.data_collator)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int] | None:
+        return self._half_new or super()._get_train_sampler(*args, **kwargs)
+
+
+class Joined(Dataset):
+    """The examples of one sequence, then those of another."""
+
+    def __init__(self, first: Examples, second: Examples) -> None:
+        self.first, self.second = first, second
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.first[index] if index < len(self.first) else self.second[index - len(self.first)]
+
+
+class RehearsalMixin(HalfNewMixin):
+    """Generated rehearsal for any Trainer of causal language models, TRL's SFTTrainer among them.
+
+    Put it before the Trainer, and before PerturbationMixin where both are used: `class T(RehearsalMixin,
+    PerturbationMixin, SFTTrainer)`; the trainer then takes `pool`, a Pool. Half of every batch are rows of the task,
+    each of them once an epoch, half rows of the pool, which go round in an order that depends on the seed and
+    `task_index` alone, so a resumed training sees the rows that it would have seen. The loss is −Σ_k q_k log p_k in
+    nats, the mean over the target tokens of a step, with the stored probabilities q of a pool row and q = 1 on the
+    label of the task's rows. It needs the logits; SFTTrainer runs a second forward pass without gradient for its own
+    metrics. Pool rows are encoded with `processing_class` (a tokenizer) and cut to the `max_length` of the arguments.
+    With an empty pool (the first task) nothing is changed. Raises InputError for an encoder-decoder, packed or
+    padding-free rows, a stream without a length, a loss function of one's own, label smoothing, or no tokenizer.
+    """
+
+    _soft: tuple[Tensor, Tensor] | None = None  # token ids and probabilities of the batch whose loss is computed
+
+    def __init__(self, *args: Any, pool: Pool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not pool.rows:
+            return
+        raise_all(self._rehearsal_problems(), "rehearsal")
+        collate = self.data_collator
+
+        def of_tokens(examples: list[dict]) -> dict[str, Tensor]:
+            batch: dict[str, Tensor] = collate(examples)
+            batch["labels"][:, 0] = IGNORED  # nothing predicts the first token
+            return batch
+
+        encoder = CausalEncoder(self.processing_class, getattr(self.args, "max_length", None) or sys.maxsize)
+        examples = pool.examples(encoder)
+        self.data_collator, self.compute_loss_func = of_tokens, self._loss_of_soft_targets
+        self.rehearse([{name: row[name] for name in ("input_ids", "labels", "soft")} for row in examples])
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The Trainer's, of the batch without its soft targets, which its loss function is told."""
+        self._soft = (inputs[SOFT_TOKENS], inputs[SOFT_WEIGHTS]) if SOFT_TOKENS in inputs else None
+        return super().compute_loss(model, without_soft_targets(inputs), return_outputs, num_items_in_batch)
+
+    def _loss_of_soft_targets(
+        self, outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Any = None
+    ) -> Tensor:
+        mask = target_mask(labels, shifted=True)
+        hard = labels[:, 1:][mask[:, :-1]][:, None]
+        losses = soft_cross_entropy(outputs["logits"][mask].float(), *(self._soft or (hard, torch.ones_like(hard))))
+        return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "soft" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "soft"]
+
+    def _rehearsal_problems(self) -> list[str]:
+        """Why this trainer cannot rehearse a pool."""
+        args, smoothing = self.args, self.args.label_smoothing_factor
+        checks = (
+            (not callable(self.processing_class), "processing_class must be the tokenizer that encodes the pool"),
+            (transformer_of(self.model).config.is_encoder_decoder, "encoder-decoders rehearse in pm-hf train only"),
+            (
+                getattr(args, "packing", False),
+                "packing joins rows, and no batch would be half new; leave it out",
+            ),
+            (getattr(args, "padding_free", False), "padding_free joins the rows of a batch; leave it out"),
+            (not hasattr(self.train_dataset, "__len__"), "the training rows must have a length, to be half of a batch"),
+            (self.compute_loss_func is not None, "compute_loss_func is the loss of the soft targets; leave it out"),
+            (smoothing > 0, f"label_smoothing_factor must be 0: targets are soft already, found {smoothing}"),
+        )
+        return [problem for applies, problem in checks if applies]

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
     PrinterCallback,
@@ -27,7 +27,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import ParallelMode
 
 from pm_hf.config.schema import RunConfig
-from pm_hf.data.pool import soft_collate, without_soft_targets
+from pm_hf.data.pool import without_soft_targets
 from pm_hf.data.rows import Examples
 from pm_hf.distributed import on_main_process
 from pm_hf.errors import InputError, raise_all
@@ -38,7 +38,7 @@ from pm_hf.training.callbacks import StepTimes
 from pm_hf.training.checkpoints import AtomicCheckpoints, last_checkpoint
 from pm_hf.training.penalties import Penalty
 from pm_hf.training.record import TrainingRecord
-from pm_hf.training.rehearsal import HalfNew, SoftTargets
+from pm_hf.training.rehearsal import HalfNewMixin, SoftTargets
 from pm_hf.training.trainer import PMConfig, PMTrainer
 
 
@@ -62,7 +62,7 @@ def step_loss(smoothing: float = 0.0) -> Callable[..., Tensor]:
     return loss
 
 
-class TaskTrainer(AtomicCheckpoints, PMTrainer):
+class TaskTrainer(HalfNewMixin, AtomicCheckpoints, PMTrainer):
     """PMTrainer with atomic checkpoints, penalties added to the loss, and an end where the loss diverges.
 
     A penalty of the weights is averaged over the micro-batches of a step; one that is a mean over targets is weighted
@@ -72,11 +72,9 @@ class TaskTrainer(AtomicCheckpoints, PMTrainer):
     itself, and a training that a callback stops before its first step makes none.
     """
 
-    def __init__(
-        self, *args: Any, penalties: Sequence[Penalty] = (), sampler: Sampler[int] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, penalties: Sequence[Penalty] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.penalties, self.sampler = list(penalties), sampler
+        self.penalties = list(penalties)
         self._finite = FiniteLoss(self)
         self.add_callback(self._finite)
 
@@ -106,9 +104,6 @@ class TaskTrainer(AtomicCheckpoints, PMTrainer):
 
     def _ask_for_the_loss(self, inputs: dict[str, Any], items: Any) -> None:
         super()._ask_for_the_loss(without_soft_targets(inputs), items)
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int] | None:
-        return self.sampler or super()._get_train_sampler(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self.control.should_training_stop:
@@ -196,14 +191,15 @@ def train(
     trainer = TaskTrainer(
         model=built.model,
         args=args,
-        train_dataset=[*examples, *rehearsed] if rehearsed else examples,  # type: ignore[misc]
+        train_dataset=examples,
         eval_dataset=evaluated,
         compute_metrics=None if built.head is None else accuracy,
-        data_collator=soft_collate(collate) if rehearsed else collate,
+        data_collator=collate,
         penalties=[*penalties, SoftTargets()] if rehearsed else penalties,
-        sampler=HalfNew(len(examples), len(rehearsed), args.seed + args.task_index) if rehearsed else None,
         compute_loss_func=None if causal else step_loss(args.label_smoothing_factor),
     )
+    if rehearsed:
+        trainer.rehearse(rehearsed)
     times = StepTimes()
     for callback in (times, *callbacks):
         trainer.add_callback(callback)

@@ -31,7 +31,8 @@ from pm_hf.models.task_model import TaskModel, build_task_model, task_tensors
 from pm_hf.training.task_trainer import precision, train, training_arguments
 
 WRITER_RANK, WRITER_ALPHA = 8, 16
-WRITER_TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 4, "per_device_train_batch_size": 8}
+WRITER_TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 4}
+WRITER_BATCH = 8  # rows of a step, of all processes together
 SAME_AS_SOLVER = ("bf16", "fp16", "tf32", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs")
 TOP_P = 0.95
 NUCLEUS = 512  # tokens among which the top-p ones are looked for first
@@ -199,13 +200,15 @@ def train_writer(
 ) -> tuple[Writer, WriterAdapter]:
     """A writer trained on sources and texts (`WritingForm.training`), from the base without any adapter.
 
-    LoRA of rank 8 on the run's target modules, learning rate 1e-3, 4 epochs, batches of 8; no perturbation. All
-    processes train together. folder: where the trainer leaves a checkpoint if it is told to stop.
+    LoRA of rank 8 on the run's target modules, learning rate 1e-3, 4 epochs, batches of 8 (of all processes together,
+    as far as their number divides it); no perturbation. All processes train together. folder: where the trainer leaves
+    a checkpoint if it is told to stop.
     """
-    training = {name: config.training[name] for name in SAME_AS_SOLVER if name in config.training}
+    same = {name: config.training[name] for name in SAME_AS_SOLVER if name in config.training}
+    each = {"per_device_train_batch_size": max(1, WRITER_BATCH // process_count())}
     settings = replace(
         config,
-        training={**training, **WRITER_TRAINING, "save_strategy": "no", "logging_strategy": "no"},
+        training={**same, **each, **WRITER_TRAINING, "save_strategy": "no", "logging_strategy": "no"},
         perturbation=PerturbationSettings(scale=0.0),
     )
 

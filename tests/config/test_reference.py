@@ -91,7 +91,7 @@ def test_rows_have_type_unit_range_and_default():
     rows = {row.name: row for row in setting_rows()}
     assert rows["lora.r"][1:] == ("int, in [1, 8192]", "8", "rank")
     assert rows["stream.max_length"].takes == "int (tokens), at least 1"
-    assert rows["merge.coefficient"].takes == "float or search or null, in [0, 1]"
+    assert rows["merge.coefficient"].takes == "float or average or fisher or search or null, in [0, 1]"
     assert rows["perturbation.probabilities"].default == "[0.333, 0.333, 0.333]"
     assert "lora" not in rows
     assert {"name", "train"} <= {row.name for row in task_rows()}

@@ -36,7 +36,10 @@ def test_copies_and_runs_are_those_of_every_pair(words):
     assert [known.copied(text) for text in texts] == copied
     assert True in copied
     assert words == 3 or False in copied
-    assert [known.longest_run(t) for t in texts] == [min(8, max(shared_run(t, o) for o in training)) for t in texts]
+    runs = [max(shared_run(text, other) for other in training) for text in texts]
+    assert [known.longest_run([text]) for text in texts] == runs
+    assert known.longest_run(texts) == max(runs) > 8
+    assert known.longest_run(texts[:20]) == max(runs[:20])
 
 
 def test_eight_tokens_in_a_row_are_a_copy_in_a_text_of_any_length():
@@ -44,9 +47,9 @@ def test_eight_tokens_in_a_row_are_a_copy_in_a_text_of_any_length():
     other = [100 + i for i in range(40)]
     assert training.copied([*other, *range(5, 13), *other])
     assert not training.copied([*other, *range(5, 12), *other])
-    assert training.longest_run([*other, *range(5, 12), *other]) == 7
+    assert training.longest_run([[*other, *range(5, 12), *other]]) == 7
 
 
 def test_without_training_texts_nothing_is_a_copy():
     assert not TrainingTexts([]).copied([1, 2])
-    assert TrainingTexts([[]]).longest_run([1, 2]) == 0
+    assert TrainingTexts([[]]).longest_run([[1, 2]]) == TrainingTexts([[1]]).longest_run([]) == 0

@@ -108,7 +108,7 @@ def test_table_has_means_intervals_and_paired_differences(tables, elsewhere):
     assert lines[0].split(" | ")[1:4] == ["3", "0.500 ± 0.248", "0.250 ± 0.124"]
     assert lines[0].endswith("| -0.250 ± 0.000 | -0.400 |")
     assert lines[1].split(" | ")[1:] == ["3", *["0.750 ± 0.248", "0.375 ± 0.124", "0.850 ± 0.248"]] + [
-        *["0.650 ± 0.248", "0.250 ± 0.248", "", "-0.150 |"]
+        *["0.650 ± 0.248", "0.250 ± 0.248", "–", "–", "", "-0.150 |"]
     ]
     assert lines[2].split(" | ")[1:4] == ["1", "0.900", "–"]
     assert lines[2].endswith("| +0.150 |  |")
@@ -199,7 +199,7 @@ def test_presets_name_every_run(suite):
     assert {job.seed for job in standard} == {0, 1, 2}
     methods = suite.jobs(Namespace(preset="methods", **known))
     asked = {job.method for job in quick + methods}
-    assert asked == suite.NAMES.keys() - {"untouched"}  # which is for language models
+    assert asked == suite.NAMES.keys() - {"untouched", "classifier"}  # which are for language models
 
 
 def test_what_this_machine_lacks_is_said_before_any_run(common, tmp_path):

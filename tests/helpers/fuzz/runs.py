@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import pm_hf.reports.page
+import pm_hf.reports.canvas
 import pm_hf.runs.learner
 import pm_hf.runs.merge_line
 from helpers import changed
@@ -134,7 +134,7 @@ def _copy(command: str, folder: Path) -> Path:
 def _quick() -> Iterator[None]:
     """Without PNG of charts, with few points of a merge line."""
     with ExitStack() as held:
-        held.enter_context(mock.patch.object(pm_hf.reports.page, "_draw", return_value=True))
+        held.enter_context(mock.patch.object(pm_hf.reports.canvas, "_write_png"))
         held.enter_context(mock.patch.object(pm_hf.runs.merge_line, "COEFFICIENT_GRID", (0.0, 0.5, 1.0)))
         yield
 

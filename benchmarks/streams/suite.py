@@ -16,7 +16,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -93,14 +93,15 @@ def run(job: Job, options: argparse.Namespace) -> None:
     stream, folder = STREAMS[job.stream], options.runs / job.stream / f"{job.method}-{job.seed}"
     source, changes = data_settings(job.stream, job.seed, folder, options)
     changes["seed"] = job.seed
+    given: Path | dict[str, Any] = source
     if job.method == "classifier":
         from classifier import as_classes, register
 
         register()
-        config = load_config(source, values=changes | {"method": "average"})
-        source, changes = as_classes(config, folder.with_name(f"{folder.name}-rows")), {}
+        rows = load_config(source, values=changes | {"method": "average"})
+        given, changes = as_classes(rows, folder.with_name(f"{folder.name}-rows")), {}
     with kept(pictures_folder(job.stream, options)):
-        report = learn(source, **(changes | VARIANTS.get(job.method, {"method": job.method})))
+        report = learn(given, **(changes | VARIANTS.get(job.method, {"method": job.method})))
     path = result_path(*job)
     path.parent.mkdir(parents=True, exist_ok=True)
     config = anywhere(load_config(folder / "config.yaml").to_dict())

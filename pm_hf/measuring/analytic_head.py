@@ -305,7 +305,8 @@ def fit_temperature(
     low, high = lowest, 3.0
     for _ in range(3):
         grid = torch.linspace(low, high, 41, dtype=torch.float64)
-        losses = torch.stack([sum(w * cross_entropy(x.double() / 10**t, y) for w, x, y in parts) for t in grid])
+        at = [[w * cross_entropy(x.double() / 10**t, y) for w, x, y in parts] for t in grid]
+        losses = torch.stack([sum(terms, torch.zeros_like(terms[0])) for terms in at])
         best = float(grid[int(losses.argmin())])
         step = (high - low) / 40
         low, high = max(best - step, lowest), best + step

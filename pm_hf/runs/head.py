@@ -212,7 +212,7 @@ class AnalyticHead(HeadPolicy):
             drifting = [scale for scale in others if scale]  # at 0 there is nothing that could drift
             before |= self._features(start.running.path, task, module, drifting, held_out=False)
         line = {
-            scale: LineFeatures(*after[scale], before=before[scale][0] if scale in before else None)
+            scale: LineFeatures(after[scale][0], after[scale][1], before[scale][0] if scale in before else None)
             for scale in GATE_SCALES
         }
         statistics = _load_statistics(start.statistics)

@@ -70,6 +70,8 @@ class SoftTargets:
 class HalfNewMixin(BeforeTrainer):
     """The only change is what is trained on after `rehearse`: half of every batch are the examples that it got."""
 
+    train_dataset: Any
+    data_collator: Any
     _half_new: HalfNew | None = None
 
     def rehearse(self, examples: Examples) -> None:
@@ -110,6 +112,7 @@ class RehearsalMixin(HalfNewMixin):
     padding-free rows, a stream without a length, a loss function of one's own, label smoothing, or no tokenizer.
     """
 
+    _signature_columns: Any
     _soft: tuple[Tensor, Tensor] | None = None  # token ids and probabilities of the batch whose loss is computed
 
     def __init__(self, *args: Any, pool: Pool, **kwargs: Any) -> None:

@@ -51,7 +51,7 @@ class HeadStatistics:
     def with_directions(self, count: int) -> "HeadStatistics":
         """The statistics with `count` directions a class: the largest ones, or zeros where they are not known."""
         directions = torch.zeros(len(self.labels), count, self.means.shape[1])
-        if len(self.labels) and self.kept:
+        if self.kept:
             directions[:, : self.kept] = self.directions[:, :count]
         return replace(self, directions=directions)
 
@@ -147,7 +147,7 @@ class HeadStatistics:
             tensors |= {"covariance": self.covariance, "center": self.center}
         header: dict[str, object] = {"labels": self.labels, "temperature": self.temperature}
         header |= {} if self.layer is None else {"layer": self.layer}
-        if len(self.labels) and self.kept:
+        if self.kept:
             tensors |= {"directions": self.directions}
         header |= {"losses": self.losses} if self.losses else {}
         save_tensors(tensors, Path(path), {"format": HEAD_FORMAT, "head": json.dumps(header)})

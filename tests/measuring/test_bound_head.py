@@ -141,8 +141,8 @@ def test_the_rows_minimise_it(labels):
         return value
 
     optimiser.step(closure)
-    assert float(value) == pytest.approx(float(loss(*slow)), abs=1e-4)
-    assert float(value) < float(loss(*known.solve())) - 0.05
+    assert value.item() == pytest.approx(loss(*slow).item(), abs=1e-4)
+    assert value.item() < loss(*known.solve()).item() - 0.05
 
 
 def test_of_two_classes_with_one_covariance_it_has_half_the_discriminants():

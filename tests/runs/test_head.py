@@ -15,7 +15,8 @@ from pm_hf.adapters.folder import open_adapter
 from pm_hf.adapters.merge import merge_adapters
 from pm_hf.config.loading import load_config
 from pm_hf.data.stream import load_stream, sample_classes
-from pm_hf.measuring.analytic_head import HeadStatistics
+from pm_hf.measuring.analytic_head import SOLVERS, HeadStatistics, compared, merge_temperature, ridge_drift
+from pm_hf.measuring.bound_head import DIRECTIONS
 from pm_hf.measuring.gate import Gate
 from pm_hf.measuring.head_search import interpolated
 from pm_hf.measuring.line_search import COEFFICIENT_GRID, smallest_within_error
@@ -394,3 +395,64 @@ def test_a_run_goes_on_from_the_merge_that_a_gate_deployed_a_scale_of(tiny_base,
 def test_a_gate_with_nothing_to_compare_is_refused(tiny_base, data, tmp_path, method, changes, message):
     asked = settings(tiny_base, data, tmp_path / "run", method, head__gate=True, **changes)
     assert message in refusal(load_config, asked)
+
+
+# rows that are no discriminants
+
+
+def replayed_solvers(run, tasks):
+    """(losses and directions as the files of each task have them, the rows of each merge)."""
+    files = [HeadStatistics.load(run / task / "head_statistics.safetensors") for task in tasks]
+    rows = [tensors(run / task / "merged") for task in tasks]
+    return files, [{name.rpartition(".")[2]: value for name, value in part.items() if HEAD in name} for part in rows]
+
+
+@pytest.mark.parametrize(("method", "solver"), [("best", "bound"), ("frozen", "search")])
+def test_rows_are_those_of_the_solver_at_the_temperature_of_rows_held_out(tiny_base, data, tmp_path, method, solver):
+    learn(settings(tiny_base, data, tmp_path / "run", method, head__solver=solver, **SHORT))
+    config = load_config(tmp_path / "run" / "config.yaml")
+    run = Run(config, load_stream(config))
+    names, losses = [folder.name for folder in sorted((tmp_path / "run").glob("task-*"))], dict[str, float]()
+    files, rows = replayed_solvers(tmp_path / "run", names)
+    known = HeadStatistics().with_directions(DIRECTIONS)
+    for index, (task, statistics, merged) in enumerate(zip(run.stream.tasks, files, rows, strict=True)):
+        features = run.scorer.features(run.folder.task(index).merged, task.train, task.own, HEAD)
+        if index and method == "best":
+            before = run.scorer.features(run.folder.task(index - 1).merged, task.train, task.own, HEAD)
+            known = known.moved(ridge_drift(before, features, 1.0))
+        asked = ("bound",) if solver == "bound" else ("lda", "bound")
+        found = compared(known, features, task.train.labels, asked)
+        losses = {name: losses.get(name, 0.0) + nats for name, (nats, _) in found.items()}
+        assert statistics.losses == pytest.approx(losses, rel=1e-3, abs=1e-3)
+        targets = torch.tensor([task.own.index(label) for label in task.train.labels])
+        known = known.added(features, targets, list(task.own))
+        torch.testing.assert_close(statistics.directions, known.directions, rtol=1e-2, atol=1e-3)
+        best = min(losses, key=losses.get)
+        weight, bias = SOLVERS[best](statistics)
+        temperature = found[best][1] if best == "bound" else merge_temperature(known, features, task.train.labels)
+        torch.testing.assert_close(merged["weight"] * temperature, weight.float(), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(merged["bias"] * temperature, bias.float(), rtol=1e-3, atol=1e-3)
+        known = statistics
+    assert known.kept == DIRECTIONS
+
+
+def test_a_run_says_from_which_task_on_its_rows_are_others(tiny_base, data, tmp_path, monkeypatch):
+    nats = iter([(1.0, 2.0), (3.0, 1.0), (0.0, 0.5)])  # of lda and bound on the rows of each task
+
+    def given(known, features, truth, solvers, **_):
+        return dict(zip(solvers, ((value, 1.0) for value in next(nats)), strict=True))
+
+    monkeypatch.setattr(pm_hf.runs.head, "compared", given)
+    report = learn(settings(tiny_base, data, tmp_path / "run", "frozen", head__solver="search", **SHORT))
+    said = [[note for note in step["notes"] if "solver" in note] for step in steps(tmp_path / "run")]
+    assert said == [[], ["head.solver: bound from second on"], []]
+    assert any("head.solver: bound from second on" in note for note in report.notes)
+
+
+def test_a_solver_is_refused_where_it_has_no_place(tiny_base, data, tmp_path, language_data):
+    problem = "head.solver: bound"
+    asked = {"head__solver": "bound"}
+    assert problem in refusal(learn, settings(tiny_base, data, tmp_path / "run", "pm", **asked))
+    strict = refusal(learn, settings(tiny_base, data, tmp_path / "run", "best", head__strict=True, **asked))
+    assert "which head.strict excludes; use lda" in strict
+    assert problem in refusal(learn, language(language_data, tmp_path / "run", "llama", method="frozen", **asked))

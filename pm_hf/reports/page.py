@@ -411,8 +411,8 @@ def _written_rows(run: Report) -> list[Part]:
     if not records:
         return []
     caption = (
-        f"{run.label}: synthetic rows that a throw-away adapter wrote to be rehearsed. Copies (8 tokens in a row as in a "
-        "training row, or 80 % of the tokens), doubles and empty ones are dropped; the longest runs in common with a "
+        f"{run.label}: synthetic rows that a throw-away adapter wrote to be rehearsed. Copies (8 tokens in a row as in "
+        "a training row, or 80 % of the tokens), doubles and empty ones are dropped; the longest runs in common with a "
         "training row are in tokens; answered as asked is the share that the merge gives the answer it was written for"
     )
     shown = Table(

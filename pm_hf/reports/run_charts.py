@@ -154,8 +154,8 @@ def search_charts(run: Report, place: int, runs: int) -> list[Chart]:
         series.append(Series(f"chosen {chosen:.1f}", [chosen], [sums[chosen]], line=False, colour=3, shape=3))
         where = f"task {t}, {record.task}" + (f", {run.label}" if runs > 1 else "")
         about = (
-            "The objective is the loss of the new rows plus that of the written rows once for each earlier task. Chosen "
-            "is the smallest coefficient within one standard error of its minimum."
+            "The objective is the loss of the new rows plus that of the written rows once for each earlier task. "
+            "Chosen is the smallest coefficient within one standard error of its minimum."
         )
         name = f"search-{t}" if runs == 1 else f"search-{place}-{t}"
         title, unit = f"Search of the coefficient of {where}", "cross-entropy, nats a token"

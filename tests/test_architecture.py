@@ -38,7 +38,7 @@ PUBLIC = {
         *("Coefficient", "Curvature", "InputError", "MergeReport", "PMConfig", "PMTrainer"),
         *("PerturbationArguments", "PerturbationMixin", "Report", "describe", "estimate_curvature", "evaluate"),
         *("inspect_adapters", "learn", "learn_coefficients", "merge_adapters", "merge_line", "optimal_coefficient"),
-        *("relate",),
+        *("Pool", "RehearsalMixin", "WrittenRows", "label_rows", "relate", "write_rows"),
     ],
     "pm_hf.merging": [
         *("METHODS", "Coefficient", "Curvature", "LowRank", "Matrix", "Method", "Option", "free_solution"),

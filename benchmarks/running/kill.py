@@ -167,10 +167,11 @@ def start(runs: Path, name: str, subject: Subject) -> subprocess.Popen:
 def worker() -> int:
     """What runs in that process: the command line, with a line in the file of phases wherever one begins."""
     import pm_hf.runs.learner as learner
-    import pm_hf.runs.rehearsal as rehearsal
+    import pm_hf.runs.written_rows as written_rows
     from pm_hf.cli import main as command_line
     from pm_hf.measuring.scores import Scorer
     from pm_hf.runs.folder import RunFolder
+    from pm_hf.runs.rehearsal import Rehearsal
     from pm_hf.training.checkpoints import AtomicCheckpoints
 
     phases = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -194,11 +195,11 @@ def worker() -> int:
         (learner, "train", "training", "between"),
         (AtomicCheckpoints, "_save_checkpoint", "checkpoint", "training"),
         (learner, "estimate_curvature", "measuring", "saving"),
-        (rehearsal.Rehearsal, "search", "searching", "between"),
-        (rehearsal, "train_writer", "writer", "between"),
-        (rehearsal, "collect", "writing", "between"),
+        (Rehearsal, "search", "searching", "between"),
+        (written_rows, "train_writer", "writer", "between"),
+        (written_rows, "collect", "writing", "between"),
         (learner, "merge_adapters", "merging", "between"),
-        (rehearsal.Rehearsal, "finish", "labelling", "between"),
+        (Rehearsal, "finish", "labelling", "between"),
         (Scorer, "score_loaded", "scoring", "between"),
         (RunFolder, "finish_task", "finishing", "between"),
         (RunFolder, "promote", "publishing", "between"),

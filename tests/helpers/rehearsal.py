@@ -9,7 +9,7 @@ from helpers.streams import LANGUAGE_TASKS, THIRD, language_settings, loaded, st
 from pm_hf.adapters.merge import merge_adapters
 from pm_hf.config.loading import load_config
 from pm_hf.data.encoders import make_encoder
-from pm_hf.data.pool import Pool, targets
+from pm_hf.data.pool import Pool, PoolRow, targets
 from pm_hf.data.stream import load_stream
 
 TASKS = LANGUAGE_TASKS | THIRD
@@ -94,3 +94,29 @@ def expected_labels(config, merged, rows, answers):
         for row in rows
     ]
     return torch.tensor(sums).softmax(1).tolist()
+
+
+def some_pool(count=6):
+    """Rows of three answers, a and one of free text, b, for the words of the tiny models."""
+    answers = {" red": 0.6, " red1 blue": 0.3, " pale": 0.1}
+    free = [[[7, 9, 11], [0.5, 0.3, 0.2]], [[3], [1.0]]]
+    rows = [PoolRow("a", "", f"Text: blue{at % 5}", list(answers)[at % 3], answers, []) for at in range(count - 1)]
+    return Pool((*rows, PoolRow("b", "", "Text: dark1", " dark", {}, free)))
+
+
+def soft_loss(model, examples):
+    """Sum over the rows' target tokens of −Σ q log p, each row in a forward pass of its own; number of targets."""
+    total, count = 0.0, 0
+    for example in examples:
+        aims = targets(example)
+        soft = example.get("soft") or [{token: 1.0} for token in aims]
+        if model.config.is_encoder_decoder:
+            start = torch.tensor([[model.config.decoder_start_token_id, *aims[:-1]]])
+            logits = model(input_ids=torch.tensor([example["input_ids"]]), decoder_input_ids=start).logits[0]
+        else:
+            logits = model(input_ids=torch.tensor([example["input_ids"]])).logits[0, -len(aims) - 1 : -1]
+        for line, target in zip(logits, soft, strict=True):
+            log_p = line.log_softmax(0)
+            total = total - sum(q * log_p[token] for token, q in target.items())
+        count += len(aims)
+    return total, count

@@ -16,11 +16,12 @@ from helpers.models import (
     tiny_tokenizer,
     trained_state,
 )
+from helpers.rehearsal import soft_loss, some_pool
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder
-from pm_hf.data.pool import Pool, PoolRow, soft_collate, targets
+from pm_hf.data.pool import soft_collate
 from pm_hf.data.rows import Rows
 from pm_hf.models.language_model import IGNORED
 from pm_hf.models.task_model import TaskModel
@@ -35,13 +36,6 @@ NEW = Rows(
 )
 
 
-def pool(count=6):
-    answers = {" red": 0.6, " red1 blue": 0.3, " pale": 0.1}
-    free = [[[7, 9, 11], [0.5, 0.3, 0.2]], [[3], [1.0]]]
-    rows = [PoolRow("a", "", f"Text: blue{at % 5}", list(answers)[at % 3], answers, []) for at in range(count - 1)]
-    return Pool((*rows, PoolRow("b", "", "Text: dark1", " dark", {}, free)))
-
-
 def setting(kind):
     """(model with a task adapter, encoder)."""
     torch.manual_seed(1)
@@ -51,24 +45,6 @@ def setting(kind):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     return model, (Seq2SeqEncoder if kind == "t5" else CausalEncoder)(tiny_tokenizer(kind), 24)
-
-
-def slow_loss(model, examples):
-    """Sum over the rows' target tokens of −Σ q log p, each row in a forward pass of its own; number of targets."""
-    total, count = 0.0, 0
-    for example in examples:
-        aims = targets(example)
-        soft = example.get("soft") or [{token: 1.0} for token in aims]
-        if model.config.is_encoder_decoder:
-            start = torch.tensor([[model.config.decoder_start_token_id, *aims[:-1]]])
-            logits = model(input_ids=torch.tensor([example["input_ids"]]), decoder_input_ids=start).logits[0]
-        else:
-            logits = model(input_ids=torch.tensor([example["input_ids"]])).logits[0, -len(aims) - 1 : -1]
-        for line, target in zip(logits, soft, strict=True):
-            log_p = line.log_softmax(0)
-            total = total - sum(q * log_p[token] for token, q in target.items())
-        count += len(aims)
-    return total, count
 
 
 def trainer_of(folder, model, encoder, examples, penalties=(), **settings):
@@ -87,8 +63,8 @@ def trainer_of(folder, model, encoder, examples, penalties=(), **settings):
 @pytest.mark.parametrize("parts", [1, 3])
 def test_a_step_has_the_gradient_of_the_soft_cross_entropy_over_all_target_tokens(tmp_path, kind, parts):
     model, encoder = setting(kind)
-    mixed = [*encoder.examples(NEW)[:3], *pool(3).examples(encoder)]
-    loss, count = slow_loss(model, mixed)
+    mixed = [*encoder.examples(NEW)[:3], *some_pool(3).examples(encoder)]
+    loss, count = soft_loss(model, mixed)
     (loss / count).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -112,7 +88,7 @@ def test_a_step_has_the_gradient_of_the_soft_cross_entropy_over_all_target_token
 @torch.no_grad()
 def test_the_normaliser_cancels_in_the_penalty():
     model, encoder = setting("llama")
-    batch = soft_collate(encoder.collate)(pool(3).examples(encoder))
+    batch = soft_collate(encoder.collate)(some_pool(3).examples(encoder))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     logits = model(**inputs).logits
     chosen = logits[:, :-1][batch["labels"][:, 1:] != IGNORED]
@@ -125,7 +101,7 @@ def test_the_normaliser_cancels_in_the_penalty():
 
 def test_other_penalties_see_no_soft_targets(tmp_path):
     model, encoder = setting("llama")
-    trainer = trainer_of(tmp_path, model, encoder, pool(4).examples(encoder), [BaseDivergence(1.0)], max_steps=1)
+    trainer = trainer_of(tmp_path, model, encoder, some_pool(4).examples(encoder), [BaseDivergence(1.0)], max_steps=1)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] > 0
 
@@ -185,7 +161,7 @@ def trained(folder, base, encoder, callbacks=()):
         perturbation_adapter="task",
         remove_unused_columns=False,
     )
-    examples, rehearsed = encoder.examples(NEW), pool().examples(encoder)
+    examples, rehearsed = encoder.examples(NEW), some_pool().examples(encoder)
     record = train(TaskModel(model, None), examples, collate, args, callbacks, rehearsed=rehearsed)
     return trained_state(model), shares, record
 

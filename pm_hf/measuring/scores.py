@@ -136,20 +136,26 @@ class Scorer:
         """The same of what `load` gave."""
         if head is None:
             return self._score_language(model, tasks, answers, generate)
-        metric = IncrementalAccuracy(keep_in_memory=True)
         classes = list(dict.fromkeys(labels))
         scores = []
         for task in tasks:
             logits, truth = self.logits(model, task, labels, head)
             self.cut[task.name] = getattr(self.encoder, "cut", 0)
-            said = (classes[row] for row in logits.argmax(1).tolist())
-            self.taken[task.name] = Counter(zip((classes[row] for row in truth), said, strict=True))
-            own = [classes.index(label) for label in task.own]
-            scores.append(metric.compute(predictions=logits.numpy(), references=truth, own=own))
+            scores.append(self._accuracies(task, logits, classes))
             if loss:
+                own = [classes.index(label) for label in task.own]
                 inside = torch.tensor([own.index(row) for row in truth])
                 scores[-1]["loss"] = float(cross_entropy(logits[:, own].double(), inside))
         return scores
+
+    def _accuracies(self, task: Task, logits: Tensor, classes: Sequence[str]) -> dict[str, float]:
+        """Accuracies on a task's test rows of logits (n, C) over distinct classes; what was taken for what is kept."""
+        truth, own = ([classes.index(label) for label in labels] for labels in (task.test.labels, task.own))
+        said = [classes[row] for row in logits.argmax(1).tolist()]
+        self.taken[task.name] = Counter(zip(task.test.labels, said, strict=True))
+        metric = IncrementalAccuracy(keep_in_memory=True)
+        accuracies: dict[str, float] = metric.compute(predictions=logits.numpy(), references=truth, own=own)
+        return accuracies
 
     def language_scorer(self, model: nn.Module) -> LanguageScorer:
         """Scores of a language model, in this one's batches and precision."""
@@ -167,16 +173,13 @@ class Scorer:
                 scores.append(scorer.scores(task.test, task.own, seen if task.own else (), generate=generate))
             else:
                 states = scorer.prompt_states(task.test, [int(answers.layer or 0)])[0].double()
-                logits, classes = class_logits(states @ rows[0].T + rows[1], answers.labels)
-                truth, own = ([classes.index(label) for label in labels] for labels in (task.test.labels, task.own))
-                metric = IncrementalAccuracy(keep_in_memory=True)
-                scores.append(metric.compute(predictions=logits.numpy(), references=truth, own=own))
+                scores.append(self._accuracies(task, *class_logits(states @ rows[0].T + rows[1], answers.labels)))
             self.cut[task.name] = scorer.encoder.cut
         return scores
 
     def confusions(self, tasks: Sequence[Task]) -> list[tuple[str, str, int, int]]:
         """(class, another that test rows of it were taken for, how many, test rows of the class), most first, at most
-        MOST_CONFUSIONS; [] for a language model."""
+        MOST_CONFUSIONS; [] for a language model that is not scored by analytic answers."""
         counts = sum((self.taken.get(task.name, Counter()) for task in tasks), Counter[tuple[str, str]]())
         rows = Counter[str]()
         for (label, _), count in counts.items():

@@ -198,6 +198,10 @@ def _unreleased(config: RunConfig, paths: RunPaths, tasks: Sequence[TaskPaths]) 
     merged = paths.merged
     if not config.merges:
         return ["strategy.individual keeps one adapter for each task and merges none; there is nothing to load"]
+    if config.analytic_head and not config.kind.has_head:
+        return [
+            "method frozen of a language model trains nothing: its adapter is the base, and chooses no answers alone"
+        ]
     if not tasks or not merged.is_dir():
         return [f"there is no merged adapter {merged}"]
     for task in tasks:

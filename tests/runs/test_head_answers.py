@@ -17,6 +17,8 @@ from pm_hf.config.loading import load_config
 from pm_hf.data.encoders import make_encoder
 from pm_hf.data.stream import load_stream
 from pm_hf.measuring.analytic_head import HeadStatistics
+from pm_hf.reports.page import write_report
+from pm_hf.reports.release import read_finished_run
 from pm_hf.runs.head import best_layer
 from pm_hf.runs.learner import evaluate, learn
 
@@ -125,6 +127,12 @@ def same_statistics(left, right):
     one, two = HeadStatistics.load(left / STATISTICS), HeadStatistics.load(right / STATISTICS)
     named = (one.labels, one.layer, one.temperature) == (two.labels, two.layer, two.temperature)
     return named and all(torch.equal(getattr(one, n), getattr(two, n)) for n in ("counts", "means", "scatter"))
+
+
+def test_its_report_is_shown_and_its_adapter_is_not_published(whole, tmp_path):
+    page = write_report([whole[1]], tmp_path)[0].read_text(encoding="utf-8")
+    assert "answers are chosen by the hidden states after layer" in page
+    assert "method frozen of a language model trains nothing" in refusal(read_finished_run, whole[1], "owner/base")
 
 
 def test_any_order_of_tasks_ends_alike(whole, language_data, tmp_path, monkeypatch):

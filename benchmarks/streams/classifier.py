@@ -82,6 +82,7 @@ def _write(path: Path, encoder: CausalEncoder, rows: Rows) -> None:
     lines = []
     for prompt, kept, answer in zip(rows.inputs, encoder.prompts(rows), rows.labels, strict=True):
         whole = encoder.texts(prompt, answer)[0]
-        text = whole if len(encoder.prompt(prompt)) == len(kept) else encoder.tokenizer.decode(kept)
+        inner = kept[1:] if kept[:1] == [encoder.tokenizer.bos_token_id] else kept  # which the classifier adds again
+        text = whole if len(encoder.prompt(prompt)) == len(kept) else encoder.tokenizer.decode(inner)
         lines.append(json.dumps({"text": text, "label": answer.strip()}) + "\n")
     path.write_text("".join(lines), encoding="utf-8")

@@ -192,12 +192,12 @@ def judge(
         held_out = cross_entropy(logits / temperature, answers, reduction="none")
         losses[scale] = _Losses(held_out, each[earlier].flatten(), each[mine].flatten())
     control, points, scales = losses[0.0], [], {}
-    for scale, found in losses.items():
-        state, gains = moved[scale], control.held_out - found.held_out
+    for scale, of_scale in losses.items():
+        state, gains = moved[scale], control.held_out - of_scale.held_out
         total, variance = state.gained + float(gains.mean()), state.variance + mean_variance(gains)
         error = variance
         if gate.tasks:
-            since = control.earlier - found.earlier
+            since = control.earlier - of_scale.earlier
             total += gate.tasks * float(since.mean()) - state.drawn
             error += gate.tasks**2 * mean_variance(since)
         points.append({"scale": scale, "gain": total / t, "error": error**0.5 / t})
@@ -205,7 +205,7 @@ def judge(
             state,
             gained=state.gained + float(gains.mean()),
             variance=variance,
-            drawn=state.drawn + float((control.own - found.own).mean()),
+            drawn=state.drawn + float((control.own - of_scale.own).mean()),
         )
     return Gate(t, scales), points
 

@@ -192,7 +192,7 @@ def test_the_losses_compared_are_those_of_rows_held_out():
             logits.append(rows[held] @ weight.T + bias)
             answers.append(torch.tensor([3] * 2 + [4] * 2))
         wanted, truths = torch.cat(logits), torch.cat(answers)
-        assert temperature == fit_temperature(wanted, truths, 0.5 if solver == "bound" else 1.0)
+        assert temperature == fit_temperature(wanted, truths, least=0.5 if solver == "bound" else 1.0)
         assert nats == pytest.approx(float(cross_entropy(wanted / temperature, truths, reduction="sum")))
     assert compared(HeadStatistics().with_directions(K), rows[:2], names, ("lda",)) == {}
 
@@ -200,7 +200,7 @@ def test_the_losses_compared_are_those_of_rows_held_out():
 def test_a_temperature_may_be_as_low_as_it_is_let():
     logits = 0.2 * torch.eye(4, dtype=torch.float64)
     assert fit_temperature(logits, torch.arange(4)) == 1
-    assert fit_temperature(logits, torch.arange(4), 0.5) == pytest.approx(0.5)
+    assert fit_temperature(logits, torch.arange(4), least=0.5) == pytest.approx(0.5)
 
 
 def test_scores_are_those_of_the_solver():

@@ -91,8 +91,8 @@ def test_base_model_without_whole_weights_is_refused(refused, tiny_base, tmp_pat
     ("changes", "message"),
     [
         ({"lora__target_modules": ["no_such_layer"]}, "lora.target_modules ['no_such_layer']: "),
-        ({"perturbation__scale": 1.0}, "perturbation scale must be in [0, 1), found 1.0"),
-        ({"perturbation__scale": -0.1}, "perturbation scale must be in [0, 1), found -0.1"),
+        ({"perturbation__scale": 1.0}, "perturbation.scale: must be in [0, 1), found 1.0"),
+        ({"perturbation__scale": -0.1}, "perturbation.scale: must be in [0, 1), found -0.1"),
         ({"perturbation__probabilities": [0.2, 0.5, 0.3]}, "the probabilities of 1+ε and 1−ε must be equal"),
         ({"perturbation__probabilities": [0.5, 0.5]}, "probabilities must be three values >= 0 that sum to 1"),
         ({"curvature__samples": 0}, "curvature.samples: must be at least 1"),

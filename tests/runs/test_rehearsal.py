@@ -302,7 +302,7 @@ def test_report_and_card_say_what_was_written_and_searched(rehearsal_runs, tmp_p
     card = model_card(read_finished_run(folder, "owner/base"), "me/kept")
     assert "also trained on synthetic rows, at most 12 at a time" in card
     assert f"{sum(replay['copies'] for replay in replays)} exact or near copies were dropped" in card
-    assert f"shares with a training row is {max(replay['longest_common_run'] for replay in replays)}." in card
+    assert f"shares with a training row is {max(replay['longest_common_run'] for replay in replays)}" in card
 
 
 def test_the_line_of_a_finished_task_says_what_was_written(language_data, tmp_path, capsys):
@@ -310,7 +310,7 @@ def test_the_line_of_a_finished_task_says_what_was_written(language_data, tmp_pa
     path.write_text(json.dumps(settings(language_data, tmp_path / "run", tasks=["first"], training__max_steps=2)))
     assert main(["train", "--config", str(path)]) == 0
     replay = steps(tmp_path / "run")[0]["replay"]
-    assert f", {replay['kept']} of {replay['written']} written rows kept, " in capsys.readouterr().err
+    assert f", {replay['kept']} of {replay['written']} written rows kept (" in capsys.readouterr().err
 
 
 # ---- samples of the base

@@ -14,7 +14,7 @@ import pm_hf.training.writer
 from pm_hf.data.pool import Pool
 from pm_hf.runs.learner import learn
 
-pytestmark = pytest.mark.filterwarnings(OLD_NAME)
+pytestmark = [pytest.mark.filterwarnings(OLD_NAME), pytest.mark.slow]
 FEW = list(TASKS)[:2]
 
 

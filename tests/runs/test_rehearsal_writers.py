@@ -24,7 +24,7 @@ from pm_hf.reports.page import write_report
 from pm_hf.reports.release import read_finished_run
 from pm_hf.runs.learner import learn
 
-pytestmark = pytest.mark.filterwarnings(OLD_NAME)
+pytestmark = [pytest.mark.filterwarnings(OLD_NAME), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ pytestmark = [
 PROMPTS = ["Text: red1", "Text: dark4 pale3 gold1", "Text: blue1 gold2", "Text: pale1"]
 ANSWERS = [" gold", " dark", " red", " pale"]
 LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
-PLAIN = {"perturbation_scale": 0.0, "max_steps": 1, "max_grad_norm": 0.0}
+PLAIN = {"perturbation_scale": 0.0, "max_steps": 1, "max_grad_norm": 0.0, "bf16": False}  # TRL's default is bf16
 
 
 def sft_trainer(folder, columns, pool, **settings):

@@ -17,6 +17,7 @@ NAMES = {
     "olora": "O-LoRA",
     "base_kl": "KL to the base",
     "replay": "replay, 5 rows a class",
+    "replay_8": "replay, 8 rows a class",
     "merge_only": "merging alone (Fisher α)",
     "pm": "P&M: perturbation + Fisher α",
     "pm_trace": "P&M, each task's Fisher over its mean",
@@ -41,6 +42,7 @@ NAMES = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "untouched": {"method": "joint", "trains": False},  # the base is scored and left alone
     "classifier": {"method": "best"},  # of a stream of classes that classifier.py makes
+    "replay_8": {"method": "replay", "strategy.replay_per_class": 8},  # 128 rows of 16 answers
     "pm_lda": {"method": "pm", "head.kind": "lda"},
     "average_lda": {"method": "average", "head.kind": "lda"},
     "gram_lda": {"method": "pm_gram_lda", "perturbation.scale": 0.0},
@@ -65,7 +67,10 @@ CORE = ("sequential", "average", "pm", "best", "frozen", "joint", "joint_lda")
 ENGINES = ("coma", "cofima", "magmax", "opcm", "slao", "sfa", "ewc", "olora", "base_kl", "replay", "individual")
 LDA = ("pm_gram_lda", "pm_lda", "average_lda", "gram_lda", "best_no_drift", "best_local", "best_average", "first_lda")
 REST = ("merge_only", "pm_trace", "pm_gram", *LDA, *ENGINES)
-LANGUAGE = ("sequential", "average", "slao", "pm", "replay", "best", "joint", "frozen", "classifier", "untouched")
+LANGUAGE = (
+    *("sequential", "average", "slao", "pm", "replay", "replay_8"),
+    *("best", "joint", "frozen", "classifier", "untouched"),
+)
 TEXTS = ("sequential", "average", "pm", "pm_trace", "joint", "untouched")
 
 

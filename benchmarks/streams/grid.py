@@ -38,6 +38,10 @@ NAMES = {
     "classifier": "control: the same rows as classes, a classifier of the base trained with `best`",
     "untouched": "control: the base, untouched",
 }
+LANGUAGE_NAMES = {  # of methods that are something else for a language model
+    "best": "`best`: rehearsal of rows that a writer wrote, α = 1",
+    "frozen": "control: untouched base + analytic answers",
+}
 # rows that are no method of their own: a method, and what is changed of it
 VARIANTS: dict[str, dict[str, Any]] = {
     "untouched": {"method": "joint", "trains": False},  # the base is scored and left alone

@@ -8,12 +8,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from environment import ROOT
-from grid import NAMES, STREAMS
+from grid import ANSWERS, LANGUAGE_NAMES, NAMES, STREAMS
+from scipy.stats import binomtest, ttest_rel
 from scipy.stats import t as student
-from scipy.stats import ttest_rel
 
 from pm_hf.reports.run_charts import plot_means
-from pm_hf.runs.records import Report
+from pm_hf.runs.records import Report, read_right
+from pm_hf.runs.right_rows import discordant, paired_difference, same_rows
 
 BLOCK = re.compile(r"(<!-- (\S+) -->\n\n).*?(<!-- end -->)", re.S)
 OVERVIEW = (
@@ -69,13 +70,15 @@ def table(name: str) -> str:
     """Mean ± spread over the seeds of every method in results/, as Markdown.
 
     minus P&M, minus joint: mean difference of the seeds that both have, with the p of a paired t test where there are
-    two or more.
+    two or more. minus control: the same beside the frozen backbone, with its standard error by the test rows and the p
+    of McNemar's exact test over the rows of all seeds, where the results say which rows were right.
     """
     stream = STREAMS[name]
     by_method = {method: results(name, method) for method in NAMES}
+    titles = NAMES | (LANGUAGE_NAMES if dict(stream.columns) == ANSWERS else {})
     (first, key), *_ = stream.columns
     head = ["method", "orders" if stream.orders else "seeds", *(title for title, _ in stream.columns)]
-    head += [f"{first}: minus P&M", "minus joint"]
+    head += [f"{first}: minus P&M", "minus joint", "minus control, by rows"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method in (method for method in NAMES if by_method[method]):
         columns = [[value(result, of) for result in by_method[method].values()] for _, of in stream.columns]
@@ -83,14 +86,15 @@ def table(name: str) -> str:
         for rival in ("pm", "joint"):
             pairs = paired(by_method[method], by_method[rival], key)
             cells.append("" if method == rival else difference(pairs, interval=stream.orders))
-        lines.append(f"| {NAMES[method]} | {len(by_method[method])} | " + " | ".join(cells) + " |")
+        cells.append("" if method == "frozen" else by_rows(by_method[method], by_method["frozen"]))
+        lines.append(f"| {titles[method]} | {len(by_method[method])} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def overview() -> str:
     """ACC of every method on every stream that is judged by accuracy, mean ± standard deviation; as Markdown.
 
-    The best method that keeps no rows of old tasks is bold in each column.
+    The best method that keeps no rows of old tasks is bold in each column, if it has two seeds or more.
     """
     shown = [name for name in OVERVIEW if any(results(name, method) for method in NAMES)]
     columns = {
@@ -103,7 +107,8 @@ def overview() -> str:
     for method in (method for method in NAMES if sum(map(bool, columns[method])) >= 2):
         cells = [spread(column, interval=False) if column else "–" for column in columns[method]]
         bold = [method not in REHEARSAL and _mean(c) == top for c, top in zip(columns[method], tops, strict=True)]
-        cells = [f"**{cell}**" if best else cell for cell, best in zip(cells, bold, strict=True)]
+        several = [len(column) > 1 for column in columns[method]]
+        cells = [f"**{c}**" if best and two else c for c, best, two in zip(cells, bold, several, strict=True)]
         lines.append(f"| {NAMES[method]} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -148,7 +153,25 @@ def difference(pairs: Sequence[tuple[float, float]], *, interval: bool) -> str:
     if len(gaps) < 2 or stdev(gaps) == 0:
         return shown
     p = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
-    return f"{shown} (p {p:.3f})" if p >= 0.001 else f"{shown} (p < 0.001)"
+    return f"{shown} ({_p(p)})"
+
+
+def by_rows(ours: Mapping[int, dict], theirs: Mapping[int, dict]) -> str:
+    """Mean difference of the seeds whose results say which test rows were right, ± its standard error from the paired
+    rows, and the p of McNemar's exact test over all of them."""
+    known = [(read_right(ours[seed]), read_right(theirs[seed])) for seed in sorted(ours.keys() & theirs.keys())]
+    known = [(left, right) for left, right in known if same_rows(left, right)]
+    if not known:
+        return "–"
+    gaps, errors = zip(*(paired_difference(left, right) for left, right in known), strict=True)
+    error = sum(of_seed**2 for of_seed in errors) ** 0.5 / len(errors)
+    first, second = (sum(counts) for counts in zip(*(discordant(*pair) for pair in known), strict=True))
+    p = float(binomtest(first, first + second).pvalue) if first + second else 1.0
+    return f"{fmean(gaps):+.3f} ± {error:.3f} ({_p(p)})"
+
+
+def _p(p: float) -> str:
+    return f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
 
 
 def spread(values: Sequence[float | None], *, interval: bool, sign: str = "") -> str:

@@ -53,12 +53,16 @@ class Task:
         """Digest of labels and test rows; a finished task whose training rows are left out must keep it."""
         return self._digests[1]
 
+    def test_digest(self) -> str:
+        """Digest of the test rows alone: two runs of it scored the same rows."""
+        return self._digests[2]
+
     @cached_property
-    def _digests(self) -> tuple[str, str]:  # pictures are read for it, once
+    def _digests(self) -> tuple[str, str, str]:  # pictures are read for it, once
         named = json.dumps([self.name, self.labels]).encode()
         contents = [rows.content() if len(rows) else b"" for rows in (self.train, self.test, self.replayed, self.eval)]
         whole, tested = (hashlib.sha256(b"".join(parts)) for parts in ((named, *contents), (named, contents[1])))
-        return whole.hexdigest()[:16], tested.hexdigest()[:16]
+        return whole.hexdigest()[:16], tested.hexdigest()[:16], hashlib.sha256(contents[1]).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ class LanguageScorer:
     encoder: LanguageEncoder
     batch_size: int = 16
     precision: torch.dtype | None = None
+    right: list[bool] = field(default_factory=list)  # of the rows scored last: whether the answer is the likeliest one
 
     @property
     def device(self) -> torch.device:
@@ -57,7 +59,8 @@ class LanguageScorer:
         likelihoods = self.answer_likelihoods(rows, seen_labels)
         truth = torch.tensor([list(seen_labels).index(answer) for answer in rows.labels])
         inside = torch.tensor([list(seen_labels).index(answer) for answer in task_labels])
-        scores["class_incremental"] = float((likelihoods.argmax(1) == truth).double().mean())
+        self.right[:] = (likelihoods.argmax(1) == truth).tolist()
+        scores["class_incremental"] = fmean(self.right)
         scores["task_incremental"] = float((inside[likelihoods[:, inside].argmax(1)] == truth).double().mean())
         return scores
 

@@ -64,6 +64,8 @@ class Scorer:
     cut: dict[str, int] = field(default_factory=dict)  # {task: test rows longer than max_length}
     # {task: counts of (class, class that it was taken for)} of the classifier that was scored last
     taken: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)
+    # {task: which of its test rows are right among all classes (answers)} of the model that was scored last
+    right: dict[str, list[bool]] = field(default_factory=dict)
 
     def load(self, merged: Path, head: str | None) -> tuple[PeftModel, list[str]]:
         """The merged adapter on its base, as every user loads it, and the labels of its head's rows."""
@@ -153,6 +155,7 @@ class Scorer:
         truth, own = ([classes.index(label) for label in labels] for labels in (task.test.labels, task.own))
         said = [classes[row] for row in logits.argmax(1).tolist()]
         self.taken[task.name] = Counter(zip(task.test.labels, said, strict=True))
+        self.right[task.name] = [label == answer for label, answer in zip(task.test.labels, said, strict=True)]
         metric = IncrementalAccuracy(keep_in_memory=True)
         accuracies: dict[str, float] = metric.compute(predictions=logits.numpy(), references=truth, own=own)
         return accuracies
@@ -171,6 +174,8 @@ class Scorer:
         for task in tasks:
             if answers is None or rows is None or not task.own:
                 scores.append(scorer.scores(task.test, task.own, seen if task.own else (), generate=generate))
+                if task.own:
+                    self.right[task.name] = list(scorer.right)
             else:
                 states = scorer.prompt_states(task.test, [int(answers.layer or 0)])[0].double()
                 scores.append(self._accuracies(task, *class_logits(states @ rows[0].T + rows[1], answers.labels)))

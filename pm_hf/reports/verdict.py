@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 
 from pm_hf.config.presets import PRESETS
 from pm_hf.runs.records import CLASS_INCREMENTAL, Report
+from pm_hf.runs.right_rows import paired_difference, same_rows
 from pm_hf.text import format_metric, format_number
 
 NOT_COMPARED = ("seed", "output_dir", "data_dir")  # settings that make no other method
@@ -92,12 +93,15 @@ def group_runs(runs: Sequence[Report]) -> list[Group]:
 
 
 def difference(left: Group, right: Group) -> tuple[float, float | None]:
-    """(ACC of left − ACC of right, its standard error): of the differences where both have the same seeds, else of two
-    independent means; None where one has no error."""
+    """(ACC of left − ACC of right, its standard error): of the differences where both have the same seeds, of one seed
+    where both scored the same test rows; else of two independent means; None where one has no error."""
     delta = (left.mean("ACC") or 0.0) - (right.mean("ACC") or 0.0)
     first, second = ({run.seed: run.metrics["ACC"] for run in group.runs} for group in (left, right))
     if len(first) > 1 and first.keys() == second.keys():
         return delta, stdev([first[seed] - second[seed] for seed in first]) / math.sqrt(len(first))
+    ours, theirs = left.runs[0].right, right.runs[0].right
+    if len(left.runs) == len(right.runs) == 1 and same_rows(ours, theirs):
+        return delta, paired_difference(ours, theirs)[1]
     errors = left.error, right.error
     return delta, None if None in errors else math.hypot(*(error for error in errors if error is not None))
 

@@ -338,6 +338,7 @@ class RunFolder:
             untouched=records[0].untouched,
             notes=notes,
             classes={task.name: list(task.own) for task in scored} if numbered else {},
+            right={task: of for record in records for task, of in record.right.items()},  # the last merge's say
         )
 
 

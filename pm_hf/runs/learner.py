@@ -53,6 +53,7 @@ from pm_hf.runs.head import gate_notes, head_policy
 from pm_hf.runs.paths import STATISTICS_FILE, TaskPaths
 from pm_hf.runs.records import Report, TaskRecord, primary_metric
 from pm_hf.runs.rehearsal import Rehearsal, Rehearsed, replay_note
+from pm_hf.runs.right_rows import RightRows
 from pm_hf.runs.start import TaskStart, adapter_to_fold, check_fold, find_beside, load_start, start_task
 from pm_hf.runs.tracking import Tracking
 from pm_hf.training.callbacks import EarlyStopping, SequentialAveraging, Stop, stop_on_sigterm
@@ -244,6 +245,11 @@ class Run:
                 scores=scores,
                 held_out=held_out,
                 confusions=self.scorer.confusions(self._scored(index)),
+                right={
+                    task.name: RightRows.of(right, task.test_digest())
+                    for task in self._scored(index)
+                    if (right := self.scorer.right.get(task.name))
+                },
                 untouched=untouched,
                 replay=replay,
                 search=trained.search,

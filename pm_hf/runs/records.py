@@ -16,6 +16,7 @@ from pm_hf.files import FileMark, as_record, expand, read_checked, read_json, wr
 from pm_hf.measuring.metrics import is_joint, summary, task_forgetting
 from pm_hf.merging.coefficient import Coefficient
 from pm_hf.runs.paths import MERGE_LINE_FILE, REPORT_FILE, RunPaths
+from pm_hf.runs.right_rows import RightRows
 from pm_hf.runs.schemas import MergeLineFile, ReportFile, StepFile
 from pm_hf.text import format_metric, format_number, printable
 from pm_hf.training.record import TrainingRecord
@@ -38,14 +39,15 @@ class TaskRecord:
 
     labels: of its head, in row order. fingerprint, test_fingerprint: digests of its rows. coefficient: None where
     several coefficients, or none, decided the merge. merge_error: largest relative Frobenius error of a module.
-    curvature_bytes: size of the sums. training: None where only the head was computed. scores: {metric: one score for
-    each task seen}. held_out: {text: {metric: score}}; untouched: the same of the base, in the first task's record.
-    confusions: (class, another that test rows of it were taken for, how many, test rows of the class), most first.
-    replay: counts and seconds of the written rows, see `pm_hf.runs.rehearsal`; search: the points of the coefficient's
-    search, see `search_points`; gate: the scale at which the merge is `deployed`, and the points of all `scales`, see
-    `pm_hf.measuring.gate.judge`; these five are left out where there is none. conditions: threads, processes, device,
-    versions. files: {name in the task's folder: size and SHA-256} of what it left; inputs: what it depends on besides,
-    see `pm_hf.runs.inputs`; {} where an older version wrote it.
+    curvature_bytes: size of the sums. training: None where only the head was computed. scores: {metric: one score
+    for each task seen}. held_out: {text: {metric: score}}; untouched: the same of the base, in the first task's
+    record. confusions: (class, another that test rows of it were taken for, how many, test rows of the class), most
+    first. right: {task: which of its test rows are right among all classes, or answers, seen}. replay: counts and
+    seconds of the written rows, see `pm_hf.runs.rehearsal`; search: the points of the coefficient's search, see
+    `search_points`; gate: the scale at which the merge is `deployed`, and the points of all `scales`, see
+    `pm_hf.measuring.gate.judge`; these six are left out where there is none. conditions: threads, processes,
+    device, versions. files: {name in the task's folder: size and SHA-256} of what it left; inputs: what it depends
+    on besides, see `pm_hf.runs.inputs`; {} where an older version wrote it.
     """
 
     task: str
@@ -63,6 +65,7 @@ class TaskRecord:
     scores: dict[str, list[float | None]] = field(default_factory=dict)
     held_out: dict[str, dict[str, float]] = field(default_factory=dict)
     confusions: list[tuple[str, str, int, int]] = field(default_factory=list)
+    right: dict[str, RightRows] = field(default_factory=dict)
     untouched: dict[str, dict[str, float]] = field(default_factory=dict)
     replay: dict[str, Any] = field(default_factory=dict)
     search: list[dict[str, float]] = field(default_factory=list)
@@ -86,8 +89,10 @@ class TaskRecord:
             value = getattr(self, part.name)
             if part.name == "training":
                 content |= {} if value is None else value.to_dict()
-            elif part.name in ("untouched", "confusions", "replay", "search", "gate") and not value:
+            elif part.name in ("untouched", "confusions", "right", "replay", "search", "gate") and not value:
                 continue
+            elif part.name == "right":
+                content[part.name] = {task: asdict(rows) for task, rows in value.items()}
             elif part.name == "conditions":
                 content |= value
             else:
@@ -102,13 +107,19 @@ class TaskRecord:
     def load(cls, path: Path) -> "TaskRecord":
         """Read step.json; InputError when it is missing, broken or holds something else."""
         content = read_checked(path, StepFile, WAY_OUT)
-        names = {part.name for part in fields(cls)} - {"coefficient", "training", "conditions"}
+        names = {part.name for part in fields(cls)} - {"coefficient", "training", "conditions", "right"}
         return cls(
             **{name: content[name] for name in names & content.keys()},
             coefficient=read_coefficient(content.get("coefficient")),
+            right=read_right(content),
             training=TrainingRecord.read(content),
             conditions={key: content[key] for key in CONDITIONS if key in content},
         )
+
+
+def read_right(content: Mapping[str, Any]) -> dict[str, RightRows]:
+    """`right` of a step.json or a report.json."""
+    return {task: RightRows(**rows) for task, rows in content.get("right", {}).items()}
 
 
 def read_coefficient(content: Mapping[str, Any] | None) -> Coefficient | None:
@@ -159,7 +170,7 @@ class Report:
     matrices: {metric: R}, `R[t][i]` the score on task i after task t, None above the diagonal. A joint run has one row.
     metric: the one the stream is judged by. alphas: the coefficient of each task. merge_errors: relative Frobenius
     error of each merge, of the module where it is largest. classes: {task: its labels} of tasks that are named by a
-    number alone.
+    number alone. right: {task: which of its test rows are right at the end}.
     Of a run that was read from its folder also: records, one of each learned task, None where its step.json is not
     there; config, its settings; line, coefficient.json; label, how it is called beside other runs.
     """
@@ -181,6 +192,7 @@ class Report:
     untouched: dict[str, dict] = field(default_factory=dict)  # the same of the base, before any task
     notes: list[str] = field(default_factory=list)
     classes: dict[str, list[str]] = field(default_factory=dict)
+    right: dict[str, RightRows] = field(default_factory=dict)
     saved_metrics: dict[str, Any] = field(default_factory=dict)  # of a report.json that was read
     versions: dict[str, str] = field(default_factory=versions)
     label: str = ""
@@ -250,6 +262,7 @@ class Report:
         content |= {name: getattr(self, name) for name in ("merge_errors", "held_out", "notes")}
         content |= {name: getattr(self, name) for name in ("scores", "task_incremental", "matrices")}
         content |= {"classes": self.classes} if self.classes else {}
+        content |= {"right": {task: asdict(of) for task, of in self.right.items()}} if self.right else {}
         content |= {"untouched": self.untouched} if self.untouched else {}
         return content | {"metrics": self.metrics, "versions": self.versions}
 
@@ -289,6 +302,7 @@ class Report:
             untouched=content.get("untouched") or {},
             notes=content.get("notes") or [],
             classes=content.get("classes") or _numbered_classes(config, records),
+            right=read_right(content),
             saved_metrics=content["metrics"],
             versions=content.get("versions") or {},
             records=records,

@@ -3,6 +3,7 @@
 whole.json and trainer_state.json of a checkpoint are described beside what writes them: `pm_hf.training.checkpoints`.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -104,6 +105,21 @@ class ScaleFile:
 
 
 @dataclass
+class RightFile:
+    """Which test rows of a task are right. See `pm_hf.runs.right_rows.RightRows`."""
+
+    rows: str
+    count: int
+    bits: str
+
+    def problem(self) -> str | None:
+        """A bit for each row."""
+        if self.count < 0 or not re.fullmatch(f"(?:[0-9a-f]{{2}}){{{-(-self.count // 8)}}}", self.bits):
+            return f"bits: expected a hexadecimal bit for each of {self.count} rows"
+        return None
+
+
+@dataclass
 class GateFile:
     """`gate` of a step.json."""
 
@@ -129,6 +145,7 @@ class StepFile:
     scores: Scores = field(default_factory=dict)
     held_out: Texts = field(default_factory=dict)
     confusions: list[tuple[str, str, int, int]] = field(default_factory=list)
+    right: dict[str, RightFile] = field(default_factory=dict)
     untouched: Texts = field(default_factory=dict)
     replay: ReplayFile | None = None
     search: list[SearchPointFile] = field(default_factory=list)
@@ -161,7 +178,8 @@ class StepFile:
             return f"search: none of {len(self.search)} points has the coefficient {used:g}"
         if self.gate is not None and self.gate.deployed not in (point.scale for point in self.gate.scales):
             return f"gate: none of {len(self.gate.scales)} scales is the deployed one, {self.gate.deployed:g}"
-        return next((p for sample in (self.replay.samples if self.replay else ()) if (p := sample.problem())), None)
+        parts = [*(self.replay.samples if self.replay else ()), *self.right.values()]
+        return next((p for part in parts if (p := part.problem())), None)
 
 
 @dataclass
@@ -213,6 +231,7 @@ class ReportFile:
     untouched: Texts = field(default_factory=dict)
     notes: list[str] | None = None
     classes: dict[str, list[str]] | None = None
+    right: dict[str, RightFile] = field(default_factory=dict)
     versions: dict[str, str] | None = None
     config: dict[str, Any] | None = None
 
@@ -229,6 +248,9 @@ class ReportFile:
                 return f"{name}: expected {rows} rows of {columns} scores, found {len(R)} of {sorted(widths)}"
         if all(score is None for score in self.scores[-1]):
             return "scores: the last row is empty"
+        for task, of in self.right.items():
+            if wrong_bits := of.problem():
+                return f"right.{task}: {wrong_bits}"
         if self.matrices and self.metric is not None and self.metric not in self.matrices:
             return f"metric: expected one of {', '.join(self.matrices)}, found {self.metric}"
         lists: tuple[tuple[str, Sequence | None, int], ...] = (

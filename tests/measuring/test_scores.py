@@ -10,6 +10,7 @@ from pm_hf.data.encoders import make_encoder
 from pm_hf.data.stream import load_stream
 from pm_hf.measuring.scores import IncrementalAccuracy, Scorer
 from pm_hf.models.loading import load_base
+from pm_hf.runs.right_rows import RightRows
 
 LOGITS = np.array([[3, 1, 2, 0], [0, 1, 2, 3], [0, 5, 1, 2], [9, 0, 2, 1]], dtype=np.float32)
 
@@ -79,6 +80,8 @@ def test_confusions_are_the_wrong_test_rows_by_class(finished_run):
     assert any("confusions" in record for record in records)
     for seen, record in enumerate(records, start=1):
         wrong = sum(round((1 - score) * 16) for score in record["scores"]["class_incremental"])  # 2 classes of 8 rows
+        shares = [sum(RightRows(**rows).mask()) / rows["count"] for rows in record["right"].values()]
+        assert shares == record["scores"]["class_incremental"]
         pairs = record.get("confusions", [])
         assert len(pairs) < 20
         assert sum(count for *_, count, _ in pairs) == wrong

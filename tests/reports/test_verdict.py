@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from statistics import stdev
 
 import pytest
@@ -10,6 +11,7 @@ from helpers.records import write_run
 
 from pm_hf.reports.verdict import difference, group_runs, ranked, verdict
 from pm_hf.runs.records import read_runs
+from pm_hf.runs.right_rows import RightRows
 
 
 def run(folder, method, accuracy, seed=0, rows=100, **config):
@@ -51,6 +53,19 @@ def test_differences_are_paired_where_the_seeds_are_the_same(tmp_path):
     _, error = difference(*alone)
     rows = math.sqrt(2 * 0.5 * 0.5 / 100) / 2
     assert error == pytest.approx(math.hypot(stdev(left) / math.sqrt(3), rows))
+
+
+def test_one_seed_is_paired_by_the_rows_that_both_scored(tmp_path):
+    left, right = ([True] * 60 + [False] * 40, [True] * 50 + [False] * 50), ([True] * 50 + [False] * 50,) * 2
+    folders = [run(tmp_path, "a", 0.55), run(tmp_path, "b", 0.5), run(tmp_path, "c", 0.5)]
+    for folder, truths in zip(folders, (left, right, right), strict=True):
+        kept = {t: asdict(RightRows.of(of, "rows")) for t, of in zip("ab", truths, strict=True)}
+        edited_json(folder / "report.json", right=kept)
+    edited_json(folders[2] / "report.json", right={t: kept[t] | {"rows": "others"} for t in "ab"})
+    first, second, others = groups(*folders)
+    delta, error = difference(first, second)
+    assert (delta, error) == pytest.approx((0.05, math.sqrt(0.1 * 0.9 / 100) / 2))
+    assert difference(first, others)[1] > error  # the same scores on other rows
 
 
 def test_verdict_names_the_best_and_whether_it_is_more_than_the_error(tmp_path):

@@ -4,6 +4,7 @@ import re
 import sys
 from argparse import Namespace
 from concurrent.futures import Executor, Future
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -14,6 +15,7 @@ from pm_hf.config.loading import load_config
 from pm_hf.config.presets import PRESETS
 from pm_hf.errors import InputError
 from pm_hf.files import write_json
+from pm_hf.runs.right_rows import RightRows
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,32 +105,50 @@ def test_table_has_means_intervals_and_paired_differences(tables, elsewhere):
     write_result(elsewhere, "smollm2-text", "joint", 1, 0.9, joint=True)
     head, rule, *lines = tables.table("smollm2-text").splitlines()
     assert head.startswith("| method | orders | choice among all answers | forgetting |")
-    assert head.endswith("| choice among all answers: minus P&M | minus joint |")
+    assert head.endswith("| choice among all answers: minus P&M | minus joint | minus control, by rows |")
     assert rule.count("---") == head.count("|") - 1
     assert lines[0].split(" | ")[1:4] == ["3", "0.500 ± 0.248", "0.250 ± 0.124"]
-    assert lines[0].endswith("| -0.250 ± 0.000 | -0.400 |")
+    assert lines[0].endswith("| -0.250 ± 0.000 | -0.400 | – |")
     assert lines[1].split(" | ")[1:] == ["3", *["0.750 ± 0.248", "0.375 ± 0.124", "0.850 ± 0.248"]] + [
-        *["0.650 ± 0.248", "0.250 ± 0.248", "–", "–", "", "-0.150 |"]
+        *["0.650 ± 0.248", "0.250 ± 0.248", "–", "–", "", "-0.150", "– |"]
     ]
     assert lines[2].split(" | ")[1:4] == ["1", "0.900", "–"]
-    assert lines[2].endswith("| +0.150 |  |")
+    assert lines[2].endswith("| +0.150 |  | – |")
     assert len(lines) == 3
 
 
 def test_overview_has_every_accuracy_and_the_best_without_old_rows_in_bold(tables, elsewhere):
     for stream, best in (("pacs", 0.4), ("cifar10", 0.6)):
         write_result(elsewhere, stream, "frozen", 0, 0.5)
-        write_result(elsewhere, stream, "best", 0, best)
+        write_result(elsewhere, stream, "best", 0, best - 0.1)
+        write_result(elsewhere, stream, "best", 1, best + 0.1)
         write_result(elsewhere, stream, "joint", 0, 0.9, joint=True)
     write_result(elsewhere, "pacs", "opcm", 0, 0.1)
     write_result(elsewhere, "smollm2-text", "pm", 0, 0.8)
     head, _, *lines = tables.overview().splitlines()
     assert head == "| method | PACS, 4 domains | CIFAR-10, 5 x 2 classes |"
     assert [line.split(" | ")[1:] for line in lines] == [
-        ["0.400", "**0.600** |"],
+        ["0.400 ± 0.141", "**0.600 ± 0.141** |"],
         ["0.900", "0.900 |"],
-        ["**0.500**", "0.500 |"],
+        ["0.500", "0.500 |"],  # the best of PACS has one seed
     ]
+
+
+def test_rows_beside_the_control_are_paired_over_the_seeds(tables):
+    right = {0: ("1110", "1000"), 1: ("1111", "0011")}
+    ours, theirs = (
+        {
+            seed: {"right": {"a": asdict(RightRows.of([c == "1" for c in pair[of]], "x"))}}
+            for seed, pair in right.items()
+        }
+        for of in (0, 1)
+    )
+    error = (0.25 / 4 + 0.25 / 4) ** 0.5 / 2  # of each seed: two of four rows differ, all to one side
+    assert tables.by_rows(ours, theirs) == f"+0.500 ± {error:.3f} (p {2 * 0.5**4:.3f})"
+    assert tables.by_rows(ours, {2: theirs[0]}) == "–"
+    others = {0: {"right": {"a": theirs[0]["right"]["a"] | {"rows": "y"}}}}
+    assert tables.by_rows(ours, others) == "–"
+    assert tables.by_rows(ours, ours) == "+0.000 ± 0.000 (p 1.000)"
 
 
 def test_picture_leaves_out_what_has_one_row(tables, elsewhere, monkeypatch):
@@ -199,7 +219,7 @@ def test_presets_name_every_run(suite):
     assert {job.seed for job in standard} == {0, 1, 2}
     methods = suite.jobs(Namespace(preset="methods", **known))
     asked = {job.method for job in quick + methods}
-    assert asked == suite.NAMES.keys() - {"untouched", "classifier"}  # which are for language models
+    assert asked == suite.NAMES.keys() - {"untouched", "classifier", "replay_8"}  # which are for language models
 
 
 def test_what_this_machine_lacks_is_said_before_any_run(common, tmp_path):

@@ -80,6 +80,10 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
         "α = 0.5, against all classes seen",
         {"method": "coma", "merge.options": {"coefficient": 0.5}, **ANALYTIC},
     ),
+    "search-seen": (
+        "α by search, against all classes seen",
+        {"method": "best", "merge.coefficient": "search"},
+    ),
     "gram-seen": (
         "free Gram, against all classes seen",
         {"method": "pm_gram_lda", "perturbation.scale": 0.0, **ANALYTIC},

@@ -129,6 +129,11 @@ def likeliest(values: Mapping[Any, float]) -> dict[Any, float]:
     return {key: round(value / total, 6) for key, value in kept if value / total >= 5e-7}
 
 
+def rounded(values: Mapping[Any, float]) -> dict[Any, float]:
+    """Probabilities to six digits, the largest first."""
+    return {key: round(value, 6) for key, value in sorted(values.items(), key=lambda item: (-item[1], item[0]))}
+
+
 def soft_collate(collate: Callable[[list[dict]], dict[str, Tensor]]) -> Callable[[list[dict]], dict[str, Tensor]]:
     """A collator for rows with and without `soft`.
 

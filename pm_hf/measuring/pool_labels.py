@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from pm_hf.data.chat import Prompt
-from pm_hf.data.pool import MOST_CHOICES, PoolRow, likeliest
+from pm_hf.data.pool import MOST_CHOICES, PoolRow, likeliest, rounded
 from pm_hf.data.rows import Rows
 from pm_hf.data.writing import Assignment
 from pm_hf.measuring.language_scores import LanguageScorer
@@ -35,10 +35,11 @@ def labelled(
 
 
 def with_likeliest_tokens(scorer: LanguageScorer, rows: Rows, task: str) -> list[PoolRow]:
-    """Rows with the model's 20 likeliest tokens in each place of their completions."""
+    """Rows with the model's 20 likeliest tokens in each place of their completions; what is missing to 1 is the
+    probability of all the others together."""
     prompts: Sequence[Prompt] = rows.inputs
     tokens = scorer.likeliest_tokens(scorer.encoder.examples(rows), MOST_CHOICES)
-    soft = [[[list(part), list(part.values())] for part in map(likeliest, of_row)] for of_row in tokens]
+    soft = [[[list(part), list(part.values())] for part in map(rounded, of_row)] for of_row in tokens]
     return [
         PoolRow(task, "", prompt, completion, {}, tokens)
         for prompt, completion, tokens in zip(prompts, rows.labels, soft, strict=True)

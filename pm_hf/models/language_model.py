@@ -10,6 +10,7 @@ from pm_hf.models.contexts import logits_only_at
 from pm_hf.models.sharded import transformer_of
 
 IGNORED = -100  # label of a position where nothing is predicted
+ROUNDING = 1e-4  # of probabilities that are kept to six digits and sum to 1
 
 
 def has_token_targets(batch: Mapping[str, Any]) -> bool:
@@ -44,11 +45,26 @@ def target_mask(labels: Tensor, *, shifted: bool) -> Tensor:
 
 
 def soft_cross_entropy(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
-    """−Σ_k q_k log p_k of each of n target positions, (n,), in nats, of probabilities q that sum to 1.
+    """−Σ_k q_k log p_k − (1 − Σ_k q_k) log(1 − Σ_k p_k) of each of n target positions, (n,), in nats.
 
-    logits: (n, V), in the dtype to compute in; tokens, weights: (n, K) token ids and their q.
+    The tokens without a q are one event together: likeliest tokens alone, taken for the whole distribution, would teach
+    that no other token can follow. logits: (n, V), in the dtype to compute in; tokens, weights: (n, K) token ids and
+    their q, 0 where there is none.
     """
-    return logits.logsumexp(1) - (logits.gather(1, tokens) * weights).sum(1)
+    return logits.logsumexp(1) - soft_logits(logits, tokens, weights)
+
+
+def soft_logits(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
+    """Σ_k q_k z_k + (1 − Σ_k q_k) log Σ_others exp z of each target position, (n,): what `soft_cross_entropy` subtracts
+    from the log of the softmax's normaliser. A rest below ROUNDING is none."""
+    soft = (logits.gather(1, tokens) * weights).sum(1)
+    rest = 1 - weights.sum(1)
+    some = (rest > ROUNDING).nonzero()[:, 0]
+    if not len(some):
+        return soft
+    known = torch.where(weights[some] > 0, tokens[some], tokens[some, :1])  # padding names the first token again
+    others = logits[some].scatter(1, known, -torch.inf).logsumexp(1)
+    return soft.index_add(0, some, (rest[some] * others).to(soft.dtype))
 
 
 def target_count(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

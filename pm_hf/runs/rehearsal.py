@@ -64,10 +64,10 @@ class Rehearsal:
 
         A pure function of what they left. All processes must call this.
         """
-        if start.running is None:
-            return Rehearsed()
         began, notes = time.perf_counter(), list[str]()
-        if self.config.strategy.replay_pool:
+        if start.running is None:
+            pool = Pool()
+        elif self.config.strategy.replay_pool:
             pool = Pool() if start.pool is None else Pool.load(start.pool)
         else:
             pool, notes = self._written_again(start, stop)

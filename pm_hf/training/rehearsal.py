@@ -13,7 +13,13 @@ from pm_hf.data.language import CausalEncoder
 from pm_hf.data.pool import SOFT_TOKENS, SOFT_WEIGHTS, Pool, soft_collate, without_soft_targets
 from pm_hf.data.rows import Examples
 from pm_hf.errors import raise_all
-from pm_hf.models.language_model import IGNORED, predicts_next_token, soft_cross_entropy, target_mask
+from pm_hf.models.language_model import (
+    IGNORED,
+    predicts_next_token,
+    soft_cross_entropy,
+    soft_logits,
+    target_mask,
+)
 from pm_hf.models.sharded import transformer_of
 from pm_hf.training.trainer import BeforeTrainer
 
@@ -50,8 +56,8 @@ class HalfNew(Sampler[int]):
 class SoftTargets:
     """The soft cross-entropy of a batch's soft targets less the cross-entropy of its labels, a mean over target tokens.
 
-    Added to the loss of the labels it makes the rows' loss −Σ_k q_k log p_k with the probabilities q of `soft_collate`.
-    As Σ_k q_k = 1 the normaliser of the softmax cancels: the difference is z_label − Σ_k q_k z_k, in the logits z.
+    Added to the loss of the labels it makes the rows' loss the `soft_cross_entropy` with the probabilities of
+    `soft_collate`. The normaliser of the softmax cancels: the difference is z_label − `soft_logits`, in the logits z.
     """
 
     per_target = True
@@ -63,8 +69,7 @@ class SoftTargets:
         labels = batch["labels"]
         chosen = logits[target_mask(labels, shifted=predicts_next_token(model))].float()  # (n, V)
         hard = chosen.gather(1, labels[labels != IGNORED][:, None])[:, 0]
-        soft = (chosen.gather(1, batch[SOFT_TOKENS]) * batch[SOFT_WEIGHTS]).sum(1)
-        return (hard - soft).mean()
+        return (hard - soft_logits(chosen, batch[SOFT_TOKENS], batch[SOFT_WEIGHTS])).mean()
 
 
 class HalfNewMixin(BeforeTrainer):

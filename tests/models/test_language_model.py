@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel
 
 from pm_hf import InputError, estimate_curvature
 from pm_hf.models.contexts import logits_only_at
-from pm_hf.models.language_model import has_token_targets, target_logits, target_mask
+from pm_hf.models.language_model import has_token_targets, soft_cross_entropy, target_logits, target_mask
 from pm_hf.models.sharded import transformer_of, unwrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -54,6 +54,26 @@ def test_their_cross_entropy_is_the_models_own_loss(models, kind):
     logits, tokens, _ = target_logits(models[kind], batch)
     own = models[kind](**batch).loss
     torch.testing.assert_close(nn.functional.cross_entropy(logits, tokens), own, rtol=1e-4, atol=1e-5)
+
+
+def test_soft_cross_entropy_takes_the_other_tokens_as_one_event():
+    torch.manual_seed(0)
+    logits = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    tokens = torch.tensor([[3, 5, 8], [0, 0, 0], [1, 0, 0], [7, 2, 0]])
+    weights = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.4, 0.0, 0.0], [0.3, 0.3, 0.1]], dtype=torch.float64)
+    found = soft_cross_entropy(logits, tokens, weights)
+    p = logits.softmax(1)
+    expected = [
+        -(0.5 * p[0, 3].log() + 0.25 * p[0, 5].log() + 0.25 * p[0, 8].log()),
+        -p[1, 0].log(),
+        -(0.4 * p[2, 1].log() + 0.6 * (1 - p[2, 1]).log()),
+        -(0.3 * p[3, 7].log() + 0.3 * p[3, 2].log() + 0.1 * p[3, 0].log()),
+    ]
+    expected[3] = expected[3] - 0.3 * (1 - p[3, 7] - p[3, 2] - p[3, 0]).log()
+    torch.testing.assert_close(found, torch.stack(expected))
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    (reference,) = torch.autograd.grad(torch.stack(expected).sum(), logits)
+    torch.testing.assert_close(gradient, reference)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -251,7 +251,8 @@ def test_rows_of_every_kind_are_written_and_rehearsed(kind, language_data, tmp_p
         if row.tokens:
             assert len(row.tokens) == len(targets(example))
         for target in example["soft"]:
-            assert sum(target.values()) == pytest.approx(1, abs=1e-4)
+            likeliest, others = (len(target) == 20, sum(target.values()))
+            assert others == pytest.approx(1, abs=1e-4) if row.answers or not likeliest else 20 / 60 < others < 1
     assert len(steps(tmp_path / "run")[1]["search"]) == 11
 
 
@@ -319,11 +320,10 @@ def test_the_line_of_a_finished_task_says_what_was_written(language_data, tmp_pa
 def test_samples_of_the_base_are_written_once_and_belong_to_no_task(rehearsal_runs, language_data):
     folder, two = rehearsal_runs
     first = Pool.load(two / "task-00-first" / "pool.jsonl")
-    assert first.of_base == Pool()
     second, third = pool_of(two), pool_of(folder)
-    assert second.of_base == third.of_base
+    assert first.of_base == second.of_base == third.of_base
     assert len(third.of_base.rows) == 3
-    assert [step["replay"]["base_rows"] for step in steps(folder)] == [0, 3, 3]
+    assert [step["replay"]["base_rows"] for step in steps(folder)] == [3, 3, 3]  # from the first task on
     config = settings(language_data, folder)
     encoder = make_encoder(load_config(config))
     base = transformers.AutoModelForCausalLM.from_pretrained(config["model"]["base"]).eval()
@@ -336,7 +336,7 @@ def test_samples_of_the_base_are_written_once_and_belong_to_no_task(rehearsal_ru
             p = base(input_ids=torch.tensor([ids])).logits[0, :-1].softmax(-1)
         for place, soft in zip(p, example["soft"], strict=True):
             best = place.topk(20)
-            expected = dict(zip(best.indices.tolist(), (best.values / best.values.sum()).tolist(), strict=True))
+            expected = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
             assert soft == pytest.approx(expected, abs=1e-4)
 
 

@@ -243,7 +243,7 @@ class StrategySettings:
     )
     replay_pool: Flag = setting(True, "false: no written row is kept but each task's writer, which writes them again")
     base_samples: Whole = setting(
-        64, "texts of the base that are rehearsed too, for its general ability (causal-lm); 0: none", "texts", ge=0
+        128, "texts of the base that are rehearsed too, for its general ability (causal-lm); 0: none", "texts", ge=0
     )
     replay_per_class: Whole = setting(
         0, "training rows kept of each class (language models: answer) of every earlier task", "rows", ge=0

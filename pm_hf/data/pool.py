@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -92,21 +91,11 @@ class Pool:
             raise InputError(f"{path} is no pool of written rows: {error}") from error
 
     def examples(self, encoder: CausalEncoder | Seq2SeqEncoder) -> list[dict]:
-        """The encoder's examples of prompts and completions, with `soft`: the SoftTarget of each target token.
-
-        A sample of the base has no more target tokens than the tasks' rows on average, spread over its text: the loss
-        is a mean over tokens, and a sample should not weigh as much as twenty answers.
-        """
+        """The encoder's examples of prompts and completions, with `soft`: the SoftTarget of each target token."""
         rows = Rows([row.prompt for row in self.rows], [row.completion for row in self.rows])
-        examples = [
+        return [
             example | {"soft": _soft_targets(row, targets(example), encoder)}
             for row, example in zip(self.rows, encoder.examples(rows), strict=True)
-        ]
-        sizes = [len(example["soft"]) for row, example in zip(self.rows, examples, strict=True) if row.task != BASE]
-        most = max(1, round(fmean(sizes))) if sizes else None
-        return [
-            example if most is None or row.task != BASE else _with_fewer_targets(example, most)
-            for row, example in zip(self.rows, examples, strict=True)
         ]
 
 
@@ -173,18 +162,6 @@ def targets(example: Mapping[str, Any]) -> list[int]:
 def hard_targets(example: Mapping[str, Any]) -> list[SoftTarget]:
     """The example's own target tokens as soft targets."""
     return [{token: 1.0} for token in targets(example)]
-
-
-def _with_fewer_targets(example: dict, most: int) -> dict:
-    """The example with `most` of its target tokens at most, evenly spread."""
-    places = [place for place, token in enumerate(example["labels"]) if token != IGNORED]
-    if len(places) <= most:
-        return example
-    kept = [(2 * number + 1) * len(places) // (2 * most) for number in range(most)]
-    labels = [IGNORED] * len(example["labels"])
-    for number in kept:
-        labels[places[number]] = example["labels"][places[number]]
-    return example | {"labels": labels, "soft": [example["soft"][number] for number in kept]}
 
 
 def _soft_targets(row: PoolRow, tokens: list[int], encoder: CausalEncoder | Seq2SeqEncoder) -> list[SoftTarget]:

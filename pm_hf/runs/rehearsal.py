@@ -36,7 +36,7 @@ from pm_hf.training.writer import base_writer
 ADVISED_ROWS = 64  # of each task
 SAMPLES = 4  # written rows of each task that step.json and the report show
 SEARCH_ROWS = 128  # of the pool, that the coefficient is searched with
-BASE_TOKENS = 64  # of a sample of the base
+BASE_TOKENS = 32  # of a sample of the base
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from pm_hf.data.pool import (
     without_soft_targets,
 )
 from pm_hf.data.rows import Rows
-from pm_hf.models.language_model import IGNORED
 
 ANSWERS = {" red": 0.5, " red1 blue": 0.25, " red1 gold": 0.15, " pale": 0.1}
 
@@ -126,22 +125,3 @@ def test_another_file_is_no_pool(tmp_path, text):
     (tmp_path / "pool.jsonl").write_text(text)
     assert "is no pool of written rows" in refusal(Pool.load, tmp_path / "pool.jsonl")
     assert "is no pool of written rows" in refusal(Pool.load, tmp_path / "none")
-
-
-def test_a_sample_of_the_base_has_no_more_targets_than_the_tasks_rows():
-    made = encoder("llama", 64)
-    said = "".join(f" {word}" for word in ("red1", "blue", "gold", "pale") * 3)
-    count = len(made.completion("", said))
-    stored = [[[place, 1], [0.75, 0.25]] for place in range(count)]
-    sample = row(said, {}, "", BASE, stored)
-    (alone,) = Pool((sample,)).examples(made)
-    short, answers = Pool((sample, row(" red", {" red": 1.0}), row(" red1 blue", {" red1 blue": 1.0}))).examples(made)[
-        0:3:2
-    ]
-    assert len(targets(alone)) == len(alone["soft"]) == count
-    kept = [place for place, token in enumerate(short["labels"]) if token != IGNORED]
-    assert 0 < len(kept) == len(short["soft"]) <= len(targets(answers)) < count
-    assert short["input_ids"] == alone["input_ids"]
-    first = min(place for place, token in enumerate(alone["labels"]) if token != IGNORED)
-    assert [alone["soft"][place - first] for place in kept] == short["soft"]
-    assert [alone["labels"][place] for place in kept] == targets(short)

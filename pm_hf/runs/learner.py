@@ -221,7 +221,7 @@ class Run:
         def finish() -> None:
             """What process 0 does with the trained task."""
             merge = self._merge(paths, start, trained)
-            of_head = self.head.after_merge(paths, task, start, trained.head, trained=self._trains(index))
+            of_head = self.head.after_merge(paths, task, start, trained.head, trained=self.trains_backbone(index))
             gate = self.head.gate(paths, task, start, trained.head)
             (model, labels), replay = self.scorer.load(paths.released, trained.head), {}
             if self.rehearsal is not None and written is not None:
@@ -280,7 +280,7 @@ class Run:
         built, record = on_all_processes(lambda: self._build(task, start)), None
         if start.index or not self._first_checked:  # the first one was before the folder was made, where it could be
             on_all_processes(lambda: self._check_built(built, start))
-        if self._trains(start.index):
+        if self.trains_backbone(start.index):
             with on_all_processes(lambda: self.head.before_training(built, task, start)):
                 record = self._train(built, task, start, rehearsed, stop)
             built = self._unsharded(built, task, start)
@@ -292,21 +292,22 @@ class Run:
         on_main_process(lambda: self._save(built, task, self.folder.task(start.index).adapter))
         return TrainedTask(built.head, record, curvature, search)
 
-    def _trains(self, index: int) -> bool:
+    def trains_backbone(self, index: int) -> bool:
         """Whether a task trains the backbone."""
         frozen_now = self.config.head.strict and (index > 0 or self.folder.start is not None)
         return bool(self.config.trains) and not frozen_now
 
-    def check_first_task(self) -> None:
+    def check_first_task(self) -> TaskModel | None:
         """InputError where the first task cannot be trained as the settings say, or not be merged with `start_from`.
 
         It builds the task's model without weights, and merges the adapter that would come of it without writing.
+        Returns that model; None where it takes the weights to tell, when the first task begins.
         """
         start, task = start_task(self.config, self.folder.state(0), 0), self.stream.tasks[0]
         try:
             built = self._build(task, start, skeleton=True)
         except NeedsWeightsError:
-            return  # it is found when the first task begins
+            return None
         self._check_built(built, start)
         self._first_checked = True
         if start.running is not None:
@@ -315,6 +316,15 @@ class Run:
                 adapter = Path(folder) / "adapter"
                 self._save(built, task, adapter)
                 check_fold(start.running, adapter)
+        return built
+
+    def time_first_task(self) -> float | None:
+        """Train the first task as the settings say, without written rows and without measuring or merging anything;
+        the median of its steps' seconds."""
+        start, task = start_task(self.config, self.folder.state(0), 0), self.stream.tasks[0]
+        built = self._build(task, start)
+        with stop_on_sigterm() as stop, self.head.before_training(built, task, start):
+            return self._train(built, task, start, Rehearsed(), stop).step_seconds
 
     def _build(self, task: Task, start: TaskStart, *, skeleton: bool = False) -> TaskModel:
         """The model of a task; skeleton: without weights, to check that it can be built."""
@@ -439,7 +449,7 @@ class Run:
 
     def _measure(self, built: TaskModel, task: Task, start: TaskStart) -> Curvature | None:
         config, settings, spec = self.config, self.config.curvature, self.config.curvature_spec
-        if not config.measures_curvature or not self._trains(start.index):
+        if not config.measures_curvature or not self.trains_backbone(start.index):
             return None
         rows = sample(task.train, settings.samples, config.seed)
         rows = rows.take(range(process_index(), len(rows), process_count()))
@@ -492,7 +502,7 @@ class Run:
             coefficient = smallest_within_error(trained.search) if trained.search else 1 / tasks
         elif start.running is not None and not self.config.computes_coefficient:
             coefficient = settings.coefficient  # type: ignore[assignment]
-        if not self._trains(start.index):
+        if not self.trains_backbone(start.index):
             coefficient = 0.0  # nothing was trained: the running merge stays as it is
         options, curvatures = dict(settings.options), list[Curvature]()
         if curvature is not None and coefficient is None and method.curvature is not None:

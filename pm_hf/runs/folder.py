@@ -306,6 +306,11 @@ class RunFolder:
         notes = [*preset_notes(self.config), *self.stream.notes]
         if self.config.model.trust_remote_code:
             notes.append("model.trust_remote_code was true: Python code that comes with the base model may have run")
+        if self.config.model.quantization is not None:
+            notes.append(
+                f"model.quantization was {self.config.model.quantization}: what was trained, measured and scored was "
+                "the adapter on the quantized base"
+            )
         notes += [f"task {record.task}: {note}" for record in records for note in record.notes]
         notes += [
             f"task {record.task}: {record.coefficient.note}"

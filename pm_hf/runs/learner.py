@@ -448,6 +448,7 @@ class Run:
             shrinkage=spec.shrinkage if spec.kind == "gram" else None,
             normalisation=settings.normalisation,
             at=settings.at,
+            base=spec.base,
             previous=Curvature.load(start.curvature) if config.sums_curvature and start.curvature is not None else None,
             heads=self.head.curvature_heads(built, start),
             merged=start.running.products() if moved and start.running is not None else None,

@@ -22,10 +22,9 @@ from pm_hf.models.contexts import quiet, seeded
 from pm_hf.models.loading import HEAD_NAMES, TEXT_KIND, check_loaded, head_name, head_root, load_base, whole_load
 from pm_hf.models.released import fit_vocabulary, put_saved
 from pm_hf.models.sharded import SAVED_WRAPPER, plain_name
-from pm_hf.models.whole_modules import check_apart, whole_modules
+from pm_hf.models.whole_modules import ALL_LINEAR, check_apart, whole_modules
 
 MERGED_ADAPTER, TASK_ADAPTER = "merged", "task"
-ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,7 @@ def build_task_model(
     if isinstance(targets, str):
         problem = pattern_problem(targets, tuple(name for name, _ in base.named_modules() if name))
         raise_all([problem] if problem else [], "lora.target_modules")
+    check_apart(base, whole, targets)
     with seeded(seed + 7919 * (task + 1)):
         if head is not None:
             _fresh_rows(base, head, labels, saved_from if continue_head else None)
@@ -100,7 +100,6 @@ def build_task_model(
     if isinstance(targets, list) and (idle := _idle_targets(model, targets)):
         name = f"{', '.join(idle)} names no layer of {type(base).__name__}"
         raise InputError(f"lora.target_modules: {name}; {_linear_names(base)}")
-    check_apart(model, whole)
     if saved_from is not None:
         _check_targets(model, saved_from)
     if merged is not None:

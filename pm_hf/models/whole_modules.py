@@ -1,13 +1,14 @@
 """Modules that are trained whole beside LoRA: which ones a name means, and whether they can be."""
 
+import re
 from collections.abc import Sequence
 
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from pm_hf.errors import raise_all
-from pm_hf.models.sharded import plain_name
+from pm_hf.errors import InputError, raise_all
+
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 
 
 def whole_modules(base: PreTrainedModel, names: Sequence[str], head_root: str | None) -> list[str]:
@@ -34,12 +35,21 @@ def whole_modules(base: PreTrainedModel, names: Sequence[str], head_root: str | 
     return whole
 
 
-def check_apart(model: nn.Module, whole: Sequence[str]) -> None:
-    """InputError where a module that is trained whole holds a layer that is adapted too."""
-    adapted = [plain_name(name) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    both = [(root, layer) for root in whole for layer in adapted if f"{layer}.".startswith(f"{root}.")]
-    problems = [f"{root} is trained whole and {layer} in it is adapted; leave one of them out" for root, layer in both]
-    raise_all(problems[:1], "lora.modules_to_save")
+def check_apart(base: nn.Module, whole: Sequence[str], targets: Sequence[str] | str | None) -> None:
+    """InputError where a module that is trained whole is, or holds, one that `targets` names: PEFT would leave it out
+    without a word. None and all-linear name nothing."""
+    for name, _ in base.named_modules():
+        root = next((root for root in whole if f"{name}.".startswith(f"{root}.")), None)
+        if isinstance(targets, str):
+            named = targets != ALL_LINEAR and re.fullmatch(targets, name) is not None
+        else:
+            named = any(f".{name}".endswith(f".{target}") for target in targets or ())
+        if root is not None and named:
+            inside = "" if name == root else f"{name} of "
+            raise InputError(
+                f"lora.modules_to_save: {root} is to be trained whole, and lora.target_modules names {inside}it too; "
+                "leave it out of one of them"
+            )
 
 
 def _problem(base: PreTrainedModel, module: nn.Module, name: str) -> str | None:

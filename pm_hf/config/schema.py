@@ -47,9 +47,14 @@ class ModelSettings:
     )
 
     @property
-    def precision(self) -> str:
+    def base_precision(self) -> str:
         """What files of measurements say of the frozen weights beneath: the quantization, or "full" without one."""
         return self.quantization or FULL_PRECISION
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Packages that compute with the weights besides those of every run."""
+        return () if self.quantization is None else ("bitsandbytes",)
 
 
 @dataclass
@@ -406,7 +411,7 @@ class RunConfig:
             reduction = "mean" if self.kind.has_head else settings.loss_reduction
             spec = CurvatureSpec(kind, labels=settings.labels, loss_reduction=reduction)
         normalisation = NORMALISATIONS[settings.normalisation]
-        return replace(spec, normalisation=normalisation, at=settings.at, base=self.model.precision)
+        return replace(spec, normalisation=normalisation, at=settings.at, base=self.model.base_precision)
 
     def to_dict(self) -> dict:
         """Plain nested dict."""

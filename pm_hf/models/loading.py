@@ -4,7 +4,7 @@ import copy
 import importlib.util
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,12 @@ from pm_hf.models.released import fit_vocabulary
 HEAD_NAMES = ("classifier", "score")  # what PEFT saves by itself for a sequence classifier
 TEXT_KIND = "text-classification"
 LOADED_ADAPTER = "default"  # name that PEFT gives to the adapter of a folder
-# implementations of attention that are packages of their own: whether they are there
-FLASH_PACKAGES = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+# implementations of attention that not every machine has: what they need, and whether it is there
+ATTENTION_NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
+    "flash_attention_2": ("a GPU and the package flash-attn", is_flash_attn_2_available),
+    "flash_attention_3": ("a GPU and the package flash-attn-3", is_flash_attn_3_available),
+    "flex_attention": ("a GPU, as it has no gradient on a CPU", torch.cuda.is_available),
+}
 
 
 TOKENIZER_FILE = "tokenizer_config.json"  # beside an adapter whose tokens are not those of the base
@@ -160,13 +164,13 @@ def _lacking(info: Mapping[str, Any]) -> set[str]:
 
 
 def check_attention(settings: ModelSettings) -> None:
-    """InputError for an implementation of attention whose package is not installed: transformers would look for a
-    kernel on the Hub, and run it."""
+    """InputError for an implementation of attention that lacks what it needs here. For a package that is not installed
+    transformers would look for a kernel on the Hub, and run it."""
     name = settings.attn_implementation or ""
-    if name in FLASH_PACKAGES and not FLASH_PACKAGES[name]():
+    if name in ATTENTION_NEEDS and not ATTENTION_NEEDS[name][1]():
         raise InputError(
-            f"model.attn_implementation {name} needs a GPU and the package flash-attn of that version, which is not "
-            "installed; use sdpa, which has fused kernels of its own, or leave it out"
+            f"model.attn_implementation {name} needs {ATTENTION_NEEDS[name][0]}, which is not there; use sdpa, which "
+            "has fused kernels of its own, or leave it out"
         )
 
 

@@ -162,7 +162,7 @@ class AnalyticHead(HeadPolicy):
 
     @property
     def _base(self) -> str:
-        return self.scorer.config.model.precision
+        return self.scorer.config.model.base_precision
 
     @property
     def directions(self) -> int:

@@ -250,7 +250,7 @@ class Run:
                 gate=gate,
                 seconds=time.perf_counter() - began,
                 process_peak_memory_mb=process_peak_memory_mb(),
-                conditions=conditions(),
+                conditions=conditions(*self.config.model.packages),
                 notes=[
                     *notes,
                     *rehearsed.notes,

@@ -94,8 +94,8 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
         strict = statistics.temperature is not None
         if list(adapter.labels.values()) != ([] if statistics.layer else [statistics.labels]):
             problems.append(f"its labels are not those of {state.statistics}; use the file that was saved with it")
-        if statistics.base != config.model.precision:
-            problems.append(f"{STATISTICS_FILE} beside it: {base_misfit(statistics.base, config.model.precision)}")
+        if statistics.base != config.model.base_precision:
+            problems.append(f"{STATISTICS_FILE} beside it: {base_misfit(statistics.base, config.model.base_precision)}")
         if config.head.means == "class" and len(set(statistics.labels)) < len(statistics.labels):
             problems.append("its head has several means a class; use head.means: task")
         if strict != config.head.strict:

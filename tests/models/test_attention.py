@@ -49,15 +49,21 @@ def test_both_ways_give_the_same(bases):
     assert not torch.equal(eager, sdpa)
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
-def test_a_package_that_is_not_installed_is_named_and_no_kernel_is_fetched(bases, name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "need"),
+    [
+        ("flash_attention_2", "a GPU and the package flash-attn"),
+        ("flash_attention_3", "a GPU and the package flash-attn-3"),
+        ("flex_attention", "a GPU, as it has no gradient on a CPU"),
+    ],
+)
+def test_what_is_not_there_is_named_and_no_kernel_is_fetched(bases, name, need, monkeypatch):
     def fetched(*_, **__):
         raise AssertionError("a kernel of the Hub was asked for")
 
     monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", fetched)
     message = refusal(load, bases / "llama", "causal-lm", name)
-    assert f"model.attn_implementation {name} needs a GPU and the package flash-attn" in message
-    assert "use sdpa" in message
+    assert f"model.attn_implementation {name} needs {need}, which is not there; use sdpa" in message
 
 
 def test_it_stands_in_the_run_s_settings_and_is_one_of_a_few(tiny_base, stream_data, language_data, tmp_path):

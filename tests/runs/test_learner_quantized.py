@@ -2,6 +2,7 @@
 and what is published is a plain adapter of the base."""
 
 import shutil
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -101,6 +102,7 @@ def test_what_was_measured_says_on_which_base_and_the_report_too(run, language_d
     bits, config, folder = run
     assert Curvature.load(folder / "task-01-second" / "curvature.safetensors").settings.base == bits
     assert load_config(folder / "config.yaml").model.quantization == bits
+    assert all(step["versions"]["bitsandbytes"] == version("bitsandbytes") for step in steps(folder))
     again = learn(config)
     assert any(note.startswith(f"model.quantization was {bits}: ") for note in again.notes)
     other = language(language_data, tmp_path / "other", start_from=str(folder / "merged"), **QUICK)

@@ -65,7 +65,7 @@ setup(
         "quantized": QUANTIZED,
         "eval": EVAL,
         "docs": DOCS,
-        "dev": DEMO + PLOTS + GGUF + TRL + DEV,
+        "dev": DEMO + PLOTS + GGUF + TRL + QUANTIZED + DEV,
     },
     entry_points={"console_scripts": ["pm-hf=pm_hf.cli:entry"]},
 )

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns 0 when done, 1 when it failed while running, 2 for bad input (one line on stderr), 130
     after Ctrl-C (one line), 141 without a word where what it writes to is closed."""
     _write_any_character()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of CPU kernels whenever PEFT is imported
     try:
         try:
             return _run(arguments)

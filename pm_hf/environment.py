@@ -40,14 +40,14 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 ROUNDING, BATCH = "equal up to rounding only", "the global batch is another"
 
 
-def conditions() -> dict[str, Any]:
-    """What this process runs under, as step.json keeps it."""
+def conditions(*more: str) -> dict[str, Any]:
+    """What this process runs under, as step.json keeps it. more: further packages whose versions matter."""
     cuda = torch.cuda.is_available()
     return {
         "threads": torch.get_num_threads(),
         "processes": process_count(),
         "device": torch.cuda.get_device_name() if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}",
-        "versions": versions(),
+        "versions": versions((*PACKAGES, *more)),
     }
 
 

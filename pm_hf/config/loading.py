@@ -29,6 +29,8 @@ FREE_KEYS = (
 # what a saved config.yaml without these meant before a kind of stream had defaults: those of TrainingArguments
 TRANSFORMERS_TRAINING = {"learning_rate": 5e-5, "num_train_epochs": 3}
 
+RSLORA_ALPHA = 6  # alpha of every rank where the scaling is alpha/√r: about that of 2·r over r at rank 8
+
 NEXT_LINE = "\x85"  # the one character that PyYAML writes as it is and reads as a blank
 
 # keys of `merge` that are options of its method too
@@ -95,11 +97,13 @@ def config_text(config: RunConfig) -> str:
 
 
 def _fill_training(raw: dict, defaults: Mapping[str, float | str]) -> None:
-    """Put in an alpha of twice the rank; a learning rate, with the head's, a schedule and a batch size; epochs where no
-    number of steps is given."""
-    lora = raw.get("lora")
-    rank = as_number(lora.get("r")) if isinstance(lora, Mapping) else None
-    if isinstance(rank, int | float) and not isinstance(rank, bool) and rank > 0:
+    """Put in an alpha of twice the rank, with use_rslora RSLORA_ALPHA; a learning rate, with the head's, a schedule and
+    a batch size; epochs where no number of steps is given."""
+    lora = raw["lora"] if isinstance(raw.get("lora"), Mapping) else {}
+    rank = as_number(lora.get("r"))
+    if lora.get("use_rslora") is True:
+        fill_defaults(raw, {"lora": {"alpha": RSLORA_ALPHA}})
+    elif isinstance(rank, int | float) and not isinstance(rank, bool) and rank > 0:
         fill_defaults(raw, {"lora": {"alpha": 2 * rank}})
     training = {} if raw.get("training") is None else raw["training"]
     if not isinstance(training, Mapping):

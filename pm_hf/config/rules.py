@@ -10,12 +10,28 @@ from pm_hf.errors import InputError
 from pm_hf.merging.methods import read_options
 from pm_hf.merging.methods.linear import PM, SEQUENTIAL
 
+PLAIN_STARTS = ("gaussian", "orthogonal")  # of lora.init_lora_weights besides true: the product is 0, the base stays
+_REWRITES = (
+    "rewrites the base's weights: the adapter's product is then not what the task changes, which the perturbed step "
+    "scales, the curvature measures and the merge adds"
+)
+REFUSED_STARTS = {
+    **dict.fromkeys(("pissa", "olora", "corda", "loftq", "lora_ga"), _REWRITES),
+    "eva": "looks at data first, in a pass that PEFT makes for a model with one adapter",
+    "mica": "freezes B, and here both factors of a task are trained",
+    "false": "starts from a random product instead of the model that the task begins with",
+}
+
 
 def value_problems(config: RunConfig) -> list[str]:
     """Values that have the right type and still make no sense."""
     checks = [
         (bool(config.output_dir), "output_dir: required"),
         (bool(config.model.base), "model.base: required, a Hub id, a folder or package:NAME/FOLDER"),
+        (
+            config.model.quantization is None or config.model.gguf_file is None,
+            "model.quantization: the weights of a GGUF file are unpacked and stay so; leave one of the two out",
+        ),
         (
             config.curvature.normalisation == "examples" or config.curvature.kind == "fisher",
             "curvature.normalisation: trace belongs to curvature.kind: fisher",
@@ -45,6 +61,7 @@ def value_problems(config: RunConfig) -> list[str]:
     problems = [message for fine, message in checks if not fine]
     scale = config.perturbation.scale
     problems += perturbation_problems(0.0 if scale is None else scale, config.perturbation.probabilities)
+    problems += _start_problems(config) + (_whole_problems(config) if config.lora.modules_to_save is not None else [])
     problems += _stream_problems(config) + _merge_problems(config) + _strategy_problems(config)
     problems += _evaluation_problems(config)
     patterns = {
@@ -55,6 +72,56 @@ def value_problems(config: RunConfig) -> list[str]:
         if isinstance(pattern, str) and (problem := pattern_problem(pattern)):
             problems.append(f"{name}: {problem}")
     return problems
+
+
+def _start_problems(config: RunConfig) -> list[str]:
+    """Starts of A and B of which the trained product would not be what the task changed."""
+    lora, model = config.lora, config.model
+    start, name = lora.init_lora_weights, "lora.init_lora_weights"
+    if start == "orthogonal":
+        if lora.r % 2:
+            return [f"{name}: orthogonal needs an even lora.r, found {lora.r}"]
+        if model.quantization is not None or model.dtype != "float32":
+            return [
+                f"{name}: orthogonal is rounded to the base's dtype, so that BA is 0 for a base in float32 only, found "
+                f"{model.quantization or model.dtype}; use gaussian"
+            ]
+    if start is True or start in PLAIN_STARTS:
+        return []
+    reasons = [reason for kind, reason in REFUSED_STARTS.items() if str(start).lower().startswith(kind)]
+    expected = f"expected true or {' or '.join(PLAIN_STARTS)}, found {str(start).lower()}"
+    return [f"{name}: {expected}" + (f", which {reasons[0]}" if reasons else "")]
+
+
+def _whole_problems(config: RunConfig) -> list[str]:
+    """What modules that are trained whole cannot be combined with: whatever does not move them along with the product,
+    to θ̂ + α(θ* − θ̂)."""
+    merge, method, strategy = config.merge, config.merging_method, config.strategy
+    merged = config.merges and not strategy.joint
+    train_from = merge.train_from or method.train_from
+    checks = [
+        (config.lora.modules_to_save == [], "names no module; leave it out"),
+        (config.model.dtype != "float32", f"they train in float32, and model.dtype is {config.model.dtype}"),
+        (config.trains is False or config.head.strict, "trains: false and head.strict train no backbone"),
+        (
+            merged and (method.kernel is not None or method.factors or train_from != "merged"),
+            f"merge.method {method.name} with train_from {train_from} merges what adapters add to the base, and what "
+            "is held whole adds nothing; use sequential, coma, or average with train_from merged",
+        ),
+        (
+            config.measures_curvature,
+            "no curvature is measured of them, so neither a computed coefficient nor a penalty knows what they change; "
+            "set merge.coefficient to average or a number, without ewc_weight and drift_weight",
+        ),
+        (config.searches, "merge.coefficient: search scales the adapter and leaves them as they are; give a number"),
+        (config.head.gate, "head.gate scales the adapter and leaves them as they are"),
+        (
+            strategy.base_kl_weight > 0,
+            "strategy.base_kl_weight compares with the base, and they stay in it",
+        ),
+        (strategy.averaging_period > 0, "strategy.averaging_period averages the adapter and not them"),
+    ]
+    return [f"lora.modules_to_save: {problem}" for applies, problem in checks if applies]
 
 
 def _stream_problems(config: RunConfig) -> list[str]:

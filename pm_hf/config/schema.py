@@ -7,7 +7,7 @@ from pydantic import Field
 
 from pm_hf.config.kinds import STREAM_KINDS, StreamKind
 from pm_hf.config.typed import MODEL, Choices, FilePath, Flag, Keyed, Named, Number, Text, Whole, setting
-from pm_hf.merging.curvature import NORMALISATIONS, CurvatureSpec
+from pm_hf.merging.curvature import FULL_PRECISION, NORMALISATIONS, CurvatureSpec
 from pm_hf.merging.methods import METHODS, get_method
 from pm_hf.merging.methods.base import Method
 from pm_hf.merging.methods.linear import PM
@@ -36,9 +36,25 @@ class ModelSettings:
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
         "float32", "dtype of the frozen weights; adapters are float32"
     )
+    quantization: Literal["nf4", "int8"] | None = setting(
+        None, "frozen weights of linear layers in 4 or 8 bits (the extra quantized); null: as `dtype` says"
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
+        setting(None, "how transformers computes attention; null: its choice for the model")
+    )
     trust_remote_code: Flag = setting(
         False, "whether Python code that comes with `base` (auto_map) is run with your rights"
     )
+
+    @property
+    def base_precision(self) -> str:
+        """What files of measurements say of the frozen weights beneath: the quantization, or "full" without one."""
+        return self.quantization or FULL_PRECISION
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Packages that compute with the weights besides those of every run."""
+        return () if self.quantization is None else ("bitsandbytes",)
 
 
 @dataclass
@@ -131,10 +147,19 @@ class LoraSettings:
     __pydantic_config__ = MODEL
 
     r: Whole = setting(8, "rank", ge=1, le=LARGEST_RANK)
-    alpha: Whole = setting(16, "scaling is alpha / r; where it is left out: 2 · r", ge=1)
+    alpha: Whole = setting(16, "scaling is alpha / r; where it is left out: 2 · r, with use_rslora 6", ge=1)
     dropout: Number = setting(0.0, "probability that an input of the adapter is dropped", ge=0, lt=1)
     target_modules: list[Text] | Text | None = setting(
         None, "names or a regular expression of the adapted layers; null: PEFT's for the model, or all-linear"
+    )
+    use_rslora: Flag = setting(False, "whether the scaling is alpha / √r, which stays right for large ranks")
+    init_lora_weights: Flag | Text = setting(
+        True, "how A and B start: true (B = 0), gaussian (B = 0) or orthogonal (BA = 0 with B ≠ 0)"
+    )
+    modules_to_save: list[Text] | None = setting(
+        None,
+        "norms, embeddings and other modules that are trained whole beside the adapter, with head_learning_rate; they "
+        "merge by the coefficient",
     )
 
 
@@ -385,7 +410,8 @@ class RunConfig:
         else:
             reduction = "mean" if self.kind.has_head else settings.loss_reduction
             spec = CurvatureSpec(kind, labels=settings.labels, loss_reduction=reduction)
-        return replace(spec, normalisation=NORMALISATIONS[settings.normalisation], at=settings.at)
+        normalisation = NORMALISATIONS[settings.normalisation]
+        return replace(spec, normalisation=normalisation, at=settings.at, base=self.model.base_precision)
 
     def to_dict(self) -> dict:
         """Plain nested dict."""

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import as_record, save_tensors
 from pm_hf.measuring.bound_head import START, bound_rows, class_directions, pooled_directions
+from pm_hf.merging.curvature import FULL_PRECISION
 
 HEAD_FORMAT = "pm_hf.head.v1"
 
@@ -30,6 +31,7 @@ class HeadStatistics:
     layer: of a language model, whose hidden states the features are; None of a classifier.
     directions: (C, k, d) float32, of each class's own covariance (see `bound_head`); k = 0 where none are kept.
     losses: {solver: nats of all tasks' rows that it was compared on, see `compared`}, {} where there is no choice.
+    base: what the frozen weights beneath the features were: "full", or quantized (nf4, int8).
     """
 
     labels: list[str] = field(default_factory=list)
@@ -42,6 +44,7 @@ class HeadStatistics:
     layer: int | None = None
     directions: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0))
     losses: dict[str, float] = field(default_factory=dict)
+    base: str = FULL_PRECISION
 
     @property
     def kept(self) -> int:
@@ -147,6 +150,7 @@ class HeadStatistics:
             tensors |= {"covariance": self.covariance, "center": self.center}
         header: dict[str, object] = {"labels": self.labels, "temperature": self.temperature}
         header |= {} if self.layer is None else {"layer": self.layer}
+        header |= {} if self.base == FULL_PRECISION else {"base": self.base}
         if self.kept:
             tensors |= {"directions": self.directions}
         header |= {"losses": self.losses} if self.losses else {}
@@ -171,7 +175,7 @@ class HeadStatistics:
         header = as_record(content, _Header, subject, way_out)
         problem = _shape_problem(len(header.labels), tensors)
         raise_all([f"{problem}; {way_out}"] * bool(problem), subject)
-        return cls(header.labels, temperature=header.temperature, layer=header.layer, losses=header.losses, **tensors)
+        return cls(**vars(header), **tensors)
 
 
 @dataclass
@@ -182,6 +186,7 @@ class _Header:
     temperature: float | None = None
     layer: int | None = None
     losses: dict[str, float] = field(default_factory=dict)
+    base: str = FULL_PRECISION
 
 
 def _shape_problem(count: int, tensors: Mapping[str, Tensor]) -> str | None:

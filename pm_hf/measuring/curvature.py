@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from pm_hf.distributed import gather, on_all_processes, process_count, process_index, sum_over_processes
 from pm_hf.errors import InputError
-from pm_hf.merging.curvature import NORMALISATIONS, Curvature, CurvatureKind, CurvatureSpec, accumulate
+from pm_hf.merging.curvature import (
+    FULL_PRECISION,
+    NORMALISATIONS,
+    Curvature,
+    CurvatureKind,
+    CurvatureSpec,
+    accumulate,
+)
 from pm_hf.merging.lowrank import LowRank, add
 from pm_hf.models.contexts import autocast as autocast_to
 from pm_hf.models.contexts import evaluating, gradients_put_aside, keep_differentiable, scaled_adapter
@@ -42,6 +49,7 @@ def estimate_curvature(
     shrinkage: float | None = None,
     normalisation: Literal["examples", "trace"] = "examples",
     at: Literal["optimum", "both"] = "optimum",
+    base: str = FULL_PRECISION,
     previous: Curvature | None = None,
     heads: Mapping[str, LowRank] | None = None,
     merged: Mapping[str, LowRank] | None = None,
@@ -68,13 +76,14 @@ def estimate_curvature(
     summed: tasks weigh alike, where the size of a Fisher says mostly how far its task is from fitted.
     at: "optimum" measures at θ*_t, as published; "both" takes H_t = ½(H(θ̂_{t−1}) + H(θ*_t)), the first without
     `adapter`'s product and with the head as trained, in twice the time. Stored with the sums, never mixed.
+    base: what the frozen weights are, e.g. "nf4" where they are quantized. Stored with the sums, never mixed.
     heads: {module: its weight before the task, [weight | bias]} of linear heads shared by all tasks, to be inside the
     curvature. merged: {module: θ̂_{t−1} − θ0, (out, in)} where the task was not trained from the running merge: Δ is
     then all that the model adds to the base less this, and not `adapter`'s product. The model's mode and gradients are
     left as they were.
     Raises InputError when samples < 1, when a module was not reached, or when there is no data.
     """
-    spec = _curvature_spec(kind, labels, loss_reduction, shrinkage, normalisation, at)
+    spec = replace(_curvature_spec(kind, labels, loss_reduction, shrinkage, normalisation, at), base=base)
     if at != "optimum" and merged is not None:
         raise InputError(f"at={at!r} needs a task that was trained from the running merge; leave `merged` out")
     if samples is not None and samples < 1:

@@ -33,6 +33,9 @@ CurvatureKind = Literal["fisher", "gram", "factored"]
 NORMALISATIONS = {"examples": "mean over examples", "trace": "mean over examples, each task's entries over their mean"}
 
 
+FULL_PRECISION = "full"  # frozen weights that are not quantized
+
+
 CURVATURE_FORMAT = "pm_hf.curvature.v1"
 
 
@@ -61,6 +64,7 @@ class CurvatureSpec:
     normalisation: str = NORMALISATIONS["examples"]
     loss_reduction: str = "mean"  # language models: an example's loss is the mean or the sum over its target tokens
     at: str = "optimum"  # θ*_t, or the mean over both ends of Δ_t ("both"): θ̂_{t−1} and θ*_t
+    base: str = FULL_PRECISION  # the frozen weights beneath: as they are stored, or quantized (nf4, int8)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import copy
 import importlib.util
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from pm_hf.adapters.folder import open_adapter
 from pm_hf.adapters.layout import PEFT_PREFIX
@@ -26,12 +28,19 @@ from pm_hf.config.kinds import STREAM_KINDS
 from pm_hf.config.schema import ModelSettings
 from pm_hf.errors import InputError, raise_all
 from pm_hf.files import expand
-from pm_hf.models.contexts import quiet, seeded
+from pm_hf.models.contexts import keep_differentiable, quiet, seeded
+from pm_hf.models.quantized import check_quantization, quantized_loading
 from pm_hf.models.released import fit_vocabulary
 
 HEAD_NAMES = ("classifier", "score")  # what PEFT saves by itself for a sequence classifier
 TEXT_KIND = "text-classification"
 LOADED_ADAPTER = "default"  # name that PEFT gives to the adapter of a folder
+# implementations of attention that not every machine has: what they need, and whether it is there
+ATTENTION_NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
+    "flash_attention_2": ("a GPU and the package flash-attn", is_flash_attn_2_available),
+    "flash_attention_3": ("a GPU and the package flash-attn-3", is_flash_attn_3_available),
+    "flex_attention": ("a GPU, as it has no gradient on a CPU", torch.cuda.is_available),
+}
 
 
 TOKENIZER_FILE = "tokenizer_config.json"  # beside an adapter whose tokens are not those of the base
@@ -82,7 +91,7 @@ def _skeleton(settings: ModelSettings, auto: Any, path: str, names: Mapping[str,
     if settings.gguf_file is None:
         config = AutoConfig.from_pretrained(path, **_source(settings), **names)
         if not (settings.trust_remote_code and getattr(config, "auto_map", None)):
-            how = {"trust_remote_code": settings.trust_remote_code, "dtype": getattr(torch, settings.dtype)}
+            how = {"trust_remote_code": settings.trust_remote_code, **_computed(settings)}
             with torch.device("meta"), suppress(RuntimeError):  # which is what reading a number of a meta tensor raises
                 skeleton: PreTrainedModel = auto.from_config(config, **how)
                 return skeleton
@@ -110,15 +119,18 @@ def load_base(
         head["ignore_mismatched_sizes"] = True
     with seeded(seed), quiet(), _clear_error(_named(settings)):
         auto, path = getattr(transformers, STREAM_KINDS[kind].auto_model), resolve_base(settings.base)
-        how = {**_source(settings), "dtype": getattr(torch, settings.dtype), **head}
-        info: dict[str, Any] = {"missing_keys": [], "mismatched_keys": []}
+        how = {**_source(settings), **_computed(settings), **head}
+        lacking = set[str]()
+        check_attention(settings)
+        if settings.quantization is not None:
+            check_quantization(settings, AutoConfig.from_pretrained(path, **_source(settings)).to_dict())
         if skeleton:
             model = _skeleton(settings, auto, path, {key: head[key] for key in ("id2label", "label2id") if key in head})
         elif settings.gguf_file is None:
-            model, info = auto.from_pretrained(path, output_loading_info=True, **how)
+            model, lacking = _load(settings, auto, path, HEAD_NAMES if head else (), how, seed)
         else:
             model, info = load_gguf(auto, path, settings.gguf_file, **how)
-    lacking = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
+            lacking = _lacking(info)
     if not STREAM_KINDS[kind].has_head:
         if lacking:
             raise InputError(f"model.base {settings.base} is no {kind} checkpoint: it lacks {sorted(lacking)[:3]}")
@@ -127,6 +139,39 @@ def load_base(
     model.get_submodule(head_root(model)).float()
     _freeze_statistics(model)
     return model, sorted(roots)
+
+
+def _load(
+    settings: ModelSettings, auto: Any, path: str, whole: Sequence[str], how: Mapping[str, Any], seed: int
+) -> tuple[PreTrainedModel, set[str]]:
+    """(model, names of the parameters that its checkpoint lacks). whole: what is not quantized; nor is what is lacking,
+    which is at the values that it has in full precision: a second load sees to that where it is more."""
+    quantized = quantized_loading(settings, whole)
+    model, info = auto.from_pretrained(path, output_loading_info=True, **how, **quantized)
+    lacking = _lacking(info)
+    new = sorted({_saved_root(name) for name in lacking} - set(whole))
+    if quantized and whole and new:
+        again = quantized_loading(settings, [*whole, *map(re.escape, new)])
+        with seeded(seed):
+            model = auto.from_pretrained(path, **how, **again)
+    keep_differentiable(model)
+    return model, lacking
+
+
+def _lacking(info: Mapping[str, Any]) -> set[str]:
+    """Names of the parameters that a checkpoint lacks, or has for another number of classes."""
+    return set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
+
+
+def check_attention(settings: ModelSettings) -> None:
+    """InputError for an implementation of attention that lacks what it needs here. For a package that is not installed
+    transformers would look for a kernel on the Hub, and run it."""
+    name = settings.attn_implementation or ""
+    if name in ATTENTION_NEEDS and not ATTENTION_NEEDS[name][1]():
+        raise InputError(
+            f"model.attn_implementation {name} needs {ATTENTION_NEEDS[name][0]}, which is not there; use sdpa, which "
+            "has fused kernels of its own, or leave it out"
+        )
 
 
 def head_root(model: nn.Module) -> str:
@@ -201,6 +246,13 @@ def _freeze_statistics(model: nn.Module) -> None:
 
 def _same_mode(mode: bool = True) -> None:
     """In place of a module's `train`."""
+
+
+def _computed(settings: ModelSettings) -> dict[str, Any]:
+    """What a model is told of how it computes."""
+    attention = settings.attn_implementation
+    told = {"dtype": getattr(torch, settings.dtype)}
+    return told if attention is None else told | {"attn_implementation": attention}
 
 
 def _source(settings: ModelSettings) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from pm_hf.models.contexts import quiet, seeded
 from pm_hf.models.loading import HEAD_NAMES, TEXT_KIND, check_loaded, head_name, head_root, load_base, whole_load
 from pm_hf.models.released import fit_vocabulary, put_saved
 from pm_hf.models.sharded import SAVED_WRAPPER, plain_name
+from pm_hf.models.whole_modules import ALL_LINEAR, check_apart, whole_modules
 
 MERGED_ADAPTER, TASK_ADAPTER = "merged", "task"
-ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def build_task_model(
     what does not fit, and for a skeleton NeedsWeightsError where the configuration alone does not tell.
     What the checkpoint lacks (the head's other layers) is frozen at its value, or at the seeded one; with
     `continue_head` the rows of labels that it knows start from its rows (a head shared by all tasks). Trainable are the
-    task's LoRA factors and the head's last Linear, nothing else: checked before it is returned.
+    task's LoRA factors, the head's last Linear and what `lora.modules_to_save` names, nothing else: checked before it
+    is returned.
     """
     if lora.r < 1:
         raise InputError(f"lora.r must be at least 1, found {lora.r}")
@@ -68,10 +69,12 @@ def build_task_model(
             _check_head(base, head, saved_from)
         fit_vocabulary(base, saved_from)
         put_saved(base, saved_from, None if head is None else head_root(base))
+    whole = whole_modules(base, lora.modules_to_save or (), None if head is None else head_root(base))
     base_name, targets = base.config.name_or_path, lora.target_modules or default_targets(base)
     if isinstance(targets, str):
         problem = pattern_problem(targets, tuple(name for name, _ in base.named_modules() if name))
         raise_all([problem] if problem else [], "lora.target_modules")
+    check_apart(base, whole, targets)
     with seeded(seed + 7919 * (task + 1)):
         if head is not None:
             _fresh_rows(base, head, labels, saved_from if continue_head else None)
@@ -79,8 +82,10 @@ def build_task_model(
             r=lora.r,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
+            use_rslora=lora.use_rslora,
+            init_lora_weights=lora.init_lora_weights,
             target_modules=targets,
-            modules_to_save=saved_modules or None,
+            modules_to_save=[*saved_modules, *whole] or None,
             task_type=None,
             base_model_name_or_path=base_name,
         )
@@ -101,7 +106,7 @@ def build_task_model(
         _add_merged(model, merged, settings)
     _restore_shared(model, saved_from, head)
     _activate(model, merged is not None)
-    expected = _freeze(model, head)
+    expected = _freeze(model, head, whole)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if trainable != expected:
         raise RuntimeError(f"unexpected set of trainable parameters: {sorted(trainable ^ expected)}")
@@ -234,18 +239,24 @@ def _activate(model: PeftModel, with_merged: bool) -> None:
             module.set_adapter(TASK_ADAPTER)
 
 
-def _freeze(model: PeftModel, head: str | None) -> set[str]:
-    """Leave trainable the task's factors and the head's last Linear; returns their names."""
-    expected = set()
+def _freeze(model: PeftModel, head: str | None, whole: Sequence[str]) -> set[str]:
+    """Leave trainable the task's factors, the head's last Linear and the modules that are trained whole; returns their
+    names."""
+    kinds: dict[str, str] = {}
     for full, parameter in model.named_parameters():
-        factor = re.search(rf"\.lora_[AB]\.{TASK_ADAPTER}\.weight$", full) is not None
-        row = f".{SAVED_WRAPPER}.{TASK_ADAPTER}" in full and plain_name(full).rpartition(".")[0] == head
-        if factor or row:
+        if re.search(rf"\.lora_[AB]\.{TASK_ADAPTER}\.weight$", full) is not None:
+            kinds[full] = "factor"
+        elif f".{SAVED_WRAPPER}.{TASK_ADAPTER}" in full:
+            name = plain_name(full)
+            if name.rpartition(".")[0] == head:
+                kinds[full] = "head"
+            elif any(name.startswith(f"{module}.") for module in whole):
+                kinds[full] = "whole"
+        if full in kinds:
             parameter.data = parameter.data.float()
-        parameter.requires_grad_(factor or row)
-        if factor or row:
-            expected.add(full)
-    kinds = {"factor" if ".lora_" in name else "head" for name in expected}
-    if kinds != {"factor", "head"} - ({"head"} if head is None else set()):
-        raise InputError(f"nothing to train: found only {kinds or 'no'} parameters of the task adapter")
-    return expected
+        parameter.requires_grad_(full in kinds)
+    needed = {"factor"} | ({"head"} if head is not None else set()) | ({"whole"} if whole else set())
+    if set(kinds.values()) != needed:
+        trained = ", ".join(sorted(set(kinds.values()))) or "no"
+        raise InputError(f"nothing to train: found only {trained} parameters of the task adapter")
+    return set(kinds)

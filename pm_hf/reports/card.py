@@ -197,6 +197,11 @@ def _intro(run: ReleasedRun, repo: str) -> str:
     packed = (
         f" It was trained on {code_span(gguf)}, whose weights differ a little from this base model's." if gguf else ""
     )
+    if (bits := run.config.model.quantization) is not None:
+        packed = (
+            f" It was trained and scored on this base model quantized to {bits} by bitsandbytes; the code below loads "
+            "it on the model as it is published."
+        )
     learned = "together" if run.config.strategy.joint else "one after the other"
     return (
         f"# {repo.rpartition('/')[2]}\n\n"

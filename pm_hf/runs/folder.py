@@ -239,7 +239,8 @@ class RunFolder:
             remove_adapter(stale)
         shutil.rmtree(paths.gate, ignore_errors=True)
         remove_leftovers(paths.folder, held=True)
-        return _note_conditions(paths, task, self.inputs, self.record(index - 1).conditions if index else {})
+        now = conditions(*self.config.model.packages)
+        return _note_conditions(paths, task, self.inputs, now, self.record(index - 1).conditions if index else {})
 
     def finish_task(self, index: int, record: TaskRecord) -> None:
         """Write step.json, which makes the task a finished one, with sizes and digests of what it leaves."""
@@ -306,6 +307,11 @@ class RunFolder:
         notes = [*preset_notes(self.config), *self.stream.notes]
         if self.config.model.trust_remote_code:
             notes.append("model.trust_remote_code was true: Python code that comes with the base model may have run")
+        if self.config.model.quantization is not None:
+            notes.append(
+                f"model.quantization was {self.config.model.quantization}: what was trained, measured and scored was "
+                "the adapter on the quantized base"
+            )
         notes += [f"task {record.task}: {note}" for record in records for note in record.notes]
         notes += [
             f"task {record.task}: {record.coefficient.note}"
@@ -381,12 +387,14 @@ def _told(replay: Mapping[str, Any]) -> str:
     return f"{rows}{agreement}{pool}, {sum(replay['seconds'].values()):.1f} s for them"
 
 
-def _note_conditions(paths: TaskPaths, task: Task, inputs: Inputs, before: Mapping) -> list[str]:
-    """Remember the task's rows and the conditions; what is to be said where they have changed.
+def _note_conditions(
+    paths: TaskPaths, task: Task, inputs: Inputs, now: Mapping[str, Any], before: Mapping
+) -> list[str]:
+    """Remember the task's rows and the conditions `now`; what is to be said where they have changed.
 
     With checkpoints they are compared with those of the earlier start, else with those of the task before.
     """
-    now, fingerprint = conditions(), task.fingerprint()
+    fingerprint = task.fingerprint()
     begun: Mapping[str, Any] | None = None
     if paths.has_checkpoints:
         if not paths.rows.exists():

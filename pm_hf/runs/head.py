@@ -33,13 +33,14 @@ from pm_hf.measuring.gate import GATE_SCALES, Gate, LineFeatures, ScaleState, de
 from pm_hf.measuring.head_search import NODES, head_search
 from pm_hf.measuring.line_search import Point
 from pm_hf.measuring.scores import Scorer
+from pm_hf.merging.curvature import FULL_PRECISION
 from pm_hf.merging.lowrank import LowRank
 from pm_hf.models.contexts import scaled_adapter
 from pm_hf.models.loading import LOADED_ADAPTER
 from pm_hf.models.lora import adapted_layers, find_head, head_matrix
 from pm_hf.models.task_model import TASK_ADAPTER, TaskModel
 from pm_hf.runs.paths import STATISTICS_FILE, TaskPaths
-from pm_hf.runs.start import TaskStart
+from pm_hf.runs.start import TaskStart, base_misfit
 
 LAYER_ROWS = 1024  # of the first task's training rows, that the layer of analytic answers is chosen by
 
@@ -148,7 +149,7 @@ class AnalyticHead(HeadPolicy):
         are in the statistics of their classes.
         """
         module, settings = str(head), self.settings
-        known = _load_statistics(start.statistics, self.directions)
+        known = _load_statistics(start.statistics, self.directions, self._base)
         features = self._features(paths.merged, task, module, [1.0])[1.0]
         self._after = paths.merged, features
         if known.labels and settings.drift == "ridge" and trained and start.running is not None:
@@ -158,6 +159,10 @@ class AnalyticHead(HeadPolicy):
         statistics.save(paths.statistics)
         replace_head(paths.merged, module, *rows, statistics.labels)
         return [] if solver == _best_solver(known.losses) else [f"head.solver: {solver} from {task.name} on"]
+
+    @property
+    def _base(self) -> str:
+        return self.scorer.config.model.base_precision
 
     @property
     def directions(self) -> int:
@@ -314,7 +319,7 @@ class AnalyticAnswers(AnalyticHead):
         self, paths: TaskPaths, task: Task, start: TaskStart, head: str | None, *, trained: bool
     ) -> list[str]:
         """Choose the layer if the task is the first, and add the task's answers to the statistics beside the merge."""
-        statistics, notes = _load_statistics(start.statistics), list[str]()
+        statistics, notes = _load_statistics(start.statistics, base=self._base), list[str]()
         scorer = self.scorer.language_scorer(self.scorer.load(paths.merged, None)[0])
         if statistics.layer is None:
             rows = sample(task.train, LAYER_ROWS, self.scorer.config.seed)
@@ -332,6 +337,8 @@ class AnalyticAnswers(AnalyticHead):
     def answers(self, statistics: Path | None) -> HeadStatistics:
         """The statistics; InputError where there are none, or where they are a classifier's."""
         loaded = _load_statistics(statistics)
+        if loaded.base != self._base:
+            raise InputError(f"{statistics}: {base_misfit(loaded.base, self._base)}")
         if loaded.layer is None:
             raise InputError(
                 f"head.kind lda chooses a language model's answers by the {STATISTICS_FILE} beside its adapter, found "
@@ -389,9 +396,10 @@ def _compete(linear: nn.Linear, weight: Tensor, bias: Tensor) -> RemovableHandle
     return linear.register_forward_hook(against_all)
 
 
-def _load_statistics(path: Path | None, directions: int = 0) -> HeadStatistics:
-    """The statistics of a file, with so many directions of each class; those of nothing without one."""
-    return (HeadStatistics() if path is None else HeadStatistics.load(path)).with_directions(directions)
+def _load_statistics(path: Path | None, directions: int = 0, base: str = FULL_PRECISION) -> HeadStatistics:
+    """The statistics of a file, with so many directions of each class; without one those of nothing, which are to be of
+    features on such a base."""
+    return (HeadStatistics(base=base) if path is None else HeadStatistics.load(path)).with_directions(directions)
 
 
 def _best_solver(losses: Mapping[str, float]) -> str:

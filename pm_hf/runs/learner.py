@@ -256,7 +256,7 @@ class Run:
                 gate=gate,
                 seconds=time.perf_counter() - began,
                 process_peak_memory_mb=process_peak_memory_mb(),
-                conditions=conditions(),
+                conditions=conditions(*self.config.model.packages),
                 notes=[
                     *notes,
                     *rehearsed.notes,
@@ -464,6 +464,7 @@ class Run:
             shrinkage=spec.shrinkage if spec.kind == "gram" else None,
             normalisation=settings.normalisation,
             at=settings.at,
+            base=spec.base,
             previous=Curvature.load(start.curvature) if config.sums_curvature and start.curvature is not None else None,
             heads=self.head.curvature_heads(built, start),
             merged=start.running.products() if moved and start.running is not None else None,

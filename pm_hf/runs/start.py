@@ -13,7 +13,7 @@ from pm_hf.errors import InputError, raise_all
 from pm_hf.files import expand, same_files
 from pm_hf.measuring.analytic_head import HeadStatistics
 from pm_hf.measuring.gate import Gate
-from pm_hf.merging.curvature import Curvature
+from pm_hf.merging.curvature import FULL_PRECISION, Curvature
 from pm_hf.merging.lowrank import LowRank, add, balanced, compact_svd, weighted_sum
 from pm_hf.merging.methods.base import Start
 from pm_hf.merging.methods.linear import SEQUENTIAL
@@ -94,6 +94,8 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
         strict = statistics.temperature is not None
         if list(adapter.labels.values()) != ([] if statistics.layer else [statistics.labels]):
             problems.append(f"its labels are not those of {state.statistics}; use the file that was saved with it")
+        if statistics.base != config.model.base_precision:
+            problems.append(f"{STATISTICS_FILE} beside it: {base_misfit(statistics.base, config.model.base_precision)}")
         if config.head.means == "class" and len(set(statistics.labels)) < len(statistics.labels):
             problems.append("its head has several means a class; use head.means: task")
         if strict != config.head.strict:
@@ -102,6 +104,12 @@ def load_start(config: RunConfig, stream: TaskStream) -> StreamState | None:
             Gate.load(state.gate, statistics)
     raise_all(problems, f"start_from {adapter.path}")
     return state
+
+
+def base_misfit(measured: str, now: str) -> str:
+    """What is to be said of features that were measured on the same base in another precision."""
+    words = ["in full precision" if base == FULL_PRECISION else f"in {base}" for base in (measured, now)]
+    return f"its features were measured on the base {words[0]}, model.quantization has it {words[1]}; use the same"
 
 
 def find_beside(adapter: Adapter, *names: str) -> list[Path | None]:

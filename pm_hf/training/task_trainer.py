@@ -348,6 +348,11 @@ def _sharding_problems(config: RunConfig, args: PMConfig) -> list[str]:
         problems.append("deepspeed: accelerate leaves it out on the CPU; use fsdp there, or neither")
     spread = args.fsdp or (plugin is not None and plugin.zero_stage == 3)
     reading = [name for name in READS_WHOLE_WEIGHTS if getattr(config.strategy, name)]
+    if config.model.quantization is not None and (spread or args.deepspeed):
+        problems.append(
+            f"model.quantization {config.model.quantization}: packed weights are not spread over processes; leave out "
+            "fsdp and deepspeed, every process then holds the small base whole"
+        )
     if spread and reading:
         problems.append(f"strategy.{reading[0]} reads whole weights at every step, FSDP and ZeRO-3 spread them")
     return problems

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -19,7 +20,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from pm_hf.config.schema import PerturbationSettings, RunConfig
+from pm_hf.config.schema import LoraSettings, PerturbationSettings, RunConfig
 from pm_hf.data.chat import Prompt
 from pm_hf.data.language import CausalEncoder, Seq2SeqEncoder, pad_rows
 from pm_hf.data.pool import targets
@@ -27,6 +28,7 @@ from pm_hf.data.rows import Rows
 from pm_hf.distributed import gather, on_all_processes, process_count, process_index
 from pm_hf.models.contexts import seeded
 from pm_hf.models.loading import load_base, load_merged
+from pm_hf.models.quantized import is_quantized
 from pm_hf.models.task_model import TaskModel, build_task_model, task_tensors
 from pm_hf.training.task_trainer import precision, train, training_arguments
 
@@ -215,7 +217,7 @@ def train_writer(
     def build() -> TaskModel:
         return build_task_model(
             config.model,
-            replace(config.lora, r=WRITER_RANK, alpha=WRITER_ALPHA, dropout=0.0),
+            LoraSettings(r=WRITER_RANK, alpha=WRITER_ALPHA, target_modules=config.lora.target_modules),
             (),
             None,
             config.seed,
@@ -229,7 +231,7 @@ def train_writer(
     factors, _, peft_config = task_tensors(built.model, config.stream.kind)
     ends = tuple(sorted(encoder.ends(encoder.completions(rows))))
     longest = max(len(targets(example)) for example in examples)
-    model = _cast(built.model.merge_and_unload(), precision(args))
+    model = _folded(built.model, precision(args))
     return Writer(model, encoder, ends, longest), WriterAdapter(factors, peft_config, ends, longest)
 
 
@@ -244,7 +246,7 @@ def load_writer(
 ) -> Writer:
     """The writer whose adapter is in a folder, on a device: the weights of the one that was trained, bit for bit."""
     model = load_merged(config.model, folder, (), config.stream.kind).to(device)
-    return Writer(_cast(model.merge_and_unload(), dtype), encoder, ends, longest)
+    return Writer(_folded(model, dtype), encoder, ends, longest)
 
 
 def base_writer(config: RunConfig, encoder: CausalEncoder, longest: int, dtype: torch.dtype | None) -> Writer:
@@ -253,6 +255,13 @@ def base_writer(config: RunConfig, encoder: CausalEncoder, longest: int, dtype: 
     return Writer(_cast(model, dtype), encoder, sorted(encoder.ends(())), longest)
 
 
+def _folded(model: PeftModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model with its adapter in the weights, in the dtype to write in. Quantized weights cannot hold it: there it
+    stays beside them."""
+    base = model.get_base_model()
+    return _cast(base if is_quantized(base) else model.merge_and_unload(), dtype)
+
+
 def _cast(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Weights in the dtype of autocast are read once a token, it would cast them every time."""
-    return model if dtype is None else model.to(dtype)
+    """Weights in the dtype of autocast are read once a token, it would cast them every time. Quantized ones stay."""
+    return model if dtype is None or is_quantized(model) else model.to(dtype)

@@ -172,7 +172,6 @@ def test_a_problem_of_the_whole_group_does_not_hide_another():
     ("given", "message"),
     [
         ({"optim": "sgd", "optim_args": "momentum=x"}, "no optimizer and schedule can be made: could not convert"),
-        ({"optim": "adamw_bnb_8bit"}, "no optimizer and schedule can be made: You need to install `bitsandbytes`"),
         ({"optim": "lomo"}, "no optimizer and schedule can be made: You need to install `lomo_optim`"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "no optimizer and schedule can be made: One of min_lr"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"x": 1}}, "unexpected keyword argument 'x'"),

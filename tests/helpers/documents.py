@@ -231,6 +231,7 @@ def trl(_: Path) -> Names:
 def serving(_: Path) -> Names:
     tiny_folder("llama", Path(SMOLLM))
     adapter("runs/assistant/merged", 0)
+    tasks("support", "sql")
     return {}
 
 

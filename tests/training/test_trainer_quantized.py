@@ -28,7 +28,6 @@ from pm_hf.adapters.folder import open_adapter
 from pm_hf.models.contexts import keep_differentiable
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says that it casts to float16
-pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 pytestmark = [
     pytest.mark.filterwarnings(OLD_NAME),
     pytest.mark.filterwarnings("ignore:.*inputs will be cast from:UserWarning"),

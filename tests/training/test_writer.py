@@ -9,11 +9,13 @@ from helpers.streams import language_settings
 from transformers import TopPLogitsWarper
 
 import pm_hf.training.writer
+from pm_hf.adapters.folder import save_adapter
 from pm_hf.config.loading import load_config
 from pm_hf.data.encoders import make_encoder
 from pm_hf.data.stream import load_stream
 from pm_hf.data.writing import WritingForm
-from pm_hf.training.writer import Nucleus, train_writer
+from pm_hf.models.loading import load_base
+from pm_hf.training.writer import Nucleus, Writer, load_writer, train_writer
 
 pytestmark = pytest.mark.filterwarnings(OLD_NAME)
 
@@ -111,3 +113,24 @@ def test_it_draws_with_temperature_1_and_top_p(trained, monkeypatch):
 def test_nothing_of_its_training_is_left(trained):
     _, _, folder = trained
     assert not folder.exists() or not list(folder.iterdir())
+
+
+def test_beside_quantized_weights_it_stays_an_adapter_and_is_loaded_as_it_was(language_data, tmp_path):
+    """Folded into 4 bits it would be rounded to their steps, and write other texts than it learned."""
+    changes = {"model__quantization": "nf4"}
+    config = load_config(language_settings(language_data, tmp_path, "llama", "average", **changes))
+    encoder, task = make_encoder(config), load_stream(config).tasks[0]
+    form = WritingForm.of(task)
+    writer, adapter = train_writer(config, form.training(task.train), encoder, 0, tmp_path / "writer")
+    base, _ = load_base(config.model, (), 0, "causal-lm")
+    packed = dict(base.named_parameters())
+    for name, parameter in writer.model.named_parameters():
+        plain = name.replace(".base_layer", "")
+        assert ".lora_" in name or torch.equal(parameter, packed[plain]), name
+    save_adapter(tmp_path / "kept", adapter.config, adapter.factors, {}, {})
+    again = load_writer(
+        tmp_path / "kept", config, encoder, adapter.ends, adapter.longest, torch.device("cpu"), torch.bfloat16
+    )
+    prompts = [form.source(answer) for answer in (" red", " blue")] * 4
+    assert again.write(prompts, "key") == writer.write(prompts, "key")
+    assert Writer(base, encoder, adapter.ends, adapter.longest).write(prompts, "key") != writer.write(prompts, "key")

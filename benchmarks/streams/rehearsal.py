@@ -29,11 +29,13 @@ from ablation import held_out
 from common import SHARED, anywhere, data_settings, lacking_input, pooled, prepare, steps
 from environment import ROOT, environment
 from grid import STREAMS
+from tables import held_out as bits_per_byte
 from tables import spread
 
 from pm_hf.config.loading import load_config
-from pm_hf.data.pool import PoolRow, in_turns
+from pm_hf.data.pool import PoolRow, in_turns, likeliest
 from pm_hf.files import write_json
+from pm_hf.measuring import pool_labels
 from pm_hf.measuring.pool_labels import labelled
 from pm_hf.models.language_model import IGNORED, predicts_next_token, target_mask
 from pm_hf.runs import learner, rehearsal
@@ -128,6 +130,11 @@ def own_answers() -> Iterator[None]:
         yield
 
 
+def likeliest_alone():
+    """Probabilities of the 20 likeliest tokens sum to 1, so that no other token can follow."""
+    return mock.patch.object(pool_labels, "rounded", likeliest)
+
+
 def kind(cls: type[Rehearsal]):
     """Another Rehearsal."""
     return lambda: mock.patch.object(learner, "Rehearsal", cls)
@@ -149,6 +156,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any], tuple]] = {
     "rows-256": ("256 rows", {"strategy.pool_rows": 256}, ()),
     "rows-1024": ("1024 rows", {"strategy.pool_rows": 1024}, ()),
     "no-samples": ("no samples of the base", {"strategy.base_samples": 0}, ()),
+    "likeliest": ("the 20 likeliest tokens taken for all", {}, (likeliest_alone,)),
     "epochs-2": ("writer 2 epochs", {}, (writing(num_train_epochs=2),)),
     "epochs-8": ("writer 8 epochs", {}, (writing(num_train_epochs=8),)),
     "faster": ("writer's learning rate 2e-3", {}, (writing(learning_rate=2e-3),)),
@@ -242,11 +250,17 @@ def after_two(result: dict) -> float | None:
     return next((fmean(of_step) for of_step in scores if len(of_step) == 2), None)
 
 
+def held_out_change(result: dict) -> float | None:
+    """Of the texts that no task has, at the end, against the base."""
+    return bits_per_byte(result, change=True)
+
+
 def table() -> str:
     """Scores, agreement and seconds of every cell, a table for each stream, as Markdown; seconds of the second task."""
     parts = []
     for name in STREAMS:
         head = ["cell", "orders", "ACC", "forgetting", "after two tasks", "agreement", "seconds of the second task"]
+        head.append("bits/byte, held-out text, change in %")
         lines = [f"### {STREAMS[name].title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for cell, (title, _, _) in CELLS.items():
             paths = sorted((ROOT / "results" / "rehearsal" / name).glob(f"{cell}-seed*.json"))
@@ -265,6 +279,7 @@ def table() -> str:
             columns.append(f"{fmean(agreed):.2f}" if agreed else "–")
             second = [result["steps"][1]["seconds"] for result in found if len(result["steps"]) > 1]
             columns.append(f"{fmean(second):.0f}" if second else "–")
+            columns.append(spread([held_out_change(result) for result in found if "held_out" in result], interval=True))
             lines.append(f"| {title} | {len(found)} | " + " | ".join(columns) + " |")
         if len(lines) > 4:
             parts.append("\n".join(lines) + "\n")

@@ -61,8 +61,8 @@ def test_cells_say_where_they_come_from(path):
 
 
 def test_results_were_found():
-    assert len(STREAM_FILES) == 152
-    assert len(ABLATION_FILES) == 84
+    assert len(STREAM_FILES) == 164
+    assert len(ABLATION_FILES) == 90
 
 
 def test_every_folder_of_results_is_a_stream():

@@ -75,6 +75,8 @@ def build_task_model(
         problem = pattern_problem(targets, tuple(name for name, _ in base.named_modules() if name))
         raise_all([problem] if problem else [], "lora.target_modules")
     check_apart(base, whole, targets)
+    for adapter in filter(None, (merged, saved_from)):
+        _check_whole(whole, adapter)
     with seeded(seed + 7919 * (task + 1)):
         if head is not None:
             _fresh_rows(base, head, labels, saved_from if continue_head else None)
@@ -205,6 +207,16 @@ def _check_targets(model: PeftModel, adapter: Adapter) -> None:
         raise InputError(
             f"lora.target_modules: adapter {adapter.path} holds {both[0]} whole, which cannot be adapted besides; "
             "leave it out of target_modules"
+        )
+
+
+def _check_whole(whole: Sequence[str], adapter: Adapter) -> None:
+    """InputError where a module is to be trained whole that the adapter has a LoRA of: no folder could hold both."""
+    both = [name for name in adapter.layouts if any(f"{name}.".startswith(f"{module}.") for module in whole)]
+    if both:
+        raise InputError(
+            f"lora.modules_to_save: adapter {adapter.path} adapts {both[0]} by LoRA, which cannot be trained whole "
+            "besides; leave it out of modules_to_save"
         )
 
 

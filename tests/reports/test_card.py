@@ -163,6 +163,13 @@ def test_card_of_a_language_model_reports_bits_per_byte_as_such(tmp_path):
     assert kinds == {"bits_per_byte", *others}
 
 
+def test_a_quantized_base_is_told_and_the_code_loads_the_published_one(tmp_path):
+    model = {"base": "owner/base", "quantization": "nf4"}
+    card = card_of(finished_run(tmp_path / "run", "causal-lm", "bits_per_byte", model=model))
+    assert "trained and scored on this base model quantized to nf4 by bitsandbytes" in " ".join(card.text.split())
+    assert "quantization" not in code_of(card)
+
+
 def test_making_has_method_versions_and_settings_without_places(run):
     card = card_of(run)
     text = str(card)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from helpers import refusal
 from helpers.models import OLD_NAME, tiny_folder
-from helpers.streams import Seen, language_settings, loaded, settings, steps, tensors, write_base
+from helpers.streams import Seen, language_settings, loaded, same_tensors, settings, steps, tensors, write_base
 from torch import nn
 from transformers import AutoModelForCausalLM, ResNetConfig, ResNetForImageClassification
 
+import pm_hf.runs.learner
 from pm_hf.adapters.folder import open_adapter
 from pm_hf.config.loading import load_config
 from pm_hf.config.schema import LoraSettings, ModelSettings
@@ -147,6 +148,39 @@ def test_methods_that_move_along_a_line_take_them(tmp_path, method):
     given = {"lora__modules_to_save": ["LayerNorm"]}
     config = load_config(settings(tmp_path / "base", tmp_path, tmp_path / "run", method, **given))
     assert config.lora.modules_to_save == ["LayerNorm"]
+
+
+def test_a_module_that_the_start_adapts_is_not_trained_whole(run, language_data, tmp_path):
+    _, folder, *_ = run
+    changes = {"method": "average", "start_from": str(folder / "merged"), "lora__target_modules": ["up_proj"]}
+    changes |= {"lora__modules_to_save": ["q_proj"]}
+    message = refusal(learn, language_settings(language_data, tmp_path / "run", **changes))
+    assert (
+        f"lora.modules_to_save: adapter {folder / 'merged'} adapts model.layers.0.self_attn.q_proj by LoRA" in message
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_task_that_is_begun_again_goes_on_with_them(language_data, tmp_path, monkeypatch):
+    changes = {"method": "sequential", **QUICK, "lora__modules_to_save": ["model.norm"], "training__max_steps": 2}
+    changes |= {"training__save_strategy": "steps", "training__save_steps": 1}
+    whole, broken = (language_settings(language_data, tmp_path / name, **changes) for name in ("whole", "broken"))
+    learn(whole)
+    merge, calls = pm_hf.runs.learner.merge_adapters, []
+
+    def fail_once(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return merge(*args, **kwargs)
+
+    monkeypatch.setattr(pm_hf.runs.learner, "merge_adapters", fail_once)
+    with pytest.raises(KeyboardInterrupt):
+        learn(broken)
+    learn(broken)  # from the checkpoint of the last step
+    assert len(calls) == 3
+    assert same_tensors(tmp_path / "broken" / "merged", tmp_path / "whole" / "merged")
 
 
 @pytest.fixture(scope="module")

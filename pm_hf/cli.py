@@ -1,4 +1,4 @@
-"""The command line: pm-hf init, train, merge, evaluate, inspect, report, methods, export, push, help, schema, …"""
+"""The command line: pm-hf init, train, merge, evaluate, inspect, report, compare, methods, export, push, help, …"""
 
 import argparse
 import json
@@ -141,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="run a stream of tasks, or continue it", allow_abbrev=False)
     train.add_argument("--config", required=True, help="YAML file")
+    train.add_argument(
+        "--seeds", nargs="+", metavar="N", help="a run for each seed, in output_dir/seed-N, and one report of them all"
+    )
     train.epilog = "Any setting of the YAML follows as key=value, --key value or --flag, dotted: lora.r=4"
     train.takes_settings = True
     train.set_defaults(run=_train)
@@ -199,6 +202,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a run, or a report.json")
     report.add_argument("--output", help="folder to write; default: the only run's, of several: report")
     report.set_defaults(run=_report)
+
+    compare = commands.add_parser("compare", help="which of several runs won, by how much, is it more than the error")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a run or of several seeds, report.json")
+    compare.add_argument("--json", action="store_true", help="machine-readable output")
+    compare.set_defaults(run=_compare)
 
     methods = commands.add_parser("methods", help="the merging methods, or those of a stream")
     methods.add_argument("--stream", action="store_true", help="what each `method:` of a run's YAML sets")
@@ -303,8 +311,14 @@ def _init(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from pm_hf.config.loading import load_config
+    from pm_hf.config.seeds import load_seeds
 
-    config = load_config(options.config, options.overrides)  # first: what follows takes seconds to load
+    if options.seeds is None:
+        configs = [load_config(options.config, options.overrides)]  # first: what follows takes seconds to load
+    else:
+        typed = [text for text in options.seeds if "=" in text]  # settings that follow the seeds
+        seeds = [text for text in options.seeds if "=" not in text]
+        configs = load_seeds(options.config, [*typed, *options.overrides], seeds)
 
     import datasets
 
@@ -312,12 +326,13 @@ def _train(options: argparse.Namespace) -> int:
     from pm_hf.runs.folder import ForgettingError
     from pm_hf.runs.learner import learn
     from pm_hf.runs.paths import RunPaths
+    from pm_hf.runs.seeds import learn_seeds
     from pm_hf.training.callbacks import StoppedError
     from pm_hf.training.task_trainer import DivergedError
 
     datasets.disable_progress_bars()
     try:
-        report = learn(config)
+        reports = [learn(configs[0])] if options.seeds is None else learn_seeds(configs)
     except ForgettingError as error:
         _say(error.report.table())
         _say(f"pm-hf: {error}", error=True)
@@ -327,10 +342,31 @@ def _train(options: argparse.Namespace) -> int:
         return FAILED
     except OtherProcessError as error:  # that process says what it is
         return BAD_INPUT if error.bad_input else FAILED
-    if process_index() == 0:
-        _say(report.table())
-        _say(f"merged adapter: {RunPaths(report.folder).merged}")
+    if process_index() == 0 and options.seeds is None:
+        _say(reports[0].table())
+        _say(f"merged adapter: {RunPaths(reports[0].folder).merged}")
+    elif process_index() == 0:
+        _write_seeds([config.output_dir for config in configs])
     return DONE
+
+
+def _write_seeds(runs: Sequence[str]) -> None:
+    """The answer of several seeds on the terminal, as a page and as JSON in the folder that holds their runs."""
+    from pathlib import Path
+
+    from pm_hf.files import write_json
+    from pm_hf.reports.comparison import compare_runs, comparison_content, comparison_text
+    from pm_hf.reports.page import write_report
+    from pm_hf.runs.paths import RunPaths
+
+    common = RunPaths(Path(runs[0]).parent)
+    groups = compare_runs(runs)
+    page, notes = write_report(runs, common.folder)
+    write_json(common.report, comparison_content(groups))
+    _say(comparison_text(groups))
+    for note in notes:
+        _say(note, error=True)
+    _say(f"written: {page}, {common.report}")
 
 
 def _merge(options: argparse.Namespace) -> int:
@@ -430,6 +466,14 @@ def _report(options: argparse.Namespace) -> int:
     for note in notes:
         _say(note, error=True)
     _say(f"written: {path}")
+    return DONE
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from pm_hf.reports.comparison import compare_runs, comparison_content, comparison_text
+
+    groups = compare_runs(options.runs)
+    _say(json.dumps(comparison_content(groups), indent=2) if options.json else comparison_text(groups))
     return DONE
 
 

@@ -143,12 +143,13 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="run a stream of tasks, or continue it", allow_abbrev=False)
     train.add_argument("--config", required=True, help="YAML file")
+    train.add_argument(
+        "--seeds", nargs="+", metavar="N", help="a run for each seed, in output_dir/seed-N, and one report of them all"
+    )
     train.epilog = "Any setting of the YAML follows as key=value, --key value or --flag, dotted: lora.r=4"
     train.add_argument(
         "--dry-run", action="store_true", help="read and check everything, say what would be done, and end"
     )
-    each = "run each seed in output_dir/seed-K, then one table and report of all"
-    train.add_argument("--seeds", nargs="+", metavar="K", help=each)
     train.add_argument("--timed", type=int, default=0, metavar="N", help="with --dry-run: time N real steps of task 1")
     train.takes_settings = True
     train.set_defaults(run=_train)
@@ -208,9 +209,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", help="folder to write; default: the only run's, of several: report")
     report.set_defaults(run=_report)
 
-    compare = commands.add_parser("compare", help="finished runs of one stream as a table: which method, by how much")
-    compare.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a run, or its report.json")
-    compare.add_argument("--json", action="store_true", help="print one JSON list for machines")
+    compare = commands.add_parser("compare", help="which of several runs won, by how much, is it more than the error")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a run or of several seeds, report.json")
+    compare.add_argument("--json", action="store_true", help="machine-readable output")
     compare.set_defaults(run=_compare)
 
     methods = commands.add_parser("methods", help="the merging methods, or those of a stream")
@@ -316,9 +317,14 @@ def _init(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from pm_hf.config.loading import load_config
+    from pm_hf.config.seeds import load_seeds
 
-    seeds = _seeds(options)
-    config = load_config(options.config, options.overrides)  # first: what follows takes seconds to load
+    if options.seeds is None:
+        configs = [load_config(options.config, options.overrides)]  # first: what follows takes seconds to load
+    else:
+        typed = [text for text in options.seeds if "=" in text]  # settings that follow the seeds
+        seeds = [text for text in options.seeds if "=" not in text]
+        configs = load_seeds(options.config, [*typed, *options.overrides], seeds)
     if options.timed < 0 or options.timed and not options.dry_run:
         raise InputError(f"--timed takes a number of steps beside --dry-run, found {options.timed}")
 
@@ -328,20 +334,20 @@ def _train(options: argparse.Namespace) -> int:
         from pm_hf.runs.preview import preview
 
         datasets.disable_progress_bars()
-        _say(str(preview(config, options.timed)))
+        _say(str(preview(configs[0], options.timed)))
         return DONE
 
     from pm_hf.distributed import OtherProcessError, process_index
     from pm_hf.runs.folder import ForgettingError
     from pm_hf.runs.learner import learn
     from pm_hf.runs.paths import RunPaths
+    from pm_hf.runs.seeds import learn_seeds
     from pm_hf.training.callbacks import StoppedError
     from pm_hf.training.task_trainer import DivergedError
 
     datasets.disable_progress_bars()
-    configs = [config] if seeds is None else _of_seeds(options, seeds)
     try:
-        reports = [learn(of_seed) for of_seed in configs]
+        reports = [learn(configs[0])] if options.seeds is None else learn_seeds(configs)
     except ForgettingError as error:
         _say(error.report.table())
         _say(f"pm-hf: {error}", error=True)
@@ -351,54 +357,31 @@ def _train(options: argparse.Namespace) -> int:
         return FAILED
     except OtherProcessError as error:  # that process says what it is
         return BAD_INPUT if error.bad_input else FAILED
-    if process_index() == 0:
-        for report in reports:
-            _say(report.table())
-            _say(f"merged adapter: {RunPaths(report.folder).merged}")
-        if seeds is not None:
-            _say_of_seeds([str(report.folder) for report in reports], config.output_dir)
+    if process_index() == 0 and options.seeds is None:
+        _say(reports[0].table())
+        _say(f"merged adapter: {RunPaths(reports[0].folder).merged}")
+    elif process_index() == 0:
+        _write_seeds([config.output_dir for config in configs])
     return DONE
 
 
-def _seeds(options: argparse.Namespace) -> list[int] | None:
-    """The numbers after --seeds, None without it; settings that follow them go where settings belong."""
-    if options.seeds is None:
-        return None
-    seeds = [word for word in options.seeds if word.isdecimal()]
-    options.overrides = [*(word for word in options.seeds if word not in seeds), *options.overrides]
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise InputError(f"--seeds takes whole numbers, each once, found {' '.join(options.seeds)}")
-    return [int(seed) for seed in seeds]
-
-
-def _of_seeds(options: argparse.Namespace, seeds: Sequence[int]) -> list:
-    """The RunConfig of each seed, in a folder of its own below output_dir."""
+def _write_seeds(runs: Sequence[str]) -> None:
+    """The answer of several seeds on the terminal, as a page and as JSON in the folder that holds their runs."""
     from pathlib import Path
 
-    from pm_hf.config.loading import load_config
+    from pm_hf.files import write_json
+    from pm_hf.reports.comparison import compare_runs, comparison_content, comparison_text
+    from pm_hf.reports.page import write_report
     from pm_hf.runs.paths import RunPaths
 
-    config = load_config(options.config, options.overrides)
-    if any(word.lstrip("-").partition("=")[0] == "seed" for word in options.overrides):
-        raise InputError("--seeds takes the place of seed=; name one of them")
-    if RunPaths(Path(config.output_dir)).config.exists():
-        raise InputError(f"--seeds: {config.output_dir} is the folder of one run; name another output_dir")
-    folders = {seed: str(Path(config.output_dir) / f"seed-{seed}") for seed in seeds}
-    return [load_config(config, values={"seed": seed, "output_dir": folder}) for seed, folder in folders.items()]
-
-
-def _say_of_seeds(folders: Sequence[str], output_dir: str) -> None:
-    """One table and one report page of the runs of several seeds."""
-    from pathlib import Path
-
-    from pm_hf.reports.comparison import compare
-    from pm_hf.reports.page import write_report
-    from pm_hf.runs.records import read_runs
-
-    path, notes = write_report(folders, Path(output_dir) / "report")
+    common = RunPaths(Path(runs[0]).parent)
+    groups = compare_runs(runs)
+    page, notes = write_report(runs, common.folder)
+    write_json(common.report, comparison_content(groups))
+    _say(comparison_text(groups))
     for note in notes:
         _say(note, error=True)
-    _say("\n".join(["", *compare(read_runs(folders)), f"written: {path}"]))
+    _say(f"written: {page}, {common.report}")
 
 
 def _merge(options: argparse.Namespace) -> int:
@@ -502,11 +485,10 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from pm_hf.reports.comparison import compare, compared
-    from pm_hf.runs.records import read_runs
+    from pm_hf.reports.comparison import compare_runs, comparison_content, comparison_text
 
-    runs = read_runs(options.runs)
-    _say(json.dumps(compared(runs), indent=2) if options.json else "\n".join(compare(runs)))
+    groups = compare_runs(options.runs)
+    _say(json.dumps(comparison_content(groups), indent=2) if options.json else comparison_text(groups))
     return DONE
 
 

@@ -230,19 +230,27 @@ def _ends(matrices: Iterable[ScoreRows]) -> tuple[float, float]:
 
 def _summary(groups: list[Group]) -> list[Part]:
     """The answer in words, and one table."""
+    sentences = [Text(sentence, "verdict") for sentence in verdict(groups)]
+    return [*sentences[:1], answer_table(groups), *sentences[1:]]
+
+
+AVERAGES = ("ACC", "AAA", "BWT", "forgetting")
+
+
+def answer_table(groups: Sequence[Group]) -> Table:
+    """One row a method: the averages of its matrix, the differences to joint training and to the control, its cost."""
     inside = any("task_incremental" in run.metrics for group in groups for run in group.runs)
     joint = next((group for group in groups if group.joint), None)
     control = next((group for group in groups if group.control), None)
     compete, first = ranked(groups), groups[0].runs[0]
     others = {"− joint": joint, f"− {'control' if control is None else control.label}": control}
     compared = {name: other for name, other in others.items() if other is not None and len(groups) > 1}
-    averages = ("ACC", "AAA", "BWT", "forgetting")
-    header = ["run", *averages, *compared, *["ACC inside own classes"] * inside, "seconds", "peak MiB"]
+    header = ["run", *AVERAGES, *compared, *["ACC inside own classes"] * inside, "seconds", "peak MiB"]
     best = {key: _best(key, compete, lower=first.lower_is_better) for key in ("ACC", "AAA", "BWT")}
     best["forgetting"] = _best("forgetting", compete, lower=True)
     rows = []
     for group in groups:
-        cells = [Cell(group.shown(key), best=group is best[key] and len(compete) > 1) for key in averages]
+        cells = [Cell(group.shown(key), best=group is best[key] and len(compete) > 1) for key in AVERAGES]
         cells += [Cell(NO_VALUE if other is group else _signed(group, other)) for other in compared.values()]
         own = [(run.metrics.get("task_incremental") or {}).get("ACC") for run in group.runs]
         cells += [cell(_mean(own))] * inside
@@ -257,8 +265,7 @@ def _summary(groups: list[Group]) -> list[Part]:
     )
     caption += ". ± is the standard deviation of the seeds" if any(len(group.runs) > 1 for group in groups) else ""
     caption += ". Underlined: best of those that learn one task after another" if len(compete) > 1 else ""
-    sentences = [Text(sentence, "verdict") for sentence in verdict(groups)]
-    return [*sentences[:1], Table(caption, header, rows, "answer"), *sentences[1:]]
+    return Table(caption, header, rows, "answer")
 
 
 def _best(key: str, groups: Sequence[Group], *, lower: bool) -> Group | None:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Literal
 
 from pm_hf.config.presets import PRESETS
 from pm_hf.runs.records import CLASS_INCREMENTAL, Report
@@ -95,15 +96,27 @@ def group_runs(runs: Sequence[Report]) -> list[Group]:
 def difference(left: Group, right: Group) -> tuple[float, float | None]:
     """(ACC of left − ACC of right, its standard error): of the differences where both have the same seeds, of one seed
     where both scored the same test rows; else of two independent means; None where one has no error."""
-    delta = (left.mean("ACC") or 0.0) - (right.mean("ACC") or 0.0)
-    first, second = ({run.seed: run.metrics["ACC"] for run in group.runs} for group in (left, right))
-    if len(first) > 1 and first.keys() == second.keys():
+    delta, paired = (left.mean("ACC") or 0.0) - (right.mean("ACC") or 0.0), paired_by(left, right)
+    if paired == "seeds":
+        first, second = (_of_seeds(group) for group in (left, right))
         return delta, stdev([first[seed] - second[seed] for seed in first]) / math.sqrt(len(first))
-    ours, theirs = left.runs[0].right, right.runs[0].right
-    if len(left.runs) == len(right.runs) == 1 and same_rows(ours, theirs):
-        return delta, paired_difference(ours, theirs)[1]
+    if paired == "rows":
+        return delta, paired_difference(left.runs[0].right, right.runs[0].right)[1]
     errors = left.error, right.error
     return delta, None if None in errors else math.hypot(*(error for error in errors if error is not None))
+
+
+def paired_by(left: Group, right: Group) -> Literal["seeds", "rows"] | None:
+    """What the error of a difference is paired by: several seeds that both have, of one seed the test rows that both
+    scored; None where the two are independent."""
+    if len(left.runs) > 1 and _of_seeds(left).keys() == _of_seeds(right).keys():
+        return "seeds"
+    alone = len(left.runs) == len(right.runs) == 1
+    return "rows" if alone and same_rows(left.runs[0].right, right.runs[0].right) else None
+
+
+def _of_seeds(group: Group) -> dict[int, float]:
+    return {run.seed: run.metrics["ACC"] for run in group.runs}
 
 
 def ranked(groups: Sequence[Group]) -> list[Group]:

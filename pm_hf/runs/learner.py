@@ -80,20 +80,26 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
     """
     source = config if isinstance(config, Mapping | RunConfig) else Path(config)
     settings = load_config(source, values=overrides)
-    args = training_arguments(settings, Path(settings.output_dir), 0)  # joins the launcher's other processes
-    run = on_all_processes(lambda: Run(settings, load_stream(settings, finished_labels(settings))))
-    if on_main_process(run.folder.finished) == 0:
-        on_all_processes(run.check_first_task)
+    run = prepare(settings)
     with _locked_by_main(run.folder.path), stop_on_sigterm() as stop:
         done = on_main_process(run.folder.begin_run)
         on_all_processes(run.folder.check_shared)
-        with run.tracking.opened(args, done):
+        with run.tracking.opened(run.args, done):
             for index in range(done, len(run.stream.tasks)):
                 stop.check()
                 with _noticing_removal(run.folder):
                     run.learn_task(index, stop)
                     on_main_process(lambda done=index + 1: run.folder.promote(done))  # type: ignore[misc]
     return on_main_process(lambda: run.folder.report(len(run.stream.tasks)))  # promote has written it
+
+
+def prepare(settings: RunConfig) -> "Run":
+    """The run that settings describe, with all its input checked as `learn` does, and nothing begun or written."""
+    training_arguments(settings, Path(settings.output_dir), 0)  # joins the launcher's other processes
+    run = on_all_processes(lambda: Run(settings, load_stream(settings, finished_labels(settings))))
+    if on_main_process(run.folder.finished) == 0:
+        on_all_processes(run.check_first_task)
+    return run
 
 
 class Evaluation(dict[str, dict[str, float]]):
@@ -193,7 +199,7 @@ class Run:
         self.config, self.stream = config, stream
         self.folder = RunFolder(config, stream, load_start(config, stream))
         self.tracking = Tracking(self.folder)
-        args = training_arguments(config, self.folder.path, 0)
+        self.args = args = training_arguments(config, self.folder.path, 0)
         self.encoder = make_encoder(config, adapter)
         tasks = (*(stream.scored or stream.tasks), *stream.held_out)  # a joint task has the rows of those scored
         check_encoding(self.encoder, [rows for task in tasks for rows in (task.train, task.eval, task.test)])

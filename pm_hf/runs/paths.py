@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pm_hf.config.seeds import SEED_FOLDER
 from pm_hf.files import expand
 
 CONFIG_FILE, REPORT_FILE, STEP_FILE = "config.yaml", "report.json", "step.json"
@@ -90,3 +91,9 @@ class RunPaths:
             if number.isdecimal() and folder.is_dir():
                 numbered.append((int(number), folder))
         return [(number, TaskPaths(folder)) for number, folder in sorted(numbered)]
+
+    def seeds(self) -> list["RunPaths"]:
+        """The runs of single seeds in this folder, in the order of their numbers."""
+        numbered = ((folder.name.removeprefix(SEED_FOLDER), folder) for folder in self.folder.glob(f"{SEED_FOLDER}*"))
+        by_seed = sorted((int(number), folder) for number, folder in numbered if number.isdecimal())
+        return [RunPaths(folder) for _, folder in by_seed]

@@ -5,6 +5,7 @@ Keys that a file lacks, because an older version wrote it, have defaults; keys t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -371,13 +372,14 @@ def _listed(labels: Sequence[str]) -> str:
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Report]:
-    """The runs of folders of `learn`, or of report.json files, each with a label of its own.
+    """The runs of folders of `learn`, or of report.json files, each with a label of its own; a folder of several seeds
+    stands for its runs.
 
     Raises one InputError that lists what is wrong, runs that are judged by different metrics included.
     """
     runs: list[Report] = []
     problems: list[str] = []
-    for path in paths:
+    for path in chain.from_iterable(map(_seeds_or_itself, paths)):
         try:
             runs.append(Report.load(path))
         except InputError as error:
@@ -389,6 +391,14 @@ def read_runs(paths: Sequence[str | Path]) -> list[Report]:
             f"the runs are judged by {' and '.join(metrics)}: they have no common scale; one report for each"
         )
     return _labelled(runs)
+
+
+def _seeds_or_itself(path: str | Path) -> list[str | Path]:
+    """The finished runs of a folder that `pm-hf train --seeds` wrote, by seed; of any other path itself."""
+    folder = RunPaths(path)
+    return (
+        [path] if folder.config.exists() else [*(run.folder for run in folder.seeds() if run.report.exists())] or [path]
+    )
 
 
 def _read_records(paths: RunPaths, count: int) -> list[TaskRecord | None]:

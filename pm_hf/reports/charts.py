@@ -49,7 +49,7 @@ class Chart:
     """What a chart shows. name: of its file; about: one sentence of what is to be seen, for who does not see it.
 
     marks: {x: name} of upright lines. limits: of the y axis, by default those of the points. bars: from 0, side by
-    side, instead of points.
+    side, instead of points. instead: a sentence that says all of it, where there is one.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Chart:
     marks: dict[float, str] = field(default_factory=dict)
     limits: tuple[float, float] | None = None
     bars: bool = False
+    instead: str = ""
 
     @cached_property
     def points(self) -> list[tuple[float, float]]:
@@ -85,10 +86,11 @@ class Chart:
         return (min(xs) - side, max(xs) + side), (bottom, high + room)
 
     @cached_property
-    def constant(self) -> float | None:
-        """The one value that all points have, None where they differ or there is only one."""
+    def sentence(self) -> str:
+        """What stands in place of the drawing: `instead`, or the one value that all points have; "" for a drawing."""
         values = {y for _, y in self.points}
-        return values.pop() if len(values) == 1 and len(self.points) > 1 and not self.marks else None
+        constant = len(values) == 1 and len(self.points) > 1 and not self.marks
+        return self.instead or (f"{values.pop():.3g} throughout" if constant else "")
 
 
 def svg(chart: Chart, identifier: str, *, alone: bool = False) -> str:

@@ -25,6 +25,8 @@ from pm_hf.runs.paths import RunPaths
 from pm_hf.runs.records import COMPARED_COEFFICIENTS, LOWER_IS_BETTER, MergeLine, Report, ScoreRows, read_runs
 from pm_hf.text import NO_VALUE, format_number
 
+OPEN = ("Summary", "Score matrices")  # sections that are not folded
+MOST_NOTES = 5  # that are shown unfolded
 LONGEST = 300  # characters shown of a setting
 MOST_CONFUSED = 10  # pairs of classes shown of a run
 
@@ -119,10 +121,11 @@ Part = Table | Figure | Text | Scale | Listed | Folded | Titled | Beside
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and what stands below it; folded: shown when asked for."""
 
     title: str
     parts: Sequence[Part]
+    folded: bool = False
 
     @property
     def id(self) -> str:
@@ -134,7 +137,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
     """Write report.html and plots/ of runs (folders, or report.json files): (the page, what is to be said of it).
 
     output: a folder; by default that of the only run, else `report` in the working folder. Charts and matrices are
-    written as SVG, and with matplotlib (the extra `plots`) as PNG too; a chart whose values are all the same is not.
+    written as SVG, and with matplotlib (the extra `plots`) as PNG too; a chart that a sentence can replace is not.
     Raises InputError for what is no run and for runs without a common metric.
     """
     reports = read_runs(runs)
@@ -144,7 +147,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
     drawn = charts(reports)
     kinds = ("svg",) if importlib.util.find_spec("matplotlib") is None else ("svg", "png")
     for kind in kinds:
-        for chart in (chart for chart in drawn if chart.constant is None):
+        for chart in (chart for chart in drawn if not chart.sentence):
             write_chart(chart, paths.plots / f"{chart.name}.{kind}")
         for place, run in enumerate(reports, start=1):
             title, path = f"{run.label}: {metric_name(run.metric)}", paths.plots / f"matrix-{place}.{kind}"
@@ -165,7 +168,7 @@ def page(runs: list[Report], drawn_charts: Sequence[Chart]) -> str:
     groups = group_runs(runs)
     sections: dict[str, Sequence[Part]] = {
         "Summary": [*_summary(groups), *shown(["score-after-each-task", "forgetting", "coefficients"])],
-        "Score matrices": [_scale(runs), *_of_seeds(groups, lambda run: _matrices(run, runs))],
+        "Score matrices": [_scale(runs), *_best_first(groups, lambda run: _matrices(run, runs))],
         "Each task at the end": _at_the_end(runs),
         "Confused classes": _confusions(groups),
         "Coefficients": _coefficients(runs),
@@ -183,11 +186,16 @@ def page(runs: list[Report], drawn_charts: Sequence[Chart]) -> str:
         "Settings": _settings(runs),
         "Versions": _versions(runs),
     }
+    few_notes = sum(len(run.notes) for run in runs) <= MOST_NOTES
     return (
         _environment()
         .get_template("page.html")
         .render(
-            sections=[Section(title, parts) for title, parts in sections.items() if parts],
+            sections=[
+                Section(title, parts, folded=title not in OPEN and not (title == "Notes" and few_notes))
+                for title, parts in sections.items()
+                if parts
+            ],
             names=", ".join(group.title for group in groups),
             metric=metric_name(runs[0].metric),
             way="lower" if runs[0].lower_is_better else "higher",
@@ -208,9 +216,9 @@ def _safe(value: Any) -> Any:
 
 
 def _figure(chart: Chart) -> Part:
-    """The chart, or a sentence where all its values are the same."""
-    if chart.constant is not None:
-        return Text(f"{chart.title}: {chart.constant:.3g} throughout.")
+    """The chart, or a sentence where one says the same."""
+    if chart.sentence:
+        return Text(f"{chart.title}: {chart.sentence}.")
     return Figure(chart.title, Markup(svg(chart, f"chart-{chart.name}")), chart.about)  # svg escapes what it is given
 
 
@@ -231,7 +239,7 @@ def _ends(matrices: Iterable[ScoreRows]) -> tuple[float, float]:
 def _summary(groups: list[Group]) -> list[Part]:
     """The answer in words, and one table."""
     sentences = [Text(sentence, "verdict") for sentence in verdict(groups)]
-    return [*sentences[:1], answer_table(groups), *sentences[1:]]
+    return [*sentences[:2], answer_table(groups), *sentences[2:]]
 
 
 AVERAGES = ("ACC", "AAA", "BWT", "forgetting")
@@ -288,11 +296,15 @@ def _scale(runs: list[Report]) -> Scale:
     return Scale(f"{worst:.3f}", f"{best:.3f}")
 
 
-def _of_seeds(groups: Sequence[Group], made: Callable[[Report], Part]) -> list[Part]:
-    """What is made of each group's first run side by side, and of its further seeds below."""
-    parts: list[Part] = [Beside("runs", [made(group.runs[0]) for group in groups])]
-    others = [made(run) for group in groups for run in group.runs[1:]]
-    return [*parts, Folded("Further seeds", [Beside("runs", others)])] if others else parts
+def _best_first(groups: Sequence[Group], made: Callable[[Report], Part]) -> list[Part]:
+    """What is made of the best method's first run; below it, folded, of the other methods' and of the further seeds."""
+    first = (ranked(groups) or groups)[0]
+    others = {
+        "Other methods": [group.runs[0] for group in groups if group is not first],
+        "Further seeds": [run for group in groups for run in group.runs[1:]],
+    }
+    folded = [Folded(title, [Beside("runs", [made(run) for run in runs])]) for title, runs in others.items() if runs]
+    return [made(first.runs[0]), *folded]
 
 
 def _matrices(run: Report, runs: list[Report]) -> Titled:

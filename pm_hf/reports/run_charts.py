@@ -12,6 +12,7 @@ from pm_hf.reports.verdict import Group, group_runs
 from pm_hf.runs.records import CLASS_INCREMENTAL, COMPARED_COEFFICIENTS, TASK_INCREMENTAL, Report, TaskRecord
 from pm_hf.text import format_metric
 
+DRAWN = 1e-3  # difference of two coefficients that could be seen in a drawing
 DOTS = 600  # loss points drawn of a run
 FACTORS: tuple[tuple[str, int, Callable[[float], bool]], ...] = (  # (name, shape and colour, belongs)
     ("1", 0, lambda factor: factor == 1),
@@ -115,12 +116,16 @@ def _coefficient_chart(groups: Sequence[Group]) -> Chart:
     series = _of_groups(
         groups, lambda run: [None if alpha is None or run.joint else alpha.used for alpha in run.alphas]
     )
+    instead = ""
     if series:
         longest = max(len(of_group.x) for of_group in series)
         inverse = [1 / t for t in _count(longest)]
+        alike = all(y is None or abs(y - 1 / t) < DRAWN for of in series for t, y in zip(of.x, of.y, strict=True))
+        instead = "1/t for every task, so each merge is the mean of its tasks" if alike else ""
         series.append(Series("1/t", _count(longest), inverse, colour=7, shape=5, dash=1))
     about = "With what weight each task was folded in; 1/t would make the merge the mean of the tasks."
-    return Chart("coefficients", "Coefficient of each task, and 1/t", "task", "coefficient", series, about)
+    title = "Coefficient of each task, and 1/t"
+    return Chart("coefficients", title, "task", "coefficient", series, about, instead=instead)
 
 
 def _loss_chart(run: Report, place: int) -> Chart:

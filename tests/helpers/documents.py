@@ -150,7 +150,7 @@ def index(base: Path) -> Names:
     tiny_folder("llama", Path(SMOLLM))
     for seed, name in enumerate(("support", "sql")):
         adapter(f"{name}/adapter", seed)
-    return {}
+    return {"peft_model": lora_bert(), "data": rows(8), "loader": batched(rows(8))}
 
 
 def streams(base: Path) -> Names:
@@ -239,7 +239,7 @@ def readme(base: Path) -> Names:
     encoder(base)
     train_and_test([*CARDS, *TRANSFERS])
     team_adapters()
-    return {"peft_model": lora_bert(), "data": rows(8), "loader": batched(rows(8))}
+    return {}
 
 
 def team_adapters() -> None:

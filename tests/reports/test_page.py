@@ -31,7 +31,7 @@ class Reader(HTMLParser):
         super().__init__()
         self.tables, self.ids, self.headings, self.tags, self.references = {}, [], [], [], []
         self.open, self.texts, self.row, self.rows, self.shares = [], [], [], [], []
-        self.scopes = []
+        self.scopes, self.unfolded = [], []  # the latter: captions and headings outside of what is folded
         self.feed(text)
         assert self.open == []
 
@@ -64,6 +64,8 @@ class Reader(HTMLParser):
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
         text = "".join(self.texts).strip()
+        if tag in ("caption", "h2") and "details" not in self.open:
+            self.unfolded.append(text)
         if tag in ("td", "th"):
             self.row.append(text)
         elif tag == "tr":
@@ -171,6 +173,25 @@ def test_the_best_score_has_the_strongest_colour_whichever_way_the_metric_runs(m
     assert found.table("Forgetting")[1][1] == ("0.250" if metric == "bits_per_byte" else "-0.250")
 
 
+def test_coefficients_of_one_over_t_are_a_sentence_and_others_a_chart(runs):
+    said = "<p>Coefficient of each task, and 1/t: 1/t for every task, so each merge is the mean of its tasks.</p>"
+    assert said in read(*runs)[0]
+    alphas = json.loads((runs[0] / "report.json").read_text())["coefficients"]
+    edited_json(runs[0] / "report.json", coefficients=[alpha | {"used": 0.9} for alpha in alphas])
+    text, found = read(*runs)
+    assert said not in text
+    assert (3, "Coefficient of each task, and 1/t") in found.headings
+
+
+def test_only_the_answer_and_the_best_matrix_are_unfolded(runs):
+    _, found = read(*runs)
+    scored = {f.name: json.loads((f / "report.json").read_text())["metrics"]["ACC"] for f in runs if f.name != "joint"}
+    best = max(scored, key=lambda name: scored[name])
+    titles = ("Summary", "Mean accuracy over tasks", "Score matrices", f"{best}: accuracy on each task (row)", "Notes")
+    unfolded = [text for text in found.unfolded if text]
+    assert [text.startswith(title) for text, title in zip(unfolded, titles, strict=True)] == [True] * 5
+
+
 def test_the_page_refers_to_nothing_outside_itself(runs):
     text, found = read(*runs)
     assert all(value == "data:," or value.startswith("#") for value in found.references)
@@ -200,7 +221,7 @@ def test_screen_readers_get_headings_in_order_scopes_captions_and_titles(runs):
     assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
     assert set(found.scopes) == {"row", "col"}
     drawn = [a for tag, a in found.tags if tag == "svg"]
-    assert len(drawn) == 9
+    assert len(drawn) == 8
     for attributes in drawn:
         assert attributes["role"] == "img"
         assert set(attributes["aria-labelledby"].split()) <= set(found.ids)
@@ -305,7 +326,7 @@ def test_the_command_writes_the_page_and_its_plots(runs, tmp_path, capsys):
     assert main(["report", str(runs[0])]) == 0
     assert capsys.readouterr().out == f"written: {runs[0] / 'report.html'}\n"
     names = {path.name for path in (runs[0] / "plots").iterdir()}
-    charts = ("score-after-each-task", "forgetting", "coefficients", "loss-1", "truncation-error-of-each-merge")
+    charts = ("score-after-each-task", "forgetting", "loss-1", "truncation-error-of-each-merge")
     assert {f"{name}.{kind}" for name in (*charts, "matrix-1") for kind in ("svg", "png")} <= names
     for path in (runs[0] / "plots").iterdir():
         assert path.read_bytes().startswith({".png": b"\x89PNG", ".svg": b"<"}[path.suffix])

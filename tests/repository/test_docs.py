@@ -25,7 +25,7 @@ from pm_hf.merging import METHODS as MERGING
 DOCS = [page for page in PAGES if page.startswith("docs/")]
 RUNNING = [page for page in PAGES if any(block.language in RUN for block in to_run(page))]
 LINKING = ["results/README.md", "benchmarks/README.md", "CONTRIBUTING.md", "REPRODUCTION.md", "CHANGELOG.md"]
-NEEDS = {"README.md": "trl", "docs/trl.md": "trl"}
+NEEDS = {"docs/trl.md": "trl"}
 
 
 def module(path):

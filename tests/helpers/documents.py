@@ -242,6 +242,43 @@ def readme(base: Path) -> Names:
     return {}
 
 
+def tutorial_intents(base: Path) -> Names:
+    encoder(base)
+    groups = {"april": CARDS, "may": TRANSFERS, "june": TOP_UPS}
+    for place, (month, labels) in enumerate(groups.items()):
+        own = dict(zip(CLASSES[2 * place :], labels, strict=False))
+        plain = write_rows(Path("plain.csv"), own, 20, seed=place)
+        with open(plain, encoding="utf-8", newline="") as handle:
+            renamed = [{"text": row["text"], "intent": own[row["label"]]} for row in csv.DictReader(handle)]
+        miniatures.write_csv(Path(f"{month}.csv"), renamed)
+    return {}
+
+
+def tutorial_pictures(_: Path) -> Names:
+    save_vit(Path(VIT))
+    vehicles = ("bike", "bus", "car", "tram")
+    for month, labels in (("may", vehicles[:2]), ("june", vehicles[2:])):
+        for label in labels:
+            folder = Path("photos", month, label)
+            folder.mkdir(parents=True)
+            for i, picture in enumerate(draw([label] * 10, vehicles, seed=vehicles.index(label))):
+                (folder / f"{i}.png").write_bytes(encoded(picture))
+    return {}
+
+
+def tutorial_chat(_: Path) -> Names:
+    tiny_folder("llama", Path(SMOLLM))
+    for skill, own in (("support", KINDS[:2]), ("sql", KINDS[2:4]), ("legal", KINDS[4:6])):
+        for side, count in (("train", 24), ("test", 8)):
+            talks = [(f"Text : {own[i % 2]}{i % 5}", own[i % 2]) for i in range(count)]
+            rows_of_file = [
+                {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+                for asked, said in talks
+            ]
+            Path(f"{skill}-{side}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows_of_file))
+    return {}
+
+
 def team_adapters() -> None:
     """Adapters of a finished run under the names of the pages: two teams' merges, a task and the merge before it."""
     learn(intents_settings("runs/other"), method="pm")
@@ -301,4 +338,7 @@ FOLDERS: dict[str, Callable[[Path], Names]] = {
     "docs/streams.md": streams,
     "docs/teams.md": teams,
     "docs/trl.md": trl,
+    "docs/tutorial-chat.md": tutorial_chat,
+    "docs/tutorial-intents.md": tutorial_intents,
+    "docs/tutorial-pictures.md": tutorial_pictures,
 }

@@ -61,7 +61,7 @@ def test_cells_say_where_they_come_from(path):
 
 
 def test_results_were_found():
-    assert len(STREAM_FILES) == 164
+    assert len(STREAM_FILES) == 167
     assert len(ABLATION_FILES) == 90
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from pm_hf.config.schema import RunConfig
 from pm_hf.distributed import on_main_process
 from pm_hf.errors import InputError
-from pm_hf.runs.learner import learn, prepare
+from pm_hf.runs import learner
 from pm_hf.runs.paths import RunPaths
 from pm_hf.runs.records import Report
 
@@ -21,7 +21,7 @@ def learn_seeds(configs: Sequence[RunConfig]) -> list[Report]:
     if RunPaths(common).config.exists():
         raise InputError(f"output_dir {common} holds a run of one seed; choose another output_dir for several")
     for config in configs:
-        run = prepare(config)
+        run = learner.prepare(config)
         if done := on_main_process(run.folder.finished):
             on_main_process(lambda of=run.folder, count=done: of.check_left(count))  # type: ignore[misc]
-    return [learn(config) for config in configs]
+    return [learner.learn(config) for config in configs]

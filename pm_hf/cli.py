@@ -334,7 +334,9 @@ def _train(options: argparse.Namespace) -> int:
         from pm_hf.runs.preview import preview
 
         datasets.disable_progress_bars()
-        _say(str(preview(configs[0], options.timed)))
+        said = [str(preview(of_seed, options.timed)) for of_seed in configs]
+        if int(os.environ.get("RANK", "0")) == 0:  # of several processes the first one
+            _say("\n\n".join(said))
         return DONE
 
     from pm_hf.distributed import OtherProcessError, process_index

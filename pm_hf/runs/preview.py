@@ -21,7 +21,7 @@ from pm_hf.runs.learner import Run
 from pm_hf.text import text_table
 from pm_hf.training.task_trainer import training_arguments
 
-MANY = 5  # classes that are named
+MANY = 5  # tasks whose seconds are named
 
 
 @dataclass(frozen=True)

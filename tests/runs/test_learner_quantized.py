@@ -165,7 +165,7 @@ def test_written_rows_are_those_of_a_writer_beside_quantized_weights(language_da
     learn(rehearsing(language_data, tmp_path / "writers", strategy__replay_pool=False, **changes))
     pool = Pool.load(next((tmp_path / "pool").glob("task-00-*/pool.jsonl")))
     assert len(pool.of_tasks.rows) > 0
-    assert [bool(found.rows) for found in seen] == [False, True, False, True]
+    assert [bool(found.of_tasks.rows) for found in seen] == [False, True, False, True]
     assert seen[1].of_tasks == seen[3].of_tasks == pool.of_tasks
     assert seen[1].of_base == seen[3].of_base
     assert len(seen[1].of_base.rows) == 2

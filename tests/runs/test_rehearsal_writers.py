@@ -49,8 +49,8 @@ def test_kept_writers_write_the_pool_s_rows_again(kept, rehearsal_runs):
     """The second task rehearses what it would with a pool, bit for bit; the third the same texts with newer labels."""
     pools, (folder, two) = kept[2], rehearsal_runs
     first, second = (Pool.load(two / f"task-0{at}-{name}" / "pool.jsonl") for at, name in enumerate(list(TASKS)[:2]))
-    assert pools[0] == Pool()
-    assert pools[1].of_tasks == first
+    assert pools[0] == first.of_base
+    assert pools[1].of_tasks == first.of_tasks
     assert pools[2].of_base == second.of_base
     assert [row.prompt for row in pools[2].of_tasks.rows] == [row.prompt for row in second.of_tasks.rows]
     mine, theirs = ([row for row in pool.rows if row.task == "second"] for pool in (pools[2], second))

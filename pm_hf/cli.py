@@ -331,11 +331,12 @@ def _train(options: argparse.Namespace) -> int:
     import datasets
 
     if options.dry_run:
+        from pm_hf.distributed import process_index
         from pm_hf.runs.preview import preview
 
         datasets.disable_progress_bars()
         said = [str(preview(of_seed, options.timed)) for of_seed in configs]
-        if int(os.environ.get("RANK", "0")) == 0:  # of several processes the first one
+        if process_index() == 0:
             _say("\n\n".join(said))
         return DONE
 

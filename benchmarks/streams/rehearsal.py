@@ -29,8 +29,7 @@ from ablation import held_out
 from common import SHARED, anywhere, data_settings, lacking_input, pooled, prepare, steps
 from environment import ROOT, environment
 from grid import STREAMS
-from tables import held_out as bits_per_byte
-from tables import spread
+from tables import spread, value
 
 from pm_hf.config.loading import load_config
 from pm_hf.data.pool import PoolRow, in_turns, likeliest
@@ -250,11 +249,6 @@ def after_two(result: dict) -> float | None:
     return next((fmean(of_step) for of_step in scores if len(of_step) == 2), None)
 
 
-def held_out_change(result: dict) -> float | None:
-    """Of the texts that no task has, at the end, against the base."""
-    return bits_per_byte(result, change=True)
-
-
 def table() -> str:
     """Scores, agreement and seconds of every cell, a table for each stream, as Markdown; seconds of the second task."""
     parts = []
@@ -279,7 +273,7 @@ def table() -> str:
             columns.append(f"{fmean(agreed):.2f}" if agreed else "–")
             second = [result["steps"][1]["seconds"] for result in found if len(result["steps"]) > 1]
             columns.append(f"{fmean(second):.0f}" if second else "–")
-            columns.append(spread([held_out_change(result) for result in found if "held_out" in result], interval=True))
+            columns.append(spread([value(result, "held_out_change") for result in found], interval=True))
             lines.append(f"| {title} | {len(found)} | " + " | ".join(columns) + " |")
         if len(lines) > 4:
             parts.append("\n".join(lines) + "\n")

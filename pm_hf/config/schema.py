@@ -361,6 +361,11 @@ class RunConfig:
         return self.rehearses and not self.strategy.replay_pool
 
     @property
+    def samples_base(self) -> bool:
+        """Whether samples of the base are rehearsed; an encoder-decoder says nothing without an input."""
+        return self.rehearses and self.strategy.base_samples > 0 and self.stream.kind == "causal-lm"
+
+    @property
     def searches(self) -> bool:
         """Whether the coefficient is searched for on held-out rows and what stands for the earlier tasks."""
         return self.merge.coefficient == "search"

@@ -80,7 +80,7 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
     """
     source = config if isinstance(config, Mapping | RunConfig) else Path(config)
     settings = load_config(source, values=overrides)
-    run = prepare(settings)
+    run, _ = prepare(settings)
     with _locked_by_main(run.folder.path), stop_on_sigterm() as stop:
         done = on_main_process(run.folder.begin_run)
         on_all_processes(run.folder.check_shared)
@@ -93,13 +93,13 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
     return on_main_process(lambda: run.folder.report(len(run.stream.tasks)))  # promote has written it
 
 
-def prepare(settings: RunConfig) -> "Run":
-    """The run that settings describe, with all its input checked as `learn` does, and nothing begun or written."""
+def prepare(settings: RunConfig) -> "tuple[Run, TaskModel | None]":
+    """The run that settings describe, with all its input checked as `learn` does, and nothing begun or written; and the
+    first task's model without weights, None where tasks are finished or where it takes the weights to tell."""
     training_arguments(settings, Path(settings.output_dir), 0)  # joins the launcher's other processes
     run = on_all_processes(lambda: Run(settings, load_stream(settings, finished_labels(settings))))
-    if on_main_process(run.folder.finished) == 0:
-        on_all_processes(run.check_first_task)
-    return run
+    unbegun = on_main_process(run.folder.finished) == 0
+    return run, on_all_processes(run.check_first_task) if unbegun else None
 
 
 class Evaluation(dict[str, dict[str, float]]):

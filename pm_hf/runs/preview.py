@@ -10,14 +10,12 @@ from typing import Any
 
 from pm_hf.config.loading import load_config
 from pm_hf.config.schema import RunConfig
-from pm_hf.data.language import CausalEncoder
 from pm_hf.data.rows import Rows
-from pm_hf.data.stream import Task, load_stream
+from pm_hf.data.stream import Task
 from pm_hf.distributed import process_count
 from pm_hf.models.lora import adapted_layers
 from pm_hf.models.task_model import TASK_ADAPTER, TaskModel
-from pm_hf.runs.folder import finished_labels
-from pm_hf.runs.learner import Run
+from pm_hf.runs.learner import Run, prepare
 from pm_hf.text import text_table
 from pm_hf.training.task_trainer import training_arguments
 
@@ -44,7 +42,7 @@ class Preview:
 
     done: tasks that are finished in its folder. modules: number of adapted modules; parameters, head: trained values of
     the LoRA and of the head's last Linear, all None where only the base's weights tell. seconds: of one step, where
-    steps were timed. samples: whether samples of the base are rehearsed.
+    steps were timed.
     """
 
     config: RunConfig
@@ -53,7 +51,6 @@ class Preview:
     modules: int | None
     parameters: int | None
     head: int | None
-    samples: bool
     seconds: float | None = None
 
     def __str__(self) -> str:
@@ -74,7 +71,7 @@ class Preview:
             lines += ["trained against: " + ("all classes seen so far" if seen else "the task's own classes")]
         lines += self._table()
         if config.rehearses:
-            parts = [f"{config.strategy.base_samples} samples of the base"] if self.samples else []
+            parts = [f"{config.strategy.base_samples} samples of the base"] if config.samples_base else []
             kept = "rows" if config.keeps_pool else "texts, which are written again before each task"
             parts += [f"from the second task on at most {config.strategy.pool_rows} written {kept}"]
             lines += [f"half of every batch: {', '.join(parts)}"]
@@ -109,21 +106,18 @@ def preview(config: str | os.PathLike | Mapping | RunConfig, timed: int = 0, **o
     """
     source = config if isinstance(config, Mapping | RunConfig) else Path(config)
     settings = load_config(source, values=overrides)
-    run = Run(settings, load_stream(settings, finished_labels(settings)))
-    done = run.folder.finished()
-    built = run.check_first_task() if done == 0 else None
+    run, built = prepare(settings)
     modules = parameters = head = None
     if built is not None and settings.trains:
         modules, parameters, head = _trained(built)
     return Preview(
         settings,
         [_of_task(run, index) for index in range(len(run.stream.tasks))],
-        done,
+        run.folder.finished(),
         modules,
         parameters,
         head,
-        _samples_base(run),
-        _step_seconds(settings, timed) if timed and settings.trains else None,
+        _step_seconds(run, timed) if timed and settings.trains else None,
     )
 
 
@@ -148,17 +142,12 @@ def _steps(run: Run, index: int) -> int:
     if args.max_steps > 0:
         return int(args.max_steps)
     rows = len(task.train) + len(task.replayed)
-    if run.config.rehearses and (index or _samples_base(run) or run.folder.start is not None):
+    if run.config.rehearses and (index or run.config.samples_base or run.folder.start is not None):
         rows *= 2  # a rehearsed row beside each new one
     batch = args.train_batch_size * process_count()
     batches = rows // batch if args.dataloader_drop_last else math.ceil(rows / batch)
     whole, rest = divmod(batches, args.gradient_accumulation_steps)
     return math.ceil(args.num_train_epochs * max(1, whole + (rest > 0)))
-
-
-def _samples_base(run: Run) -> bool:
-    config = run.config
-    return config.rehearses and config.strategy.base_samples > 0 and isinstance(run.encoder, CausalEncoder)
 
 
 def _trained(built: TaskModel) -> tuple[int, int, int]:
@@ -168,24 +157,21 @@ def _trained(built: TaskModel) -> tuple[int, int, int]:
     return len(adapted_layers(built.model, TASK_ADAPTER)), factors, sum(sizes.values()) - factors
 
 
-def _step_seconds(config: RunConfig, steps: int) -> float | None:
+def _step_seconds(run: Run, steps: int) -> float | None:
     """Median of so many steps of the first task, in seconds, after a first one."""
     short = {"max_steps": steps + 1, "report_to": "none", "disable_tqdm": True, "load_best_model_at_end": False}
     short |= {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
     with tempfile.TemporaryDirectory() as folder:
-        timed = replace(config, output_dir=folder, training=config.training | short)
-        return Run(timed, load_stream(timed)).time_first_task()
+        timed = replace(run.config, output_dir=folder, training=run.config.training | short)
+        return Run(timed, run.stream).time_first_task()
 
 
 def _method(config: RunConfig) -> str:
     """The settings that make the method, in one line."""
     merge, coefficient = config.merge, config.merge.coefficient
     parts = [f"merge {merge.method}"]
-    parts += (
-        []
-        if coefficient is None
-        else [f"α {coefficient if isinstance(coefficient, str) else format(coefficient, 'g')}"]
-    )
+    if coefficient is not None:
+        parts.append(f"α {coefficient}" if isinstance(coefficient, str) else f"α {coefficient:g}")
     parts += [f"perturbation ε {config.perturbation.scale:g}"] if config.perturbation.scale else []
     parts += [f"head {config.head.kind}"] if config.kind.has_head else []
     parts += ["written rows"] if config.rehearses else []

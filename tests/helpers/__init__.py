@@ -48,6 +48,20 @@ def flip(file: Path) -> None:
     file.write_bytes(bytes(content))
 
 
+def interrupt_second_call(monkeypatch, owner, name):
+    """Ctrl-C when a function of a module is called for the second time; the list grows with every call."""
+    function, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
 def refusal(call, /, *args, **kwargs) -> str:
     """The message of the InputError that the call raises, which is one line."""
     try:  # without pytest, as benchmarks import these helpers

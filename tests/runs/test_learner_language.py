@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import refusal
+from helpers import interrupt_second_call, refusal
 from helpers.models import OLD_NAME, greedy, log_probabilities, mean_log_probability
 from helpers.streams import LANGUAGE_TASKS, loaded, same_tensors, steps
 from helpers.streams import language_settings as settings
@@ -126,15 +126,7 @@ def test_interrupted_stream_ends_with_the_same_adapter(language_data, tmp_path, 
     learn(whole)
     import pm_hf.runs.learner
 
-    measure, calls = pm_hf.runs.learner.estimate_curvature, []
-
-    def fail_once(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return measure(*args, **kwargs)
-
-    monkeypatch.setattr(pm_hf.runs.learner, "estimate_curvature", fail_once)
+    calls = interrupt_second_call(monkeypatch, pm_hf.runs.learner, "estimate_curvature")
     with pytest.raises(KeyboardInterrupt):
         learn(broken)
     assert len(steps(tmp_path / "broken")) == 1

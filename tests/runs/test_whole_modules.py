@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import refusal
+from helpers import interrupt_second_call, refusal
 from helpers.models import OLD_NAME, tiny_folder
 from helpers.streams import Seen, language_settings, loaded, same_tensors, settings, steps, tensors, write_base
 from torch import nn
@@ -167,15 +167,7 @@ def test_a_task_that_is_begun_again_goes_on_with_them(language_data, tmp_path, m
     changes |= {"training__save_strategy": "steps", "training__save_steps": 1}
     whole, broken = (language_settings(language_data, tmp_path / name, **changes) for name in ("whole", "broken"))
     learn(whole)
-    merge, calls = pm_hf.runs.learner.merge_adapters, []
-
-    def fail_once(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return merge(*args, **kwargs)
-
-    monkeypatch.setattr(pm_hf.runs.learner, "merge_adapters", fail_once)
+    calls = interrupt_second_call(monkeypatch, pm_hf.runs.learner, "merge_adapters")
     with pytest.raises(KeyboardInterrupt):
         learn(broken)
     learn(broken)  # from the checkpoint of the last step

@@ -80,7 +80,7 @@ def learn(config: str | os.PathLike | Mapping | RunConfig, **overrides: Any) -> 
     """
     source = config if isinstance(config, Mapping | RunConfig) else Path(config)
     settings = load_config(source, values=overrides)
-    run, _ = prepare(settings)
+    run = prepare(settings)[0]  # its first model goes before the training begins
     with _locked_by_main(run.folder.path), stop_on_sigterm() as stop:
         done = on_main_process(run.folder.begin_run)
         on_all_processes(run.folder.check_shared)

@@ -21,7 +21,7 @@ def learn_seeds(configs: Sequence[RunConfig]) -> list[Report]:
     if RunPaths(common).config.exists():
         raise InputError(f"output_dir {common} holds a run of one seed; choose another output_dir for several")
     for config in configs:
-        run, _ = learner.prepare(config)
+        run = learner.prepare(config)[0]
         if done := on_main_process(run.folder.finished):
             on_main_process(lambda of=run.folder, count=done: of.check_left(count))  # type: ignore[misc]
     return [learner.learn(config) for config in configs]
